@@ -1,0 +1,1 @@
+"""The compiler: graph, plan, verifier, simulator, frontends, runtimes and reports."""

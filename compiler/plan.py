@@ -1,0 +1,213 @@
+"""The space-time plan: instructions occupy engines over time, buffers occupy addresses of a memory over time.
+
+A *step* is the index of an instruction in ``Plan.instructions``. A residence ``[begin, end)`` holds its bytes while
+instructions ``begin`` to ``end - 1`` run. Undecided parts are ``None``: an order alone has neither residences nor
+times; a residency has residences without offsets. Taking a decision again drops the later ones that hung on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ..errors import OpweaveError, PlanError
+from ..hw_models.model import HardwareModel
+from .graph import Graph
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Certificate",
+    "Instruction",
+    "Load",
+    "PassRecord",
+    "Plan",
+    "Residence",
+    "Run",
+    "Source",
+    "Store",
+]
+
+SCHEMA_VERSION = 1
+
+
+class Run(msgspec.Struct, frozen=True, tag="run", tag_field="do", omit_defaults=True):
+    """Execute operator ``op`` on a compute engine; its buffers are resident, or streamed from backing memory."""
+
+    op: str
+    engine: str = ""
+    start_s: float | None = None
+    finish_s: float | None = None
+
+
+class Load(msgspec.Struct, frozen=True, tag="load", tag_field="do", omit_defaults=True):
+    """Copy ``buffer`` from backing memory into the residence that begins at this step."""
+
+    buffer: str
+    engine: str = ""
+    start_s: float | None = None
+    finish_s: float | None = None
+
+
+class Store(msgspec.Struct, frozen=True, tag="store", tag_field="do", omit_defaults=True):
+    """Copy ``buffer`` from its residence to backing memory; it stays resident until its residence ends."""
+
+    buffer: str
+    engine: str = ""
+    start_s: float | None = None
+    finish_s: float | None = None
+
+
+Instruction = Run | Load | Store
+
+
+class Residence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``buffer`` occupies ``memory`` from byte ``offset`` during steps ``begin`` to ``end - 1``."""
+
+    buffer: str
+    memory: str
+    begin: int
+    end: int
+    offset: int | None = None
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """How good a decision is: its ``value``, a proven lower ``bound``, what proved it, and over which choices.
+
+    ``scope`` says what the bound ranges over: ``"order"`` is every order, residency and placement of the graph;
+    ``"residency"`` every residency of the plan's own order; ``"address"`` every placement of the plan's residences.
+    """
+
+    objective: Literal["additional_traffic_bytes", "peak_bytes"]
+    value: int
+    bound: int
+    proved_by: Literal["ilp", "lp", "cp", "exhaustive", "analytic"]
+    scope: Literal["order", "residency", "address"]
+
+    @property
+    def gap(self) -> float:
+        """``(value - bound) / value``: 0 is optimal, 1 means nothing is proven."""
+        return 0.0 if self.value <= self.bound else (self.value - self.bound) / self.value
+
+
+class PassRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one pass did: its path name with options, the seconds it took, what it proved, and a remark for the user."""
+
+    name: str
+    seconds: float
+    certificate: Certificate | None = None
+    note: str = ""
+
+
+class Source(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where the model came from, so that a saved plan can be bound to its weights again.
+
+    ``sha256`` is of the model file's bytes; ``dims`` bound symbolic dimensions; ``fill_seed`` says that all-equal
+    weights were replaced by random ones; ``operators`` counts how operators were imported, by kind and type.
+    """
+
+    path: str = ""
+    sha256: str = ""
+    dims: dict[str, int] = {}
+    fill_seed: int | None = None
+    operators: dict[str, dict[str, int]] = {}
+
+
+class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A graph woven onto a machine.
+
+    ``streamed`` names weight and constant buffers that operators read directly from backing memory, each read moving
+    the buffer's bytes once; everything else an operator touches must be resident in the scratchpad.
+    """
+
+    graph: Graph
+    machine: HardwareModel
+    instructions: tuple[Instruction, ...]
+    residences: tuple[Residence, ...] | None = None
+    streamed: tuple[str, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
+    source: Source = Source()
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def of_order(
+        cls,
+        graph: Graph,
+        machine: HardwareModel,
+        order: Iterable[int] | None = None,
+        *,
+        streamed: Iterable[str] = (),
+        source: Source | None = None,
+    ) -> Plan:
+        """A plan that has decided nothing but the order (operator indices; program order when ``None``)."""
+        indices = range(len(graph.ops)) if order is None else order
+        runs = tuple(Run(graph.ops[i].name) for i in indices)
+        return cls(graph, machine, runs, streamed=tuple(sorted(streamed)), source=source or Source())
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Operator indices in the order the plan runs them."""
+        index = {op.name: i for i, op in enumerate(self.graph.ops)}
+        return tuple(index[i.op] for i in self.instructions if isinstance(i, Run))
+
+    def with_order(self, order: Iterable[int]) -> Plan:
+        """The same plan with another order; residences, offsets and times are dropped."""
+        fresh = Plan.of_order(self.graph, self.machine, order, streamed=self.streamed, source=self.source)
+        return msgspec.structs.replace(fresh, passes=self.passes)
+
+    def with_record(self, record: PassRecord) -> Plan:
+        """The same plan with one more pass recorded."""
+        return msgspec.structs.replace(self, passes=(*self.passes, record))
+
+    @property
+    def certificates(self) -> tuple[Certificate, ...]:
+        """Certificates of all passes, in the order they ran."""
+        return tuple(record.certificate for record in self.passes if record.certificate is not None)
+
+    def to_json(self) -> bytes:
+        """The plan as JSON, the same bytes for the same plan."""
+        return msgspec.json.format(msgspec.json.encode(self, order="deterministic"), indent=1)
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: not JSON, another schema version, a missing or mistyped field, or a graph or machine that
+                contradicts itself. Whether the plan is *right* is the verifier's question.
+        """
+        try:
+            version = msgspec.json.decode(data, type=_Header).schema_version
+            if version != SCHEMA_VERSION:
+                raise PlanError(
+                    f"the plan has schema version {version}; this opweave reads version {SCHEMA_VERSION}",
+                    hint="compile the model again with this version of opweave",
+                )
+            return msgspec.json.decode(data, type=cls)
+        except PlanError:
+            raise
+        except OpweaveError as error:
+            raise PlanError(f"the plan contradicts itself: {error.message}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise PlanError(f"not a plan: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON to ``path``, creating its folder."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a JSON file. Raises PlanError as ``from_json``, and when the file cannot be read."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise PlanError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
+        return cls.from_json(data)
+
+
+class _Header(msgspec.Struct):
+    schema_version: int = SCHEMA_VERSION

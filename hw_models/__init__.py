@@ -1,0 +1,1 @@
+"""Machines: typed descriptions with units, and their cost model."""

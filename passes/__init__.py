@@ -1,0 +1,1 @@
+"""Passes: one decision a folder, one method a file; a pass is named by its path."""

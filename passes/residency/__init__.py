@@ -1,0 +1,1 @@
+"""Which buffers stay in the scratchpad, for a fixed order."""
