@@ -1,0 +1,158 @@
+"""What an order decides about: dependencies, buffers with their users, and what an order costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...compiler.pipeline import Decision
+from ...compiler.plan import Certificate, Plan
+
+__all__ = ["OrderProblem", "decide"]
+
+NOT_RESIDENT = -1
+
+
+@dataclass(frozen=True)
+class OrderProblem:
+    """Operators and planned buffers as indices; streamed and empty buffers occupy nothing and are left out.
+
+    ``nbytes`` and ``footprint`` are per buffer, in bytes: its size, and its size rounded up to the scratchpad's
+    alignment. ``touches`` and ``writes`` list buffers per operator, ``users`` operators per buffer in program order.
+    ``is_source`` says that the buffer exists in backing memory beforehand; ``final_writer`` is the operator that
+    leaves an output's final bytes (-1 for other buffers). ``capacity`` is the scratchpad's bytes, raised to the
+    largest working set where it is smaller: no order can go below that.
+    """
+
+    capacity: int
+    predecessors: tuple[tuple[int, ...], ...]
+    successors: tuple[tuple[int, ...], ...]
+    nbytes: tuple[int, ...]
+    footprint: tuple[int, ...]
+    touches: tuple[tuple[int, ...], ...]
+    writes: tuple[frozenset[int], ...]
+    users: tuple[tuple[int, ...], ...]
+    is_source: tuple[bool, ...]
+    final_writer: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> OrderProblem:
+        """The order problem of ``plan``'s graph on its machine; the plan's own order plays no part."""
+        graph = plan.graph
+        streamed = set(plan.streamed)
+        names = [name for name, base in graph.buffers.items() if base.nbytes and name not in streamed]
+        index = {name: i for i, name in enumerate(names)}
+        touches = tuple(tuple(index[b] for b in buffers if b in index) for buffers in graph.touches)
+        users: list[list[int]] = [[] for _ in names]
+        final_writer = [-1] * len(names)
+        for op, buffers in enumerate(graph.writes):
+            for buffer in touches[op]:
+                users[buffer].append(op)
+            for name in buffers:
+                if name in graph.output_buffers and name in index:
+                    final_writer[index[name]] = op
+        alignment = plan.machine.scratchpad_memory.alignment_bytes
+        nbytes = tuple(graph.buffers[name].nbytes for name in names)
+        footprint = tuple(-(-size // alignment) * alignment for size in nbytes)
+        largest = max((sum(footprint[b] for b in buffers) for buffers in touches), default=0)
+        return cls(
+            capacity=max(plan.machine.scratchpad_memory.capacity_bytes, largest),
+            predecessors=graph.predecessors,
+            successors=graph.successors,
+            nbytes=nbytes,
+            footprint=footprint,
+            touches=touches,
+            writes=tuple(frozenset(index[b] for b in buffers if b in index) for buffers in graph.writes),
+            users=tuple(map(tuple, users)),
+            is_source=tuple(graph.buffers[name].role.is_source for name in names),
+            final_writer=tuple(final_writer),
+        )
+
+    def largest_working_set(self) -> int:
+        """Bytes of the largest working set of one operator: every order's peak is at least that."""
+        return max((sum(self.nbytes[b] for b in buffers) for buffers in self.touches), default=0)
+
+    def peak_bytes(self, order: Sequence[int]) -> int:
+        """Largest sum of live bytes, every buffer being live from its first to its last use."""
+        left = [len(users) for users in self.users]
+        live = peak = 0
+        for op in order:
+            for buffer in self.touches[op]:
+                if left[buffer] == len(self.users[buffer]):
+                    live += self.nbytes[buffer]
+                left[buffer] -= 1
+            peak = max(peak, live)
+            live -= sum(self.nbytes[b] for b in self.touches[op] if not left[b])
+        return peak
+
+    def spill_bytes(self, order: Sequence[int]) -> int:
+        """Additional traffic of ``order`` in bytes, under the better of two eviction rules at ``capacity``.
+
+        The rules are furthest next use (Belady) and least cost for the room made. Both account exactly for what is
+        clean, what must be stored first, and outputs that are stored anyway, so this is an upper bound on the
+        least additional traffic of the order.
+        """
+        uses: list[list[int]] = [[] for _ in self.users]
+        for step, op in enumerate(order):
+            for buffer in self.touches[op]:
+                uses[buffer].append(step)
+        furthest = self._evict(order, uses, by_cost=False)
+        return min(furthest, self._evict(order, uses, by_cost=True)) if furthest else 0
+
+    def _evict(self, order: Sequence[int], uses: list[list[int]], *, by_cost: bool) -> int:
+        cursor = [0] * len(uses)  # index into uses of each buffer's next use
+        clean = list(self.is_source)
+        resident: set[int] = set()
+        used = traffic = 0
+        for op in order:
+            touched = self.touches[op]
+            missing = [b for b in touched if b not in resident]
+            need = used + sum(self.footprint[b] for b in missing)
+            if need > self.capacity:
+                candidates = {b: uses[b][cursor[b]] for b in resident.difference(touched)}
+                for victim in self._victims(candidates, need - self.capacity, clean, by_cost=by_cost):
+                    traffic += self.nbytes[victim] * (1 if clean[victim] else 2)
+                    clean[victim] = True
+                    need -= self.footprint[victim]
+                    resident.discard(victim)
+            used = need
+            resident.update(missing)
+            for buffer in self.writes[op]:
+                clean[buffer] = self.final_writer[buffer] == op
+            for buffer in touched:
+                cursor[buffer] += 1
+                if cursor[buffer] == len(uses[buffer]):
+                    resident.discard(buffer)
+                    used -= self.footprint[buffer]
+        return traffic
+
+    def _victims(self, candidates: dict[int, int], deficit: int, clean: list[bool], *, by_cost: bool) -> list[int]:
+        if not by_cost:
+            ranked = sorted(candidates, key=lambda b: (-candidates[b], -self.footprint[b], b))
+            return _until(ranked, deficit, self.footprint)
+        cost = {b: self.nbytes[b] * (1 if clean[b] else 2) for b in candidates}
+        ranked = sorted(candidates, key=lambda b: (cost[b] / self.footprint[b], -candidates[b], b))
+        several = _until(ranked, deficit, self.footprint)
+        single = min(
+            (b for b in candidates if self.footprint[b] >= deficit),
+            key=lambda b: (cost[b], -candidates[b], b),
+            default=None,
+        )
+        return several if single is None or sum(cost[b] for b in several) < cost[single] else [single]
+
+
+def _until(ranked: list[int], deficit: int, footprint: Sequence[int]) -> list[int]:
+    chosen: list[int] = []
+    for buffer in ranked:
+        if deficit <= 0:
+            break
+        chosen.append(buffer)
+        deficit -= footprint[buffer]
+    return chosen
+
+
+def decide(plan: Plan, problem: OrderProblem, order: Sequence[int], *, note: str = "") -> Decision:
+    """``plan`` with ``order``, certified by its peak against the largest working set, a bound for every order."""
+    peak = problem.peak_bytes(order)
+    certificate = Certificate("peak_bytes", peak, problem.largest_working_set(), "analytic", "order")
+    return Decision(plan.with_order(order), certificate, note)
