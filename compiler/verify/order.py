@@ -1,0 +1,142 @@
+"""Each operator once, in an order that respects every dependency; names that exist; decisions taken whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...hw_models.model import EngineKind
+from ..graph import Role
+from ..plan import Plan, Run
+from .facts import Facts
+from .faults import Fault, Finding
+
+__all__ = ["check_names", "check_order", "check_whole", "first_runs"]
+
+_STREAMABLE = (Role.WEIGHT, Role.CONSTANT, Role.OPTIMIZER_STATE)
+
+
+def first_runs(plan: Plan, facts: Facts) -> dict[int, int]:
+    """Step of the first Run of each operator that has one, by the operator's position in the graph."""
+    steps: dict[int, int] = {}
+    for step, instruction in enumerate(plan.instructions):
+        if isinstance(instruction, Run) and instruction.op in facts.op_index:
+            steps.setdefault(facts.op_index[instruction.op], step)
+    return steps
+
+
+def check_order(plan: Plan, facts: Facts) -> Iterator[Finding]:
+    """Each operator exactly once, after every operator it depends on."""
+    steps = first_runs(plan, facts)
+    for step, instruction in enumerate(plan.instructions):
+        if not isinstance(instruction, Run):
+            continue
+        if instruction.op not in facts.op_index:
+            yield Finding(Fault.OPERATOR_UNKNOWN, f"the graph has no operator {instruction.op!r}", step)
+        elif (first := steps[facts.op_index[instruction.op]]) != step:
+            yield Finding(
+                Fault.OPERATOR_REPEATED, f"operator {instruction.op!r} ran already at step {first}; it runs once", step
+            )
+    for index, op in enumerate(plan.graph.ops):
+        if index not in steps:
+            yield Finding(Fault.OPERATOR_MISSING, f"operator {op.name!r} never runs; it runs once")
+    yield from _check_dependencies(plan, facts, steps)
+
+
+def _check_dependencies(plan: Plan, facts: Facts, steps: dict[int, int]) -> Iterator[Finding]:
+    """Read after write, write after read and write after write, buffer by buffer in program order."""
+    writer: dict[str, int] = {}
+    readers: dict[str, list[int]] = {}
+    for index in range(len(plan.graph.ops)):
+        for buffer in facts.reads[index]:
+            if buffer in writer:
+                yield from _after(plan, steps, index, writer[buffer], f"reads {buffer!r}, which it writes")
+        for buffer in facts.writes[index]:
+            if buffer in writer:
+                yield from _after(plan, steps, index, writer[buffer], f"overwrites {buffer!r}, which it writes")
+            for reader in readers.pop(buffer, ()):
+                yield from _after(plan, steps, index, reader, f"overwrites {buffer!r}, which it reads")
+            writer[buffer] = index
+        for buffer in facts.reads[index]:
+            if buffer not in facts.writes[index]:
+                readers.setdefault(buffer, []).append(index)
+
+
+def _after(plan: Plan, steps: dict[int, int], index: int, before: int, why: str) -> Iterator[Finding]:
+    if index in steps and before in steps and steps[index] <= steps[before]:
+        name, other = plan.graph.ops[index].name, plan.graph.ops[before].name
+        yield Finding(
+            Fault.DEPENDENCY_VIOLATED,
+            f"operator {name!r} must run after {other!r}, at step {steps[before]}: it {why}",
+            steps[index],
+        )
+
+
+def check_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
+    """Buffers, memories and engines exist and are of the right kind; streamed buffers may be streamed."""
+    kinds = {engine.name: engine.kind for engine in plan.machine.engines}
+    for step, instruction in enumerate(plan.instructions):
+        if not isinstance(instruction, Run) and instruction.buffer not in facts.nbytes:
+            yield Finding(Fault.BUFFER_UNKNOWN, f"the graph has no buffer {instruction.buffer!r}", step)
+        if not instruction.engine and instruction.start_s is None:
+            continue
+        wanted = EngineKind.COMPUTE if isinstance(instruction, Run) else EngineKind.COPY
+        kind = kinds.get(instruction.engine)
+        if kind is None:
+            message = f"machine {plan.machine.name!r} has no engine {instruction.engine!r}; it has {', '.join(kinds)}"
+            yield Finding(Fault.ENGINE_UNKNOWN, message, step)
+        elif kind is not wanted:
+            message = f"engine {instruction.engine!r} is of kind {kind.value}, this instruction needs {wanted.value}"
+            yield Finding(Fault.ENGINE_OF_WRONG_KIND, message, step)
+    yield from _check_streamed(plan, facts)
+    yield from _check_residence_names(plan, facts)
+
+
+def _check_residence_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
+    memories = [memory.name for memory in plan.machine.memories]
+    for residence in plan.residences or ():
+        if residence.buffer not in facts.nbytes:
+            message = f"the graph has no buffer {residence.buffer!r}, which has a residence"
+            yield Finding(Fault.BUFFER_UNKNOWN, message, residence.begin)
+        if residence.memory not in memories:
+            message = f"buffer {residence.buffer!r} lies in memory {residence.memory!r}; known: {', '.join(memories)}"
+            yield Finding(Fault.MEMORY_UNKNOWN, message, residence.begin)
+        elif residence.memory != plan.machine.scratchpad:
+            message = f"buffer {residence.buffer!r} lies in {residence.memory!r}, expected {plan.machine.scratchpad!r}"
+            yield Finding(Fault.NOT_THE_SCRATCHPAD, message, residence.begin)
+
+
+def _check_streamed(plan: Plan, facts: Facts) -> Iterator[Finding]:
+    written = {buffer for buffers in facts.writes for buffer in buffers}
+    resident = {residence.buffer for residence in plan.residences or ()}
+    for buffer in sorted(set(plan.streamed)):
+        if buffer not in facts.nbytes:
+            yield Finding(Fault.BUFFER_UNKNOWN, f"the graph has no buffer {buffer!r}, which the plan streams")
+            continue
+        if facts.role[buffer] not in _STREAMABLE:
+            allowed = ", ".join(role.value for role in _STREAMABLE)
+            message = f"buffer {buffer!r} is streamed but has role {facts.role[buffer].value}; allowed: {allowed}"
+            yield Finding(Fault.STREAMED_ILLEGALLY, message)
+        elif buffer in written:
+            message = f"buffer {buffer!r} is streamed but an operator writes it; only what is never written may be"
+            yield Finding(Fault.STREAMED_ILLEGALLY, message)
+        if buffer in resident:
+            message = f"buffer {buffer!r} is streamed and has a residence too; it may have one of the two"
+            yield Finding(Fault.STREAMED_ILLEGALLY, message)
+
+
+def check_whole(plan: Plan) -> Iterator[Finding]:
+    """A decision is taken for everything it concerns or for nothing."""
+    if plan.residences is None:
+        moves = [step for step, i in enumerate(plan.instructions) if not isinstance(i, Run)]
+        if moves:
+            yield Finding(Fault.PARTLY_DECIDED, "the plan loads or stores but has no residences", moves[0])
+    else:
+        placed = sum(residence.offset is not None for residence in plan.residences)
+        if 0 < placed < len(plan.residences):
+            message = f"{placed} of {len(plan.residences)} residences have an offset; all have one or none has"
+            yield Finding(Fault.PARTLY_DECIDED, message)
+    moments = [moment for i in plan.instructions for moment in (i.start_s, i.finish_s)]
+    known = sum(moment is not None for moment in moments)
+    if 0 < known < len(moments):
+        message = f"{known} of {len(moments)} start and finish times are given; all are or none is"
+        yield Finding(Fault.PARTLY_DECIDED, message)
