@@ -1,0 +1,173 @@
+"""Pictures of a plan as PNG files, drawn by matplotlib's Agg canvas without any of its global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from ..plan import Plan
+from ..verify import Verification, verify
+from . import view
+from .figure import Rectangle, bytes_axis, fill, legend, new_figure, plain, remark, save, steps_axis, time_axis
+from .palette import BOUND_COLOUR, CAPACITY_COLOUR, CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
+from .units import format_bytes, format_percent
+
+__all__ = ["CurvePoint", "live_bytes", "memory_map", "timeline", "traffic", "traffic_curve"]
+
+_MOST_BUFFERS = 25
+
+
+class CurvePoint(NamedTuple):
+    """What one scratchpad size costs: additional traffic of the best plan found, and a proven lower bound, in bytes."""
+
+    capacity_bytes: int
+    additional_bytes: int
+    bound_bytes: int
+
+
+def memory_map(plan: Plan, path: str | Path) -> None:
+    """Addresses over time (over steps for an untimed plan), one rectangle a residence, coloured by role."""
+    figure, axes = _figure(f"Memory map of {plain(plan.machine.scratchpad)}", plan, 900)
+    timed = view.is_timed(plan)
+    groups: dict[str, list[Rectangle]] = {}
+    for region in view.regions(plan):
+        if region.offset is not None:
+            left, right = _across(region.start_s, region.finish_s, region.begin, region.end, timed)
+            box = (left, right, region.offset, region.offset + region.nbytes)
+            groups.setdefault(region.role, []).append(box)
+    fill(axes, groups, ROLE_COLOURS)
+    _capacity(axes, plan)
+    axes.set_ylabel(f"address in {plain(plan.machine.scratchpad)}")
+    _horizontal(axes, plan)
+    if not groups:
+        remark(axes, "no addresses are decided")
+    save(figure, Path(path))
+
+
+def timeline(plan: Plan, path: str | Path) -> None:
+    """What every engine does over time; an untimed plan shows its instructions by kind, over steps."""
+    timed = view.is_timed(plan)
+    instructions = view.bars(plan)
+    lanes = list(dict.fromkeys([e.name for e in plan.machine.engines] + [b.engine for b in instructions]))
+    if not timed:
+        lanes = ["run", "load", "store"]
+    figure, axes = _figure("Engines", plan, 260 + 110 * len(lanes))
+    groups: dict[str, list[Rectangle]] = {}
+    for bar in instructions:
+        lane = lanes.index(bar.engine if timed else bar.kind)
+        left, right = _across(bar.start_s, bar.finish_s, bar.step, bar.step + 1, timed)
+        groups.setdefault(bar.category, []).append((left, right, lane - 0.38, lane + 0.38))
+    fill(axes, groups, CATEGORY_COLOURS)
+    axes.set_yticks(range(len(lanes)), [plain(lane) for lane in lanes], parse_math=False)
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    _horizontal(axes, plan)
+    if not instructions:
+        remark(axes, "the plan is empty")
+    save(figure, Path(path))
+
+
+def live_bytes(plan: Plan, path: str | Path) -> None:
+    """Bytes held in the scratchpad against its capacity, over time (over steps for an untimed plan)."""
+    figure, axes = _figure(f"Bytes held in {plain(plan.machine.scratchpad)}", plan, 600)
+    if plan.residences is None:
+        remark(axes, "no residences are decided")
+    elif view.is_timed(plan):
+        points = view.live_over_time(plan)
+        axes.stairs([held for _, held in points[:-1]], [t for t, _ in points] or [0.0], fill=True, color="#56b4e9")
+    else:
+        profile = view.live_bytes(plan)
+        axes.stairs(profile, range(len(profile) + 1), fill=True, color="#56b4e9")
+    _capacity(axes, plan)
+    axes.set_ylabel("bytes held")
+    _horizontal(axes, plan)
+    save(figure, Path(path))
+
+
+def traffic(plan: Plan, path: str | Path, verification: Verification | None = None) -> None:
+    """Off-chip bytes of the tensors that move most, split into compulsory and additional, by the verifier's count."""
+    counted = verification or verify(plan)
+    most = [t for t in counted.traffic if t.total_bytes][:_MOST_BUFFERS]
+    figure, axes = _figure("Off-chip traffic by tensor", plan, 260 + 26 * max(len(most), 4))
+    rows = range(len(most))
+    compulsory = [min(t.compulsory_bytes, t.total_bytes) for t in most]
+    additional = [t.total_bytes - c for t, c in zip(most, compulsory, strict=True)]
+    axes.barh(rows, compulsory, color=TRAFFIC_COLOURS["compulsory"], height=0.72)
+    axes.barh(rows, additional, left=compulsory, color=TRAFFIC_COLOURS["additional"], height=0.72)
+    axes.set_yticks(rows, [plain(t.buffer, 44) for t in most], fontsize=9, parse_math=False)
+    axes.set_ylim(max(len(most), 4) - 0.4, -0.6)
+    bytes_axis(axes, max((t.total_bytes for t in most), default=1), vertical=False)
+    axes.set_xlabel(f"bytes moved; the {len(most)} of {len(counted.traffic):,} tensors that move most")
+    totals = {"compulsory": counted.compulsory_bytes, "additional": counted.additional_bytes}
+    legend(
+        axes,
+        [Patch(facecolor=TRAFFIC_COLOURS[k], label=f"{k} (in all {format_bytes(v)})") for k, v in totals.items()],
+    )
+    if not most:
+        remark(axes, "nothing is moved" if plan.residences is not None else "no residences are decided")
+    save(figure, Path(path))
+
+
+def traffic_curve(points: Iterable[CurvePoint | tuple[int, int, int]], path: str | Path, title: str = "") -> None:
+    """What each scratchpad size costs: additional traffic over capacity, with the proven bound below it.
+
+    ``points`` are ``(capacity_bytes, additional_bytes, bound_bytes)`` in any order. Capacity is on a binary
+    logarithmic axis; traffic on a linear one, because it reaches 0.
+    """
+    ordered = sorted(CurvePoint(*point) for point in points)
+    figure, axes = new_figure("Additional off-chip traffic by scratchpad size", plain(title, 150), 800)
+    sizes = [p.capacity_bytes for p in ordered]
+    values, bounds = [p.additional_bytes for p in ordered], [p.bound_bytes for p in ordered]
+    axes.plot(sizes, values, drawstyle="steps-post", color=TRAFFIC_COLOURS["additional"], marker="o", linewidth=2)
+    axes.plot(sizes, bounds, drawstyle="steps-post", color=BOUND_COLOUR, marker="_", linewidth=1.4, linestyle="--")
+    axes.fill_between(sizes, bounds, values, step="post", color=TRAFFIC_COLOURS["additional"], alpha=0.15)
+    worst = max((p.additional_bytes - p.bound_bytes) / p.additional_bytes if p.additional_bytes else 0 for p in ordered)
+    bytes_axis(axes, max(round(max(values, default=0) * 1.08), 1))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
+    axes.set_xlabel("scratchpad capacity")
+    axes.set_ylabel("additional traffic")
+    legend(
+        axes,
+        [
+            Patch(facecolor=TRAFFIC_COLOURS["additional"], label="best plan found"),
+            Patch(facecolor=BOUND_COLOUR, label=f"proven lower bound (largest gap {format_percent(worst)})"),
+        ],
+    )
+    save(figure, Path(path))
+
+
+def _figure(title: str, plan: Plan, pixels_high: int) -> tuple[Figure, Axes]:
+    steps = len(plan.instructions)
+    subtitle = f"{plain(plan.graph.name)} on {plain(plan.machine.name)}, {steps:,} instructions"
+    return new_figure(title, subtitle, pixels_high)
+
+
+def _across(
+    start_s: float | None, finish_s: float | None, begin: int, end: int, timed: bool
+) -> tuple[float, float]:
+    return (start_s or 0.0, finish_s or 0.0) if timed else (begin, end)
+
+
+def _horizontal(axes: Axes, plan: Plan) -> None:
+    if view.is_timed(plan):
+        time_axis(axes, max(i.finish_s or 0.0 for i in plan.instructions))
+    else:
+        steps_axis(axes, len(plan.instructions))
+
+
+def _capacity(axes: Axes, plan: Plan) -> None:
+    """The capacity as a line, and everything up to the highest byte in sight."""
+    capacity = plan.machine.scratchpad_memory.capacity_bytes
+    shown = view.regions(plan)
+    ends = [(region.offset or 0) + region.nbytes for region in shown]
+    highest = max([capacity, *view.live_bytes(plan), *ends])
+    bytes_axis(axes, round(highest * 1.06))
+    axes.axhline(capacity, color=CAPACITY_COLOUR, linewidth=1.6)
+    label = f"capacity {format_bytes(capacity)}"
+    axes.text(0.004, capacity, label, transform=axes.get_yaxis_transform(), va="bottom", color=CAPACITY_COLOUR)
