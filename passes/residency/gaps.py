@@ -1,0 +1,212 @@
+"""What a residency of a fixed order decides: for each gap between two uses of a buffer, keep it or drop it.
+
+A *use* is an operator that reads or writes the buffer; a *position* is an index into the order. Between its uses ``k``
+and ``k + 1`` a buffer either stays resident, or is dropped after use ``k`` and loaded again before use ``k + 1``; any
+residency moves at least as many bytes as the one with the same gaps kept, so nothing else needs deciding. A dropped
+gap costs one load, and one store for each *version* (the content left by one write) that backing memory does not
+hold anyway: sources start there, and the last version of an output is stored whatever else is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...compiler.plan import Certificate, Plan, Run
+from .workset import aligned_bytes, planned_buffers
+
+__all__ = ["Cut", "Gap", "GapProblem", "Interval", "Lifetime", "gaps_of_residences"]
+
+
+class Gap(NamedTuple):
+    """The stretch between use ``after`` and use ``after + 1`` of ``buffer``, counted along the order from 0."""
+
+    buffer: str
+    after: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Gaps that cannot all be kept together, because the residences they make cannot be placed together."""
+
+    gaps: frozenset[Gap]
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """The uses of one buffer: their ``positions``, and the version it holds after each of them.
+
+    Versions count writes; 0 is a source's content before the first operator. ``backed`` are the versions that backing
+    memory holds at no additional cost. ``stored_after`` is the use after which an output's last version is stored.
+    """
+
+    buffer: str
+    nbytes: int
+    is_source: bool
+    positions: tuple[int, ...]
+    versions: tuple[int, ...]
+    backed: frozenset[int]
+    stored_after: int | None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One gap as the solvers see it.
+
+    While positions ``begin`` to ``end - 1`` run, keeping it takes ``sizes[d]`` of capacity dimension ``d``. Dropping
+    it moves ``nbytes``, and as many again, once for all gaps with the same ``version``, unless that is ``None``.
+    """
+
+    gap: Gap
+    begin: int
+    end: int
+    nbytes: int
+    sizes: tuple[int, ...]
+    version: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class GapProblem:
+    """Every gap of one order on one machine, and the room that operators leave for keeping them.
+
+    ``room[d, p]`` is what the working set of the operator at position ``p`` leaves of dimension ``d``. There is one
+    dimension, bytes rounded up to the scratchpad's alignment, and a second one of plain bytes when the capacity is no
+    multiple of the alignment; both are necessary for a placement. ``base_bytes`` is additional traffic that no
+    residency avoids: streamed buffers read again, and sources that are only written.
+    """
+
+    lifetimes: tuple[Lifetime, ...]
+    intervals: tuple[Interval, ...]
+    room: NDArray[np.int64]
+    base_bytes: int
+
+    @classmethod
+    def of(cls, plan: Plan, *, reserve_bytes: int = 0) -> GapProblem:
+        """The problem of ``plan``'s order; ``reserve_bytes`` of the capacity are held back from keeping gaps."""
+        memory = plan.machine.scratchpad_memory
+        capacities = [aligned_bytes(memory.capacity_bytes, memory.alignment_bytes)]
+        if capacities[0] != memory.capacity_bytes:
+            capacities.append(memory.capacity_bytes)
+        lifetimes = _lifetimes(plan)
+        room = np.repeat(np.array(capacities, dtype=np.int64)[:, None] - reserve_bytes, len(plan.graph.ops), axis=1)
+        intervals: list[Interval] = []
+        for lifetime in lifetimes:
+            sizes = (aligned_bytes(lifetime.nbytes, memory.alignment_bytes), lifetime.nbytes)[: len(capacities)]
+            room[:, list(lifetime.positions)] -= np.array(sizes)[:, None]
+            intervals.extend(_intervals(lifetime, sizes))
+        return cls(lifetimes, tuple(intervals), np.maximum(room, 0), _base_bytes(plan))
+
+    @cached_property
+    def index(self) -> dict[Gap, int]:
+        """Index into ``intervals`` of each gap."""
+        return {interval.gap: i for i, interval in enumerate(self.intervals)}
+
+    def additional_bytes(self, dropped: Iterable[int]) -> int:
+        """Additional traffic when the intervals ``dropped`` are dropped and all others kept."""
+        chosen = [self.intervals[i] for i in dropped]
+        stored = {interval.version: interval.nbytes for interval in chosen if interval.version is not None}
+        return self.base_bytes + sum(interval.nbytes for interval in chosen) + sum(stored.values())
+
+    def slack(self, dropped: Collection[int]) -> NDArray[np.int64]:
+        """Capacity left over, by dimension and position, with all but ``dropped`` kept; negative is too much kept."""
+        steps = np.zeros((self.room.shape[0], self.room.shape[1] + 1), dtype=np.int64)
+        for i, interval in enumerate(self.intervals):
+            if i not in dropped:
+                steps[:, interval.begin] += interval.sizes
+                steps[:, interval.end] -= interval.sizes
+        return self.room - np.cumsum(steps, axis=1)[:, :-1]
+
+    def certificate(self, dropped: Iterable[int], bound: int | None = None) -> Certificate:
+        """The certificate of a residency: with the ILP's ``bound``, or without one what no residency avoids."""
+        proved_by = "analytic" if bound is None else "ilp"
+        value = self.additional_bytes(dropped)
+        return Certificate(
+            "additional_traffic_bytes", value, self.base_bytes if bound is None else bound, proved_by, "residency"
+        )
+
+
+def gaps_of_residences(plan: Plan, indices: Iterable[int]) -> Cut:
+    """The cut that follows when the residences with these ``indices`` into ``plan.residences`` cannot be placed.
+
+    It holds every gap kept inside them: a residency that keeps all of these has each of the buffers resident during
+    the same operators again, so the same residences, or longer ones, would have to be placed together.
+    """
+    chosen = list(indices)
+    residences = [(plan.residences or ())[i] for i in chosen]
+    steps_of: dict[str, list[int]] = {residence.buffer: [] for residence in residences}
+    touches = {op.name: touched for op, touched in zip(plan.graph.ops, plan.graph.touches, strict=True)}
+    for step, instruction in enumerate(plan.instructions):
+        if isinstance(instruction, Run):
+            for buffer in touches[instruction.op]:
+                if buffer in steps_of:
+                    steps_of[buffer].append(step)
+    gaps: set[Gap] = set()
+    for residence in residences:
+        inside = [k for k, step in enumerate(steps_of[residence.buffer]) if residence.begin <= step < residence.end]
+        gaps.update(Gap(residence.buffer, k) for k in inside[:-1])
+    return Cut(frozenset(gaps))
+
+
+def _lifetimes(plan: Plan) -> tuple[Lifetime, ...]:
+    graph = plan.graph
+    uses: dict[str, list[tuple[int, bool]]] = {name: [] for name in planned_buffers(plan)}
+    for position, op in enumerate(plan.order):
+        for buffer in graph.touches[op]:
+            if buffer in uses:
+                uses[buffer].append((position, buffer in graph.writes[op]))
+    return tuple(_lifetime(plan, buffer, found) for buffer, found in uses.items() if found)
+
+
+def _lifetime(plan: Plan, buffer: str, uses: list[tuple[int, bool]]) -> Lifetime:
+    base = plan.graph.buffers[buffer]
+    versions: list[int] = []
+    for _, writes in uses:
+        versions.append((versions[-1] if versions else 0) + writes)
+    is_output = buffer in plan.graph.output_buffers
+    backed = {0} if base.role.is_source else set()
+    if is_output:
+        backed.add(versions[-1])
+    return Lifetime(
+        buffer,
+        base.nbytes,
+        base.role.is_source,
+        tuple(position for position, _ in uses),
+        tuple(versions),
+        frozenset(backed),
+        versions.index(versions[-1]) if is_output else None,
+    )
+
+
+def _intervals(lifetime: Lifetime, sizes: tuple[int, ...]) -> Iterable[Interval]:
+    for after, (begin, end) in enumerate(zip(lifetime.positions, lifetime.positions[1:], strict=False)):
+        version = lifetime.versions[after]
+        yield Interval(
+            Gap(lifetime.buffer, after),
+            begin + 1,
+            end,
+            lifetime.nbytes,
+            sizes,
+            None if version in lifetime.backed else (lifetime.buffer, version),
+        )
+
+
+def _base_bytes(plan: Plan) -> int:
+    graph = plan.graph
+    readers = dict.fromkeys(graph.buffers, 0)
+    written: set[str] = set()
+    for reads, writes in zip(graph.reads, graph.writes, strict=True):
+        written.update(writes)
+        for buffer in reads:
+            readers[buffer] += 1
+    again = sum((readers[b] - 1) * graph.buffers[b].nbytes for b in plan.streamed if readers[b])
+    only_written = sum(
+        base.nbytes
+        for name, base in graph.buffers.items()
+        if base.role.is_source and name in written and not readers[name]
+    )
+    return again + only_written
