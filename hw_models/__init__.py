@@ -1,1 +1,33 @@
 """Machines: typed descriptions with units, and their cost model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cost import op_seconds, transfer_seconds
+    from .model import Engine, EngineKind, HardwareModel, Link, Memory
+    from .registry import load, names, parse_bytes
+
+__all__ = [
+    "Engine",
+    "EngineKind",
+    "HardwareModel",
+    "Link",
+    "Memory",
+    "load",
+    "names",
+    "op_seconds",
+    "parse_bytes",
+    "transfer_seconds",
+]
+
+_MODULE = {"op_seconds": "cost", "transfer_seconds": "cost", "load": "registry", "names": "registry"}
+_MODULE |= {"parse_bytes": "registry"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE.get(name, 'model')}", __name__), name)
