@@ -58,13 +58,21 @@ def new_figure(title: str, subtitle: str, pixels_high: int) -> tuple[Figure, Axe
 
 
 def fill(axes: Axes, groups: Mapping[str, Sequence[Rectangle]], colours: Mapping[str, str]) -> None:
-    """Draw the rectangles of each group in its colour, in the order of ``colours``, with a legend."""
-    few = sum(map(len, groups.values())) <= 400
+    """Draw the rectangles of each group in its colour, in the order of ``colours``, with a legend.
+
+    The axes have their limits already: rectangles of more than a few pixels get an edge, which would swallow others.
+    """
+    box = axes.get_window_extent()
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    widest, highest = 4 * abs(right - left) / box.width, 4 * abs(top - bottom) / box.height
     handles: list[Patch] = []
     for name in (name for name in colours if groups.get(name)):
-        corners = [[(a, c), (b, c), (b, d), (a, d)] for a, b, c, d in groups[name]]
-        edge = {"edgecolors": "white", "linewidths": 0.4} if few else {"edgecolors": "none", "linewidths": 0.0}
-        axes.add_collection(PolyCollection(corners, facecolors=colours[name], **edge), autolim=False)
+        for edged in (False, True):
+            shown = [r for r in groups[name] if (r[1] - r[0] > widest and r[3] - r[2] > highest) == edged]
+            corners = [[(a, c), (b, c), (b, d), (a, d)] for a, b, c, d in shown]
+            collection = PolyCollection(corners, facecolors=colours[name], linewidths=0.5 if edged else 0.0)
+            collection.set_edgecolor("white" if edged else "none")
+            axes.add_collection(collection, autolim=False)
         handles.append(Patch(facecolor=colours[name], label=f"{name.replace('_', ' ')} ({len(groups[name]):,})"))
     if handles:
         legend(axes, handles)
@@ -73,7 +81,9 @@ def fill(axes: Axes, groups: Mapping[str, Sequence[Rectangle]], colours: Mapping
 def legend(axes: Axes, handles: Iterable[Patch]) -> None:
     """A legend in one row above the axes, out of the data's way."""
     listed = list(handles)
-    axes.legend(handles=listed, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(listed), frameon=False, fontsize=10)
+    axes.legend(
+        handles=listed, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(listed), frameon=False, fontsize=10
+    )
 
 
 def bytes_axis(axes: Axes, highest: int, *, vertical: bool = True) -> None:

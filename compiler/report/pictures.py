@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,12 +23,20 @@ __all__ = ["CurvePoint", "live_bytes", "memory_map", "timeline", "traffic", "tra
 _MOST_BUFFERS = 25
 
 
-class CurvePoint(NamedTuple):
+class CurvePoint(Protocol):
     """What one scratchpad size costs: additional traffic of the best plan found, and a proven lower bound, in bytes."""
 
-    capacity_bytes: int
-    additional_bytes: int
-    bound_bytes: int
+    @property
+    def capacity_bytes(self) -> int:
+        """Capacity of the scratchpad."""
+
+    @property
+    def additional_bytes(self) -> int:
+        """Additional traffic of the best plan found."""
+
+    @property
+    def bound_bytes(self) -> int:
+        """What no plan can undercut."""
 
 
 def memory_map(plan: Plan, path: str | Path) -> None:
@@ -41,10 +49,10 @@ def memory_map(plan: Plan, path: str | Path) -> None:
             left, right = _across(region.start_s, region.finish_s, region.begin, region.end, timed)
             box = (left, right, region.offset, region.offset + region.nbytes)
             groups.setdefault(region.role, []).append(box)
-    fill(axes, groups, ROLE_COLOURS)
     _capacity(axes, plan)
-    axes.set_ylabel(f"address in {plain(plan.machine.scratchpad)}")
     _horizontal(axes, plan)
+    axes.set_ylabel(f"address in {plain(plan.machine.scratchpad)}")
+    fill(axes, groups, ROLE_COLOURS)
     if not groups:
         remark(axes, "no addresses are decided")
     save(figure, Path(path))
@@ -63,10 +71,10 @@ def timeline(plan: Plan, path: str | Path) -> None:
         lane = lanes.index(bar.engine if timed else bar.kind)
         left, right = _across(bar.start_s, bar.finish_s, bar.step, bar.step + 1, timed)
         groups.setdefault(bar.category, []).append((left, right, lane - 0.38, lane + 0.38))
-    fill(axes, groups, CATEGORY_COLOURS)
     axes.set_yticks(range(len(lanes)), [plain(lane) for lane in lanes], parse_math=False)
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     _horizontal(axes, plan)
+    fill(axes, groups, CATEGORY_COLOURS)
     if not instructions:
         remark(axes, "the plan is empty")
     save(figure, Path(path))
@@ -113,20 +121,20 @@ def traffic(plan: Plan, path: str | Path, verification: Verification | None = No
     save(figure, Path(path))
 
 
-def traffic_curve(points: Iterable[CurvePoint | tuple[int, int, int]], path: str | Path, title: str = "") -> None:
+def traffic_curve(points: Iterable[CurvePoint], path: str | Path, title: str = "") -> None:
     """What each scratchpad size costs: additional traffic over capacity, with the proven bound below it.
 
-    ``points`` are ``(capacity_bytes, additional_bytes, bound_bytes)`` in any order. Capacity is on a binary
-    logarithmic axis; traffic on a linear one, because it reaches 0.
+    ``points`` may come in any order. Capacity is on a binary logarithmic axis; traffic on a linear one, because it
+    reaches 0.
     """
-    ordered = sorted(CurvePoint(*point) for point in points)
+    ordered = sorted(points, key=lambda point: point.capacity_bytes)
     figure, axes = new_figure("Additional off-chip traffic by scratchpad size", plain(title, 150), 800)
     sizes = [p.capacity_bytes for p in ordered]
     values, bounds = [p.additional_bytes for p in ordered], [p.bound_bytes for p in ordered]
     axes.plot(sizes, values, drawstyle="steps-post", color=TRAFFIC_COLOURS["additional"], marker="o", linewidth=2)
     axes.plot(sizes, bounds, drawstyle="steps-post", color=BOUND_COLOUR, marker="_", linewidth=1.4, linestyle="--")
     axes.fill_between(sizes, bounds, values, step="post", color=TRAFFIC_COLOURS["additional"], alpha=0.15)
-    worst = max((p.additional_bytes - p.bound_bytes) / p.additional_bytes if p.additional_bytes else 0 for p in ordered)
+    worst = max((1 - p.bound_bytes / p.additional_bytes for p in ordered if p.additional_bytes), default=0.0)
     bytes_axis(axes, max(round(max(values, default=0) * 1.08), 1))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
@@ -148,9 +156,7 @@ def _figure(title: str, plan: Plan, pixels_high: int) -> tuple[Figure, Axes]:
     return new_figure(title, subtitle, pixels_high)
 
 
-def _across(
-    start_s: float | None, finish_s: float | None, begin: int, end: int, timed: bool
-) -> tuple[float, float]:
+def _across(start_s: float | None, finish_s: float | None, begin: int, end: int, timed: bool) -> tuple[float, float]:
     return (start_s or 0.0, finish_s or 0.0) if timed else (begin, end)
 
 
