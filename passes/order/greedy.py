@@ -13,7 +13,7 @@ __all__ = ["GreedyOrder"]
 
 @dataclass(frozen=True)
 class GreedyOrder:
-    """Run the ready operator with the least growth in live bytes; then the least it adds while running; then program order.
+    """Run the ready operator with the least growth in live bytes, then the least added meanwhile, then program order.
 
     *Given* a plan. *Result*: an order. With ``left[b]`` the users of buffer ``b`` still to run, operator ``i`` adds
     the footprints of its buffers that are not live yet and frees those it is the last to use; the growth is the
