@@ -1,3 +1,37 @@
-"""opweave weaves a model's operators onto an accelerator; see ``README.md``."""
+"""opweave weaves a model's operators onto an accelerator.
+
+``compile`` reads a PyTorch or ONNX model and returns a verified, executable space-time plan; ``load_plan`` reads a
+saved one; ``fit`` answers how small a scratchpad may be; ``hardware`` describes machines; ``onnx_backend`` is the
+ONNX Backend interface; ``errors`` holds every deliberate error.
+
+Importing this package imports neither torch nor a solver: everything below is resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from .api import CompiledModel as CompiledModel
+    from .api import compile as compile
+    from .api import fit as fit
+    from .api import hardware as hardware
+    from .api import load_plan as load_plan
+    from .api import onnx_backend as onnx_backend
 
 __version__ = "0.1.0"
+__all__ = ["CompiledModel", "compile", "errors", "fit", "hardware", "load_plan", "onnx_backend"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return importlib.import_module(".errors", __name__)
+    if name in __all__:
+        return getattr(importlib.import_module(".api", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,382 @@
+"""The command line: ``opweave compile | run | verify | fit | view | hw | passes``.
+
+Exit codes: 0 done; 1 outputs differ from the reference; 130 stopped by Ctrl-C, with the best plan so far written;
+anything else is the ``exit_code`` of the error (see ``errors.py``): 2 option, 3 model, 4 machine, 5 infeasible,
+6 plan file, 7 verification, 8 execution, 70 internal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .compiler.report.progress import watched
+from .errors import OptionError, OpweaveError
+
+if TYPE_CHECKING:
+    from .api import CompiledModel
+
+app = typer.Typer(
+    name="opweave",
+    help="Weave a model's operators onto an accelerator: order, residency and addresses, proven and executed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+hw = typer.Typer(help="Machines opweave can plan for.", no_args_is_help=True)
+app.add_typer(hw, name="hw")
+
+INTERRUPTED = 130
+DIFFERENT = 1
+
+ModelPath = Annotated[Path, typer.Argument(help="An .onnx model, or a plain operator graph .json.")]
+PlanPath = Annotated[Path, typer.Argument(help="A plan written by `opweave compile`.")]
+MachineName = Annotated[str, typer.Option("--machine", "-m", help="A name from `opweave hw list`, or a TOML file.")]
+Scratchpad = Annotated[
+    str | None, typer.Option(help="Scratchpad capacity, such as 1MiB; the machine's own if left out.")
+]
+Weights = Annotated[str, typer.Option(help="'streamed' from backing memory, or 'resident' in the scratchpad.")]
+PassOption = Annotated[str | None, typer.Option(help="A pass from `opweave passes`, options in parentheses.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds for all passes together.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Same input, same plan: one worker, fixed seeds.")]
+Dim = Annotated[list[str] | None, typer.Option("--dim", help="Bind a symbolic dimension: --dim batch=1.")]
+FillSeed = Annotated[int | None, typer.Option(help="Replace all-equal weights by random ones from this seed.")]
+Definitions = Annotated[
+    Path | None, typer.Option(help="Python file whose DEFINITIONS maps operator types to functions.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse operators that have no lowering of our own.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def main() -> None:
+    """Run the command line and exit with the documented code."""
+    try:
+        code = app(standalone_mode=False)
+    except OpweaveError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("opweave: abandoned\n")
+        sys.exit(INTERRUPTED)
+    except Exception as error:  # only the argument parser's own errors are shown this way
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(OptionError(error.format_message(), hint="opweave COMMAND --help lists the options"))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: OpweaveError) -> None:
+    if "--json" in sys.argv:
+        _print_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+    else:
+        sys.stderr.write(f"error[{error.code}]: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"hint: {error.hint}\n")
+    sys.exit(error.exit_code)
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+@app.command()
+def compile(
+    model: ModelPath,
+    machine: MachineName = "edge-npu",
+    scratchpad: Scratchpad = None,
+    weights: Weights = "streamed",
+    order: PassOption = None,
+    residency: PassOption = None,
+    address: PassOption = None,
+    time_limit: TimeLimit = 30.0,
+    deterministic: Deterministic = False,
+    dim: Dim = None,
+    fill_seed: FillSeed = None,
+    definitions: Definitions = None,
+    strict: Strict = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    report: Annotated[Path | None, typer.Option(help="Folder for the page, the trace and the pictures.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Plan a model for a machine: order, residency, addresses; verified, with bound and gap."""
+    chosen = _fields(locals())
+    compiled, interrupted = _compile(model, chosen)
+    compiled.save(output)
+    if report is not None:
+        compiled.report(report)
+    _show(compiled, as_json, {"plan": str(output)})
+    return INTERRUPTED if interrupted else 0
+
+
+@app.command()
+def run(
+    target: Annotated[Path, typer.Argument(help="A plan .json, or an .onnx model, which is compiled first.")],
+    model: Annotated[Path | None, typer.Option(help="The plan's model, when it is not where it was.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Inputs by name, .npz; seeded random ones if left out.")] = None,
+    outputs: Annotated[Path | None, typer.Option(help="Write the outputs to this .npz.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
+    reference: Annotated[bool, typer.Option(help="Compare the outputs with onnxruntime's.")] = True,
+    machine: MachineName = "edge-npu",
+    scratchpad: Scratchpad = None,
+    dim: Dim = None,
+    fill_seed: FillSeed = None,
+    definitions: Definitions = None,
+    as_json: AsJson = False,
+) -> int:
+    """Execute a plan in a scratchpad of exactly the machine's size, and compare the outputs with onnxruntime's."""
+    import numpy
+
+    from .api import load_plan, source_model
+
+    chosen = _fields(locals())
+    if target.suffix == ".json":
+        path = model or source_model(target)
+        compiled = load_plan(target, path, definitions=chosen["definitions"])
+    else:
+        path, (compiled, _) = target, _compile(target, chosen)
+    values = compiled.random_inputs(seed) if inputs is None else compiled.named_inputs(_read_npz(inputs))
+    result = compiled.execute(values)
+    if outputs is not None:
+        numpy.savez(outputs, **{n: v.numpy() for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)})
+    facts: dict[str, Any] = {
+        "outputs": {n: list(v.shape) for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)},
+        "loaded_bytes": result.loaded_bytes,
+        "stored_bytes": result.stored_bytes,
+        "streamed_bytes": result.streamed_bytes,
+    }
+    if reference:
+        facts["comparison"] = [asdict(c) for c in _compare(compiled, Path(path), values, result.outputs)]
+    equal = all(c["equal"] for c in facts.get("comparison", ()))
+    _print_json(facts) if as_json else _say(_describe_run(facts))
+    return 0 if equal else DIFFERENT
+
+
+def _compare(compiled: CompiledModel, model: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Outputs against onnxruntime's on the same weights, random ones included."""
+    import onnx
+
+    from .compiler.frontend.onnx import randomize_weights
+    from .compiler.runtime.reference import compare, run_onnxruntime
+
+    seed = compiled.plan.source.fill_seed
+    reference = model if seed is None else randomize_weights(onnx.load(model), seed)
+    return compare(compiled.plan.graph.outputs, outputs, run_onnxruntime(reference, inputs))
+
+
+def _describe_run(facts: dict[str, Any]) -> str:
+    moved = ", ".join(f"{kind} {facts[kind + '_bytes']:,} bytes" for kind in ("loaded", "stored", "streamed"))
+    lines = [f"executed: {moved}"]
+    lines += [f"output {name}: shape {shape}" for name, shape in facts["outputs"].items()]
+    for c in facts.get("comparison", ()):
+        verdict = "equal to onnxruntime" if c["equal"] else f"DIFFERENT from onnxruntime {c['reason']}"
+        lines.append(f"output {c['name']}: {verdict} (largest error {c['max_error']:.3g}, allowed {c['allowed']:.3g})")
+    return "\n".join(lines)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    import numpy
+
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot read inputs {str(path)!r}: {error}", hint="write them with numpy.savez") from error
+
+
+@app.command()
+def verify(plan: PlanPath, as_json: AsJson = False) -> int:
+    """Recount what a plan claims, whoever wrote it: faults, traffic and peak in bytes."""
+    from .compiler.plan import Plan
+    from .compiler.verify import verify as recount
+    from .errors import VerificationError
+
+    verification = recount(Plan.load(plan))
+    facts = {
+        "ok": verification.ok,
+        "level": verification.level,
+        "faults": [str(finding) for finding in verification.faults],
+        "compulsory_bytes": verification.compulsory_bytes,
+        "additional_bytes": verification.additional_bytes,
+        "peak_bytes": verification.peak_bytes,
+    }
+    if as_json:
+        _print_json(facts)
+    else:
+        for fault in verification.faults:
+            _say(f"fault: {fault}")
+        _say(f"{'verified' if verification.ok else 'REFUSED'} at level {verification.level}")
+        for name in ("compulsory_bytes", "additional_bytes", "peak_bytes"):
+            _say(f"{name.replace('_', ' ')}: {facts[name]:,}")
+    return 0 if verification.ok else VerificationError.exit_code
+
+
+@app.command()
+def fit(
+    model: ModelPath,
+    machine: MachineName = "edge-npu",
+    weights: Weights = "streamed",
+    order: PassOption = None,
+    residency: PassOption = None,
+    address: PassOption = None,
+    time_limit: TimeLimit = 60.0,
+    deterministic: Deterministic = False,
+    dim: Dim = None,
+    fill_seed: FillSeed = None,
+    definitions: Definitions = None,
+    points: Annotated[int, typer.Option(min=2, max=100, help="How many capacities to try.")] = 9,
+    report: Annotated[Path | None, typer.Option(help="Folder for fit.json and the picture of the curve.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Find the least scratchpad that works, and what each size costs in additional traffic."""
+    from .api import fit as fit_model
+
+    with watched() as (listen, stop):
+        curve = fit_model(model, points=points, on_progress=listen, stop=stop, **_fields(locals()))
+    facts = [asdict(point) for point in curve]
+    if report is not None:
+        from .compiler.report.pictures import traffic_curve
+
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "fit.json").write_text(json.dumps(facts, indent=1))
+        traffic_curve(curve, report / "fit.png")
+    if as_json:
+        _print_json(facts)
+    else:
+        _say(f"{'scratchpad bytes':>18} {'additional bytes':>18} {'bound':>14} {'gap':>7}")
+        for point in curve:
+            _say(
+                f"{point.capacity_bytes:>18,} {point.additional_bytes:>18,} {point.bound_bytes:>14,} {point.gap:>7.1%}"
+            )
+    return INTERRUPTED if stop.is_set() else 0
+
+
+@app.command()
+def view(
+    plan: PlanPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; beside the plan if left out.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write a plan's self-contained HTML page, its Chrome/Perfetto trace and its pictures."""
+    from .compiler.plan import Plan
+    from .compiler.report import write_report
+
+    written = write_report(Plan.load(plan), output or plan.parent)
+    paths = {name: str(path) for name, path in written.items()}
+    _print_json(paths) if as_json else _say("\n".join(paths.values()))
+    return 0
+
+
+@hw.command("list")
+def hw_list(as_json: AsJson = False) -> None:
+    """List the machines that come with opweave."""
+    from .hw_models.registry import load, names
+
+    machines = [load(name) for name in names()]
+    if as_json:
+        _print_json([{"name": m.name, "description": m.description} for m in machines])
+        return
+    for machine in machines:
+        _say(f"{machine.name:<16} {machine.scratchpad_memory.capacity_bytes:>15,} bytes  {machine.description}")
+
+
+@hw.command("show")
+def hw_show(
+    machine: Annotated[str, typer.Argument(help="A name from `opweave hw list`, or a TOML file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one machine: memories, engines, links, and where its figures come from."""
+    import msgspec
+
+    from .hw_models.registry import load
+
+    facts = msgspec.to_builtins(load(machine))
+    _print_json(facts) if as_json else _say(_outline(facts))
+
+
+def _outline(value: Any, indent: int = 0) -> str:
+    pad = "  " * indent
+    if isinstance(value, dict):
+        return "\n".join(
+            f"{pad}{k}:\n{_outline(v, indent + 1)}" if isinstance(v, dict | list) else f"{pad}{k}: {v}"
+            for k, v in value.items()
+        )
+    if isinstance(value, list):
+        return "\n".join(f"{pad}- " + _outline(v, indent + 1).lstrip() for v in value)
+    return f"{pad}{value}"
+
+
+@app.command()
+def passes(as_json: AsJson = False) -> None:
+    """List the passes, what each decides, and its options."""
+    from .passes.registry import describe, names
+
+    rows = {name: describe(name) for name in names()}
+    if as_json:
+        _print_json({name: {"summary": r.summary, "options": r.options} for name, r in rows.items()})
+        return
+    for name, row in rows.items():
+        _say(f"{name:<24} {row.summary}")
+        for option, default in row.options.items():
+            _say(f"{'':<24}   {option} = {default}")
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of ``api.compile`` from a command's parameters, leaving out what was not given."""
+    names = ("machine", "scratchpad", "weights", "order", "residency", "address", "time_limit", "deterministic")
+    fields = {name: given[name] for name in names if given.get(name) is not None}
+    fields["fill_seed"] = given.get("fill_seed")
+    fields["strict"] = given.get("strict", False)
+    fields["dims"] = dict(_parse_dim(text) for text in given.get("dim") or ())
+    fields["definitions"] = _definitions(given.get("definitions"))
+    return fields
+
+
+def _parse_dim(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if not name or not value.isdecimal() or int(value) < 1:
+        raise OptionError(f"--dim is {text!r}; expected NAME=VALUE with a whole VALUE above 0, such as batch=1")
+    return name, int(value)
+
+
+def _definitions(path: Path | None) -> dict[str, Callable[..., Any]]:
+    """The ``DEFINITIONS`` of a Python file that the user names, and so trusts."""
+    if path is None:
+        return {}
+    import runpy
+
+    try:
+        found = runpy.run_path(str(path)).get("DEFINITIONS")
+    except OSError as error:
+        raise OptionError(f"cannot read definitions {str(path)!r}: {error.strerror}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"{str(path)!r} has no dictionary DEFINITIONS", hint="see docs/adding-an-op.md")
+    return found
+
+
+def _compile(model: Path, fields: dict[str, Any]) -> tuple[CompiledModel, bool]:
+    """Compile with progress on standard error; also says whether Ctrl-C ended it early."""
+    from .api import compile as compile_model
+
+    with watched() as (listen, stop):
+        compiled = compile_model(model, on_progress=listen, stop=stop, **fields)
+    return compiled, stop.is_set()
+
+
+def _show(compiled: CompiledModel, as_json: bool, more: dict[str, Any]) -> None:
+    from .compiler.report.text import summary_dict
+
+    if as_json:
+        _print_json({**summary_dict(compiled.plan), **more})
+    else:
+        _say(compiled.summary())
+        for name, value in more.items():
+            _say(f"{name}: {value}")

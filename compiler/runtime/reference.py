@@ -1,0 +1,96 @@
+"""Reference runs to compare an executed plan with: seeded inputs, onnxruntime's outputs, tolerances by dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import ExecutionError
+from ..graph import Graph
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["RELATIVE_TOLERANCE", "Comparison", "compare", "random_inputs", "run_onnxruntime"]
+
+#: Allowed error relative to the largest reference value: two runtimes sum in different orders, a deep network adds up.
+RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+INTEGER_RANGE = 8  # small enough to be an index into any embedding of a real model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output against its reference: largest absolute error, the largest error allowed, and the verdict."""
+
+    name: str
+    max_error: float
+    allowed: float
+    equal: bool
+    reason: str = ""
+
+
+def random_inputs(graph: Graph, names: Sequence[str], seed: int) -> list[torch.Tensor]:
+    """Seeded values for the graph's inputs: normal for floats, 0 to 7 for integers, coin flips for booleans."""
+    generator = torch.Generator().manual_seed(seed)
+    values: list[torch.Tensor] = []
+    for name in names:
+        tensor = graph.tensor[name]
+        dtype = getattr(torch, tensor.dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            wide = torch.complex64 if dtype.is_complex else torch.float32
+            values.append(torch.randn(tensor.shape, generator=generator, dtype=wide).to(dtype))
+        else:
+            high = 2 if dtype is torch.bool else INTEGER_RANGE
+            values.append(torch.randint(0, high, tensor.shape, generator=generator).to(dtype))
+    return values
+
+
+def run_onnxruntime(model: str | Path | onnx.ModelProto, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of onnxruntime's CPU provider, one thread, on positional ``inputs``.
+
+    Raises:
+        ExecutionError: onnxruntime is not installed, or does not run this model; says why.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExecutionError("onnxruntime is not installed", hint="pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    source: Any = str(model) if isinstance(model, str | Path) else model.SerializeToString()
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feeds)]
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise ExecutionError(f"onnxruntime does not run this model: {str(error).splitlines()[0]}") from error
+
+
+def compare(
+    names: Sequence[str], outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> tuple[Comparison, ...]:
+    """Compare outputs with a reference: shape and dtype exactly, values within the dtype's tolerance, NaN with NaN."""
+    return tuple(_compare(n, o, e) for n, o, e in zip(names, outputs, expected, strict=True))
+
+
+def _compare(name: str, output: torch.Tensor, expected: torch.Tensor) -> Comparison:
+    if output.shape != expected.shape or output.dtype != expected.dtype:
+        got, wanted = (f"{t.dtype} {list(t.shape)}" for t in (output, expected))
+        return Comparison(name, float("inf"), 0.0, False, f"is {got}, the reference {wanted}")
+    tolerance = RELATIVE_TOLERANCE.get(output.dtype, 0.0)
+    if output.is_complex():
+        output, expected, tolerance = torch.view_as_real(output), torch.view_as_real(expected), 1e-4
+    got64, wanted64 = output.double(), expected.double()
+    finite = torch.isfinite(wanted64)
+    if not torch.equal(got64[~finite].nan_to_num(), wanted64[~finite].nan_to_num()):
+        return Comparison(name, float("inf"), 0.0, False, "differs where the reference is not finite")
+    if not finite.any():
+        return Comparison(name, 0.0, 0.0, True)
+    error = (got64 - wanted64)[finite].abs().max().item()
+    allowed = tolerance * wanted64[finite].abs().max().item()
+    return Comparison(name, error, allowed, error <= allowed)

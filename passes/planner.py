@@ -1,0 +1,102 @@
+"""Order, residency and addresses in turn, with addresses that answer back.
+
+Given a plan of a graph on a machine, the order pass decides first. Residency and addresses are then solved as a
+logic-based Benders decomposition (Hooker & Ottosson, 2003): the residency pass is the master and counts bytes only;
+the address pass either places its residences or proves that some of them cannot lie together, which comes back to the
+master as a cut. Every cut holds for each placeable residency of the order, so the master's bound stays a bound.
+
+When placing neither succeeds nor fails within the time, the master is asked again with a little of the capacity held
+in reserve for fragmentation, then with more; in the end every operator fetches its operands afresh, which always fits
+when each operator alone does. Those plans are valid and keep the bound proven before, so their gap is honest.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ..compiler.pipeline import Budget, Pass, confirm, run_pass
+from ..compiler.plan import Certificate, PassRecord, Plan
+from .address.placement import PlacementError
+from .registry import make
+from .residency.gaps import Cut, gaps_of_residences
+from .residency.ilp import IlpResidency
+from .residency.least_cost import LeastCostResidency
+from .residency.refetch import Refetch
+from .residency.workset import require_fit
+
+__all__ = ["Planner", "place"]
+
+MAX_CUTS = 50  # conflicts beyond this many are fragmentation in general: a reserve settles it sooner
+RESERVES = (64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans with one pass for each decision, named as the registry names them, options in parentheses."""
+
+    order: str = "order/beam"
+    residency: str = "residency/ilp"
+    address: str = "address/exact"
+
+    def plan(self, plan: Plan, budget: Budget) -> Plan:
+        """Decide order, residency and addresses of ``plan``.
+
+        Raises:
+            Infeasible: some operator's working set alone exceeds the scratchpad; names it and the least that works.
+            OptionError: a pass is unknown or an option of it is.
+        """
+        order, residency, address = make(self.order), make(self.residency), make(self.address)
+        require_fit(plan)
+        return place(run_pass(order, plan, budget.share(0.3)), residency, address, budget)
+
+
+def place(plan: Plan, residency: Pass, address: Pass, budget: Budget) -> Plan:
+    """Decide residency and addresses of an ordered ``plan`` together; see the module's text. Raises Infeasible."""
+    proven: Certificate | None = None
+    cuts: tuple[Cut, ...] = ()
+    while len(cuts) <= MAX_CUTS:
+        step = replace(residency, cuts=cuts) if isinstance(residency, IlpResidency) else residency
+        note = f"{len(cuts)} placement cuts" if cuts else ""
+        resident, proven = _reside(step, plan, budget.share(0.6), proven, note)
+        try:
+            return run_pass(address, resident, budget.share(0.6))
+        except PlacementError as failure:
+            if not failure.proven or not isinstance(step, IlpResidency) or not budget.remaining_s:
+                break
+            cut = gaps_of_residences(resident, failure.conflict)
+            if not cut.gaps or cut in cuts:
+                break
+            cuts += (cut,)
+    return _place_with_room(plan, address, budget, proven)
+
+
+def _place_with_room(plan: Plan, address: Pass, budget: Budget, proven: Certificate | None) -> Plan:
+    capacity = plan.machine.scratchpad_memory.capacity_bytes
+    for part in RESERVES:
+        reserve = capacity // part
+        note = f"{reserve:,} bytes held back for fragmentation"
+        resident, _ = _reside(LeastCostResidency(reserve_bytes=reserve), plan, budget.share(0.3), proven, note)
+        try:
+            return run_pass(address, resident, budget.share(0.3))
+        except PlacementError:
+            continue
+    resident, _ = _reside(Refetch(), plan, budget, proven, "nothing that keeps more could be placed in time")
+    return run_pass(address, resident, budget)
+
+
+def _reside(
+    step: Pass, plan: Plan, budget: Budget, proven: Certificate | None, note: str
+) -> tuple[Plan, Certificate | None]:
+    """Run a residency pass; its record and the certificate returned carry the best bound proven so far."""
+    begin = time.monotonic()
+    decision = step.apply(plan, budget)
+    certificate = decision.certificate
+    if certificate is not None and proven is not None and proven.bound > certificate.bound:
+        certificate = msgspec.structs.replace(certificate, bound=proven.bound, proved_by=proven.proved_by)
+    confirm(step.name, decision.plan, certificate)
+    remark = "; ".join(filter(None, (decision.note, note)))
+    record = PassRecord(step.name, time.monotonic() - begin, certificate, remark)
+    return decision.plan.with_record(record), certificate
