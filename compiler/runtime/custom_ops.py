@@ -21,7 +21,15 @@ import torch
 
 from ...errors import ExecutionError
 
-__all__ = ["format_spec", "onnx_node", "opaque", "parse_spec", "tensor_from_numpy", "tensor_to_numpy"]
+__all__ = [
+    "evaluate_reference",
+    "format_spec",
+    "onnx_node",
+    "opaque",
+    "parse_spec",
+    "tensor_from_numpy",
+    "tensor_to_numpy",
+]
 
 _BIT_TWINS = {
     "bfloat16": (torch.bfloat16, torch.int16, np.int16),
@@ -78,9 +86,11 @@ def _evaluator(node: str) -> Any:
     return ReferenceEvaluator(onnx.load_model_from_string(base64.b64decode(node)))
 
 
-def _run_reference(
-    inputs: Sequence[torch.Tensor], op_type: str, node: str, outputs: Sequence[str]
-) -> list[torch.Tensor]:
+def evaluate_reference(inputs: Sequence[torch.Tensor], op_type: str, node: str) -> list[torch.Tensor]:
+    """The outputs of the single-node model ``node`` (base64), computed by ``onnx.reference``.
+
+    Raises ExecutionError where the reference implementation fails or gives something that is not a tensor.
+    """
     evaluator = _evaluator(node)
     names = evaluator.input_names
     if len(names) != len(inputs):
@@ -88,20 +98,22 @@ def _run_reference(
     feeds = {name: tensor_to_numpy(value).copy() for name, value in zip(names, inputs, strict=True)}
     try:
         with np.errstate(all="ignore"):
-            values = evaluator.run(None, feeds)
+            return [tensor_from_numpy(np.asarray(value)) for value in evaluator.run(None, feeds)]
     except Exception as error:
         raise ExecutionError(f"onnx's reference implementation of {op_type} failed: {error}") from error
-    results = []
-    for value, spec in zip(values, outputs, strict=True):
-        shape, dtype = parse_spec(spec)
-        result = tensor_from_numpy(np.asarray(value))
-        if tuple(result.shape) != shape or result.dtype != dtype:
+
+
+def _run_reference(
+    inputs: Sequence[torch.Tensor], op_type: str, node: str, outputs: Sequence[str]
+) -> list[torch.Tensor]:
+    results = evaluate_reference(inputs, op_type, node)
+    for result, spec in zip(results, outputs, strict=True):
+        if parse_spec(spec) != (tuple(result.shape), result.dtype):
             got = format_spec(result.shape, result.dtype)
             raise ExecutionError(
                 f"{op_type} gave {got} where the model was planned for {spec}",
                 hint="the operator's output shape depends on its values; import the model again for these inputs",
             )
-        results.append(result)
     return results
 
 

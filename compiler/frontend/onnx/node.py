@@ -69,7 +69,7 @@ class Node:
     opset: int
     inputs: tuple[Value | None, ...]
     resolve: Callable[[Value], torch.Tensor] = field(repr=False)
-    demand: Callable[[Value], torch.Tensor] = field(repr=False)
+    demand: Callable[[Value], Literal] = field(repr=False)
     literal: Callable[[Literal, str], torch.Tensor] = field(repr=False)
     attributes: Mapping[str, AttributeProto] = field(repr=False)
 
@@ -114,7 +114,7 @@ class Node:
         value = self.value(index)
         return value.constant is not None and not value.sources
 
-    def constant(self, index: int) -> torch.Tensor:
+    def constant(self, index: int) -> Literal:
         """The known value of input ``index``; CannotLower if it is only known when the model runs."""
         return self.demand(self.value(index))
 
@@ -129,7 +129,7 @@ class Node:
     def scalar(self, index: int) -> Any:
         """The known value of one-element input ``index`` as a Python number."""
         constant = self.constant(index)
-        if constant.numel() != 1:
+        if constant.size != 1:
             raise ModelError(f"{self} expects one element in input {index}, was given shape {list(constant.shape)}")
         return constant.reshape(()).item()
 

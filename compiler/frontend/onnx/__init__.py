@@ -1,0 +1,10 @@
+"""Reads ONNX models: ``load`` gives a torch.fx module of ATen operators, ``randomize_weights`` fills empty weights."""
+
+from __future__ import annotations
+
+from .model import ImportedModel, load
+from .randomize import randomize_weights
+from .reading import InputSpec
+from .trace import Definition
+
+__all__ = ["Definition", "ImportedModel", "InputSpec", "load", "randomize_weights"]

@@ -1,0 +1,85 @@
+"""Control flow that is decided while importing: an If with a known condition, a Loop with a known trip count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from .graph import untraced
+from .node import CannotLower, Node, Value
+from .reading import read_tensor
+
+if TYPE_CHECKING:
+    from .trace import Interpreter, Scope
+
+__all__ = ["inline_control"]
+
+_MAX_TRIPS = 256
+
+
+def inline_control(interpreter: Interpreter, node: Node, scope: Scope) -> Sequence[Value | None] | None:
+    """The outputs of an If or Loop whose course is known while importing; ``None`` for every other node."""
+    if node.proto.domain not in ("", "ai.onnx") or node.op_type not in ("If", "Loop"):
+        return None
+    try:
+        return _inline_if(interpreter, node, scope) if node.op_type == "If" else _inline_loop(interpreter, node, scope)
+    except CannotLower:
+        return None
+
+
+def _run(interpreter: Interpreter, graph: onnx.GraphProto, values: dict[str, Value], scope: Scope) -> list[Value]:
+    from .trace import Scope
+
+    with untraced():
+        for proto in graph.initializer:
+            constant = read_tensor(proto, interpreter.source.folder, f"initializer {proto.name!r}")
+            values[proto.name] = Value(proto.name, None, constant)
+    inner = Scope(values, scope.opsets, scope.depth + 1, scope.path)
+    interpreter.run_nodes(graph.node, inner)
+    return [inner.values[info.name] for info in graph.output]
+
+
+def _inline_if(interpreter: Interpreter, node: Node, scope: Scope) -> list[Value]:
+    branch = "then_branch" if bool(node.scalar(0)) else "else_branch"
+    return _run(interpreter, node.attributes[branch].g, dict(scope.values), scope)
+
+
+def _inline_loop(interpreter: Interpreter, node: Node, scope: Scope) -> list[Value]:
+    import torch
+
+    body = node.attributes["body"].g
+    trips = int(node.scalar(0)) if node.has(0) else _MAX_TRIPS + 1
+    running = bool(node.scalar(1)) if node.has(1) else True
+    carried = [value for value in node.inputs[2:] if value is not None]
+    scans: list[list[Value]] = [[] for _ in range(len(body.output) - 1 - len(carried))]
+    if scans and any(interpreter_sequence(value) for value in carried):
+        raise CannotLower("a loop over sequences with scan outputs")
+    step = 0
+    while running and step < trips:
+        if step >= _MAX_TRIPS:
+            raise CannotLower(f"the loop runs more than {_MAX_TRIPS} times")
+        with untraced():
+            counter = Value("", None, torch.from_numpy(np.array(step, np.int64)))
+            condition = Value("", None, torch.from_numpy(np.array(True)))
+        values = dict(scope.values)
+        values.update(zip((info.name for info in body.input), (counter, condition, *carried), strict=True))
+        results = _run(interpreter, body, values, scope)
+        if results[0].constant is None:
+            raise CannotLower("the loop's condition is only known when the model runs")
+        running = bool(interpreter.demand(results[0]).item())
+        carried = results[1 : 1 + len(carried)]
+        for scan, value in zip(scans, results[1 + len(carried) :], strict=True):
+            scan.append(value)
+        step += 1
+    if scans and not step:
+        raise CannotLower("a loop with scan outputs that never runs")
+    stacked = [Value("", torch.stack([interpreter.resolve(value) for value in scan])) for scan in scans]
+    return [*carried, *stacked]
+
+
+def interpreter_sequence(value: Value) -> bool:
+    """Whether ``value`` is a list built while importing."""
+    return value.sequence is not None

@@ -1,0 +1,23 @@
+"""The lowerings: for each ONNX operator, how it is said in ATen.
+
+Each module here holds one kind of operator and a ``TABLE`` from the operator's name (``domain::name`` outside the
+standard domain) to a function of a ``Node``. The same function records ATen operators when tracing and computes
+constants when folding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..node import Lowering
+from . import convolution, elementwise, layout, linear, reduction
+
+__all__ = ["LOWERINGS"]
+
+LOWERINGS: Mapping[str, Lowering] = {
+    **elementwise.TABLE,
+    **layout.TABLE,
+    **convolution.TABLE,
+    **reduction.TABLE,
+    **linear.TABLE,
+}

@@ -1,0 +1,315 @@
+"""Operators that compute each element by itself: arithmetic, comparison, logic, activations, casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everyone knows
+
+from ..node import CannotLower, Lowered, Lowering, Node
+from ..types import dtype_of
+
+__all__ = ["TABLE", "cast", "narrow", "widen"]
+
+Unary = Callable[[torch.Tensor], torch.Tensor]
+Binary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in a type that ATen computes with; uint64 keeps its bits in int64, so order is lost above 2**63."""
+    return tensor.to(_WIDER[tensor.dtype]) if tensor.dtype in _WIDER else tensor
+
+
+def narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` back in ``dtype``, wrapping around as ONNX integers do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _unary(function: Unary) -> Lowering:
+    return lambda node: narrow(function(widen(node.tensor(0))), node.value(0).dtype)
+
+
+def _predicate(function: Unary) -> Lowering:
+    return lambda node: function(node.tensor(0))
+
+
+def _binary(function: Binary, *, ordered: bool = False) -> Lowering:
+    """``ordered``: the result depends on the order of values, which int64 does not keep for uint64."""
+
+    def lower(node: Node) -> Lowered:
+        left, right = node.tensor(0), node.tensor(1)
+        if ordered and left.dtype == torch.uint64:
+            raise CannotLower("ATen orders no uint64")
+        return narrow(function(widen(left), widen(right)), left.dtype)
+
+    return lower
+
+
+def _compare(function: Binary) -> Lowering:
+    def lower(node: Node) -> Lowered:
+        left, right = node.tensor(0), node.tensor(1)
+        if left.dtype == torch.uint64 and function not in (torch.eq, torch.ne):
+            raise CannotLower("ATen orders no uint64")
+        return function(widen(left), widen(right))
+
+    return lower
+
+
+def _divide(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Integers are divided towards zero, as C does."""
+    if left.is_floating_point() or left.is_complex():
+        return torch.div(left, right)
+    return torch.div(left, right, rounding_mode="trunc")
+
+
+def _modulo(node: Node) -> Lowered:
+    left, right = node.tensor(0), node.tensor(1)
+    if left.dtype == torch.uint64:
+        raise CannotLower("ATen orders no uint64")
+    function = torch.fmod if node.flag("fmod") else torch.remainder
+    return narrow(function(widen(left), widen(right)), left.dtype)
+
+
+def _power(node: Node) -> Lowered:
+    base, exponent = node.tensor(0), node.tensor(1)
+    if torch.uint64 in (base.dtype, exponent.dtype):
+        raise CannotLower("ATen orders no uint64")
+    wide_base, wide_exponent = widen(base), widen(exponent)
+    if not base.is_floating_point():
+        if exponent.is_floating_point():
+            return torch.pow(wide_base.to(torch.float64), wide_exponent.to(torch.float64)).to(base.dtype)
+        if exponent.dtype not in (torch.uint8, torch.uint16, torch.uint32):
+            # ATen refuses negative integer exponents; going through float64 is what the reference does
+            return torch.pow(wide_base.to(torch.float64), wide_exponent.to(torch.float64)).to(base.dtype)
+    return narrow(torch.pow(wide_base, wide_exponent), base.dtype)
+
+
+def _fold_binary(function: Binary, *, ordered: bool) -> Lowering:
+    def lower(node: Node) -> Lowered:
+        tensors = node.tensors()
+        dtype = tensors[0].dtype
+        if ordered and dtype == torch.uint64:
+            raise CannotLower("ATen orders no uint64")
+        if len(tensors) == 1:
+            return tensors[0].clone()
+        return narrow(reduce(function, map(widen, tensors)), dtype)
+
+    return lower
+
+
+def _mean(node: Node) -> Lowered:
+    tensors = node.tensors()
+    return reduce(torch.add, tensors) / len(tensors) if len(tensors) > 1 else tensors[0].clone()
+
+
+def _clip(node: Node) -> Lowered:
+    x = node.tensor(0)
+    if x.dtype == torch.uint64:
+        raise CannotLower("ATen orders no uint64")
+    if node.opset < 11:
+        low = node.number("min") if node.given("min") else None
+        high = node.number("max") if node.given("max") else None
+        return torch.clamp(x, low, high) if (low, high) != (None, None) else x.clone()
+    if not node.has(1) and not node.has(2):
+        return x.clone()
+    if all(not node.has(index) or node.is_constant(index) for index in (1, 2)):
+        bounds = [node.scalar(index) if node.has(index) else None for index in (1, 2)]
+        return narrow(torch.clamp(widen(x), *bounds), x.dtype)
+    wide = widen(x)
+    if node.has(1):
+        wide = torch.maximum(wide, widen(node.tensor(1)))
+    if node.has(2):
+        wide = torch.minimum(wide, widen(node.tensor(2)))
+    return narrow(wide, x.dtype)
+
+
+def cast(x: torch.Tensor, to: torch.dtype, *, saturate: bool = True) -> torch.Tensor:
+    """``x`` as ``to`` by ONNX's rules: float to integer truncates, float8 saturates to its finite range if asked to."""
+    if x.dtype == to:
+        return x.clone()
+    if to in _FLOAT8 and x.dtype != torch.bool:
+        return _cast_float8(x, to, saturate)
+    if x.is_complex():
+        raise CannotLower("Cast of complex numbers")
+    if x.is_floating_point() and not to.is_floating_point and to not in (torch.bool, torch.int64):
+        # through int64: wrapping around instead of C's undefined behaviour out of range
+        return x.to(torch.int64).to(to)
+    return x.to(to)
+
+
+def _cast_float8(x: torch.Tensor, to: torch.dtype, saturate: bool) -> torch.Tensor:
+    if not saturate:
+        raise CannotLower("Cast to float8 without saturation")
+    limit = torch.finfo(to).max
+    source = x.to(torch.float32) if x.dtype != torch.float64 else x
+    return torch.clamp(source, -limit, limit).to(to)
+
+
+def _cast(node: Node) -> Lowered:
+    return cast(node.tensor(0), dtype_of(node.integer("to"), str(node)), saturate=node.flag("saturate", True))
+
+
+def _cast_like(node: Node) -> Lowered:
+    return cast(node.tensor(0), node.value(1).dtype, saturate=node.flag("saturate", True))
+
+
+def _bit_cast(node: Node) -> Lowered:
+    x, to = node.tensor(0), dtype_of(node.integer("to"), str(node))
+    if x.dtype.itemsize != to.itemsize or torch.bool in (x.dtype, to):
+        raise CannotLower("BitCast between types of different size")
+    return x.view(to).clone()
+
+
+def _shift(node: Node) -> Lowered:
+    x, by = node.tensor(0), node.tensor(1)
+    if node.string("direction") == "LEFT":
+        return narrow(torch.bitwise_left_shift(widen(x), widen(by)), x.dtype)
+    if x.dtype == torch.uint64:
+        raise CannotLower("ATen shifts no uint64 to the right")
+    return narrow(torch.bitwise_right_shift(widen(x), widen(by)), x.dtype)
+
+
+def _is_inf(node: Node) -> Lowered:
+    x = node.tensor(0)
+    if x.dtype in _FLOAT8:
+        x = x.to(torch.float32)
+    positive, negative = node.flag("detect_positive", True), node.flag("detect_negative", True)
+    if positive and negative:
+        return torch.isinf(x)
+    if not positive and not negative:
+        return torch.zeros_like(x, dtype=torch.bool)
+    return torch.isposinf(x) if positive else torch.isneginf(x)
+
+
+def _is_nan(node: Node) -> Lowered:
+    x = node.tensor(0)
+    return torch.isnan(x.to(torch.float32) if x.dtype in _FLOAT8 else x)
+
+
+def _where(node: Node) -> Lowered:
+    chosen, other = node.tensor(1), node.tensor(2)
+    return narrow(torch.where(node.tensor(0), widen(chosen), widen(other)), chosen.dtype)
+
+
+def _prelu(node: Node) -> Lowered:
+    x, slope = node.tensor(0), node.tensor(1)
+    if not x.is_floating_point():
+        return narrow(torch.where(widen(x) > 0, widen(x), widen(x) * widen(slope)), x.dtype)
+    channels_only = x.dim() >= 2 and slope.dim() == x.dim() - 1 and slope.numel() == x.shape[1] == slope.shape[0]
+    if slope.numel() == 1 or (channels_only and slope.shape[1:].numel() == 1):
+        return torch.ops.aten._prelu_kernel.default(x, slope.reshape([1, -1] + [1] * (x.dim() - 2))) if x.dim() >= 2 \
+            else torch.where(x > 0, x, x * slope)  # fmt: skip
+    return torch.where(x > 0, x, x * slope)
+
+
+def _gelu(node: Node) -> Lowered:
+    return F.gelu(node.tensor(0), approximate=node.string("approximate", "none"))
+
+
+def _hard_sigmoid(node: Node) -> Lowered:
+    alpha, beta = node.number("alpha", 0.2), node.number("beta", 0.5)
+    return torch.clamp(node.tensor(0) * alpha + beta, 0.0, 1.0)
+
+
+def _selu(node: Node) -> Lowered:
+    alpha, gamma = node.number("alpha", 1.6732632423543772), node.number("gamma", 1.0507009873554805)
+    return torch.ops.aten.elu.default(node.tensor(0), alpha, gamma)
+
+
+def _celu(node: Node) -> Lowered:
+    return F.celu(node.tensor(0), node.number("alpha", 1.0))
+
+
+def _shrink(node: Node) -> Lowered:
+    x, bias, bound = node.tensor(0), node.number("bias", 0.0), node.number("lambd", 0.5)
+    wide = x if x.is_floating_point() else widen(x).to(torch.float64)
+    zero = torch.zeros_like(wide)
+    return torch.where(wide < -bound, wide + bias, torch.where(wide > bound, wide - bias, zero)).to(x.dtype)
+
+
+def _thresholded_relu(node: Node) -> Lowered:
+    x, alpha = node.tensor(0), node.number("alpha", 1.0)
+    return torch.where(x > alpha, x, torch.zeros_like(x))
+
+
+def _swish(node: Node) -> Lowered:
+    x, alpha = node.tensor(0), node.number("alpha", 1.0)
+    return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(x * alpha)
+
+
+def _softsign(x: torch.Tensor) -> torch.Tensor:
+    return x / (torch.abs(x) + 1)
+
+
+def _reciprocal(x: torch.Tensor) -> torch.Tensor:
+    return torch.reciprocal(x)
+
+
+def _relu(node: Node) -> Lowered:
+    return torch.relu(node.tensor(0))
+
+
+def _microsoft_gelu(node: Node) -> Lowered:
+    return F.gelu(node.tensor(0))
+
+
+_UNARY: Mapping[str, Unary] = {
+    "Abs": torch.abs, "Neg": torch.neg, "Sign": torch.sign, "Exp": torch.exp, "Log": torch.log, "Sqrt": torch.sqrt,
+    "Ceil": torch.ceil, "Floor": torch.floor, "Round": torch.round, "Sin": torch.sin, "Cos": torch.cos,
+    "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos, "Atan": torch.atan, "Sinh": torch.sinh,
+    "Cosh": torch.cosh, "Tanh": torch.tanh, "Asinh": torch.asinh, "Acosh": torch.acosh, "Atanh": torch.atanh,
+    "Erf": torch.erf, "Sigmoid": torch.sigmoid, "Reciprocal": _reciprocal, "Softsign": _softsign,
+    "HardSwish": F.hardswish, "Mish": F.mish, "BitwiseNot": torch.bitwise_not,
+}  # fmt: skip
+
+TABLE: Mapping[str, Lowering] = {
+    **{name: _unary(function) for name, function in _UNARY.items()},
+    "Not": _predicate(torch.logical_not),
+    "IsNaN": _is_nan,
+    "IsInf": _is_inf,
+    "Add": _binary(torch.add),
+    "Sub": _binary(torch.sub),
+    "Mul": _binary(torch.mul),
+    "Div": _binary(_divide, ordered=True),
+    "Pow": _power,
+    "Mod": _modulo,
+    "And": _compare(torch.logical_and),
+    "Or": _compare(torch.logical_or),
+    "Xor": _compare(torch.logical_xor),
+    "BitwiseAnd": _binary(torch.bitwise_and),
+    "BitwiseOr": _binary(torch.bitwise_or),
+    "BitwiseXor": _binary(torch.bitwise_xor),
+    "BitShift": _shift,
+    "Equal": _compare(torch.eq),
+    "Less": _compare(torch.lt),
+    "LessOrEqual": _compare(torch.le),
+    "Greater": _compare(torch.gt),
+    "GreaterOrEqual": _compare(torch.ge),
+    "Sum": _fold_binary(torch.add, ordered=False),
+    "Max": _fold_binary(torch.maximum, ordered=True),
+    "Min": _fold_binary(torch.minimum, ordered=True),
+    "Mean": _mean,
+    "Clip": _clip,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "BitCast": _bit_cast,
+    "Where": _where,
+    "Relu": _relu,
+    "LeakyRelu": lambda node: F.leaky_relu(node.tensor(0), node.number("alpha", 0.01)),
+    "Elu": lambda node: F.elu(node.tensor(0), node.number("alpha", 1.0)),
+    "Softplus": lambda node: F.softplus(node.tensor(0)),
+    "PRelu": _prelu,
+    "Gelu": _gelu,
+    "com.microsoft::Gelu": _microsoft_gelu,
+    "HardSigmoid": _hard_sigmoid,
+    "Selu": _selu,
+    "Celu": _celu,
+    "Shrink": _shrink,
+    "ThresholdedRelu": _thresholded_relu,
+    "Swish": _swish,
+}

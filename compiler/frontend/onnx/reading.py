@@ -1,0 +1,318 @@
+"""Reading a model: the file, its external data, and everything that can be wrong with either."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, TensorProto
+
+from ....errors import ModelError, OptionError, UnsupportedOperator
+from ...runtime.custom_ops import tensor_to_numpy
+from .types import MAX_CONSTANT_BYTES, dtype_of, shape_elements, tensor_from_proto
+
+__all__ = ["InputSpec", "SourceModel", "captured_names", "embed_external_data", "read_model", "read_tensor"]
+
+OLDEST_OPSET = 7
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the model: its name, its shape with all dimensions bound, and its dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model that was read and found well formed; ``folder`` is where its external data may lie."""
+
+    proto: onnx.ModelProto
+    folder: Path | None
+    inputs: tuple[InputSpec, ...]
+    #: The nodes in topological order.
+    nodes: tuple[onnx.NodeProto, ...]
+    opsets: Mapping[str, int]
+    #: The shapes and dtypes that the model declares for its own values, where they are complete.
+    declared: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def read_model(
+    source: str | Path | onnx.ModelProto, dims: Mapping[str, int], examples: Mapping[str, torch.Tensor]
+) -> SourceModel:
+    """Read ``source`` and check what can be checked before any operator is looked at.
+
+    Raises ModelError for files that are not ONNX models, for graphs that are not in SSA form and topological order,
+    for unbound dimensions and for shapes beyond 2**40 elements; OptionError for ``dims`` that the model does not have.
+    """
+    folder = None
+    if isinstance(source, onnx.ModelProto):
+        proto = source
+    else:
+        path = Path(source)
+        proto = _parse(path)
+        folder = path.resolve().parent
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        raise ModelError("the file holds no ONNX graph", hint="is it an ONNX model, and was it copied completely?")
+    opsets = _opsets(proto.opset_import)
+    _check_graph(proto.graph)
+    _check_dims(proto.graph, dims)
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    inputs = tuple(_input_spec(info, dims, examples) for info in proto.graph.input if info.name not in initializers)
+    return SourceModel(proto, folder, inputs, _in_order(proto.graph), opsets, _declared(proto.graph, dims))
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise ModelError(f"there is no file {str(path)!r}")
+    try:
+        return onnx.load_model(path, load_external_data=False)
+    except (DecodeError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{str(path)!r} is not a readable ONNX model: {error}",
+            hint="is it an ONNX file, and was it copied completely?",
+        ) from None
+
+
+def _opsets(imports: object) -> dict[str, int]:
+    """The operator-set versions; the highest counts where a domain is imported twice, as some exporters do."""
+    opsets: dict[str, int] = {}
+    for entry in imports:  # type: ignore[attr-defined]
+        domain = "" if entry.domain in STANDARD_DOMAINS else entry.domain
+        opsets[domain] = max(opsets.get(domain, 0), entry.version)
+    version = opsets.get("")
+    newest = onnx.defs.onnx_opset_version()
+    if version is not None and version > newest:
+        raise ModelError(f"the model uses opset {version}, the installed onnx knows up to {newest}",
+                         hint="update the onnx package")  # fmt: skip
+    if version is not None and version < OLDEST_OPSET:
+        raise ModelError(f"the model uses opset {version}, supported are {OLDEST_OPSET} to {newest}",
+                         hint="convert it with onnx.version_converter")  # fmt: skip
+    return opsets
+
+
+def _check_graph(graph: onnx.GraphProto) -> None:
+    """Names are unique and every value is made before it is used."""
+    known: set[str] = set()
+    for info in graph.input:
+        if not info.name or info.name in known:
+            raise ModelError(
+                f"graph input {info.name!r} is declared twice" if info.name else "a graph input has no name"
+            )
+        known.add(info.name)
+    if graph.sparse_initializer:
+        raise UnsupportedOperator("the model stores sparse initializers, which opweave does not read")
+    initializers: set[str] = set()
+    for tensor in graph.initializer:
+        if not tensor.name or tensor.name in initializers:
+            raise ModelError(
+                f"initializer {tensor.name!r} is stored twice" if tensor.name else "an initializer has no name"
+            )
+        initializers.add(tensor.name)
+    known |= initializers
+    produced = {name for node in graph.node for name in node.output if name}
+    produced: set[str] = set()
+    for index, node in enumerate(graph.node):
+        for name in node.output:
+            if name and (name in known or name in produced):
+                raise ModelError(f"{_where(node, index)} makes {name!r} a second time; ONNX values are assigned once")
+            produced.update([name] if name else [])
+    for index, node in enumerate(graph.node):
+        for name in (*node.input, *captured_names(node)):
+            if name and name not in known and name not in produced:
+                raise ModelError(f"{_where(node, index)} uses {name!r}, which no node makes "
+                                 "and which is no input or initializer")  # fmt: skip
+    for info in graph.output:
+        if info.name not in known and info.name not in produced:
+            raise ModelError(f"graph output {info.name!r} is made by no node")
+
+
+def _where(node: onnx.NodeProto, index: int) -> str:
+    return f"node {node.name or index!r} ({node.op_type})"
+
+
+def _in_order(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, ...]:
+    """The nodes so that each comes after what it uses, otherwise in the model's order; ModelError if there is a cycle.
+
+    ONNX asks for topological order, but exporters are known that do not keep it.
+    """
+    maker = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    missing: list[int] = []
+    users: dict[int, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        makers = {maker[name] for name in (*node.input, *captured_names(node)) if name in maker}
+        missing.append(len(makers))
+        for other in makers:
+            users.setdefault(other, []).append(index)
+    ready = [index for index, count in enumerate(missing) if count == 0]
+    heapq.heapify(ready)
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for user in users.get(index, ()):
+            missing[user] -= 1
+            if missing[user] == 0:
+                heapq.heappush(ready, user)
+    if len(order) < len(graph.node):
+        stuck = next(index for index, count in enumerate(missing) if count > 0)
+        raise ModelError(f"the graph is cyclic: {_where(graph.node[stuck], stuck)} depends on its own result")
+    return tuple(graph.node[index] for index in order)
+
+
+def captured_names(node: onnx.NodeProto) -> list[str]:
+    """Names that the node's subgraphs use from outside, each once, found without recursion."""
+    found: dict[str, None] = {}
+    pending = [(graph, frozenset[str]()) for graph in _subgraphs(node)]
+    while pending:
+        graph, outer = pending.pop()
+        local = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer} | outer
+        for inner in graph.node:
+            found.update((name, None) for name in inner.input if name and name not in local)
+            local.update(inner.output)
+            pending.extend((subgraph, frozenset(local)) for subgraph in _subgraphs(inner))
+        found.update((info.name, None) for info in graph.output if info.name not in local)
+    return list(found)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _dimension_names(graph: onnx.GraphProto) -> list[str]:
+    names = {
+        dim.dim_param
+        for info in (*graph.input, *graph.output, *graph.value_info)
+        for dim in info.type.tensor_type.shape.dim
+        if dim.dim_param
+    }
+    unnamed = {
+        f"{info.name}[{index}]"
+        for info in graph.input
+        for index, dim in enumerate(info.type.tensor_type.shape.dim)
+        if not dim.WhichOneof("value")
+    }
+    return sorted(names) + sorted(unnamed)
+
+
+def _check_dims(graph: onnx.GraphProto, dims: Mapping[str, int]) -> None:
+    names = _dimension_names(graph)
+    for name, size in dims.items():
+        if name not in names:
+            known = ", ".join(names) if names else "none"
+            raise OptionError(f"the model has no dimension {name!r}", hint=f"its dimensions are: {known}")
+        if size < 0:
+            raise OptionError(f"dimension {name!r} is set to {size}; a size is at least 0")
+
+
+def _input_spec(info: onnx.ValueInfoProto, dims: Mapping[str, int], examples: Mapping[str, torch.Tensor]) -> InputSpec:
+    what = f"graph input {info.name!r}"
+    kind = info.type.WhichOneof("value")
+    if kind != "tensor_type":
+        raise UnsupportedOperator(f"{what} is a {(kind or 'value of no type').removesuffix('_type')}, not a tensor")
+    dtype = dtype_of(info.type.tensor_type.elem_type, what)
+    if info.name in examples:
+        return InputSpec(info.name, tuple(examples[info.name].shape), dtype)
+    if not info.type.tensor_type.HasField("shape"):
+        raise ModelError(f"{what} declares no shape", hint="give an example input, or store the shape in the model")
+    shape = []
+    for index, dim in enumerate(info.type.tensor_type.shape.dim):
+        name = dim.dim_param or f"{info.name}[{index}]"
+        if dim.WhichOneof("value") == "dim_value":
+            shape.append(dim.dim_value)
+        elif name in dims:
+            shape.append(dims[name])
+        else:
+            raise ModelError(
+                f"dimension {name!r} of {what} has no value",
+                hint=f"bind it with --dim {name}=VALUE (dims={{{name!r}: VALUE}})",
+            )
+    shape_elements(tuple(shape), what)
+    return InputSpec(info.name, tuple(shape), dtype)
+
+
+def _declared(graph: onnx.GraphProto, dims: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    from .types import TORCH_DTYPES
+
+    declared = {}
+    for info in (*graph.value_info, *graph.output):
+        tensor = info.type.tensor_type
+        if info.type.WhichOneof("value") != "tensor_type" or not tensor.HasField("shape"):
+            continue
+        sizes = [dims.get(dim.dim_param, -1) if dim.dim_param else dim.dim_value for dim in tensor.shape.dim]
+        complete = all(dim.WhichOneof("value") for dim in tensor.shape.dim) and all(size >= 0 for size in sizes)
+        if complete and tensor.elem_type in TORCH_DTYPES:
+            declared[info.name] = (tuple(sizes), TORCH_DTYPES[tensor.elem_type])
+    return declared
+
+
+def read_tensor(proto: onnx.TensorProto, folder: Path | None, what: str) -> torch.Tensor:
+    """The value of an initializer or tensor attribute, from the model itself or from a file in ``folder``."""
+    if proto.data_location != TensorProto.EXTERNAL:
+        return tensor_from_proto(proto, what)
+    entries = {entry.key: entry.value for entry in proto.external_data}
+    if folder is None:
+        raise ModelError(f"{what} lies in an external file, and a model in memory has no folder to look in",
+                         hint="load the model by its path, or with onnx.load, which reads external data")  # fmt: skip
+    path = _external_path(folder, entries.get("location", ""), what)
+    elements = shape_elements(tuple(proto.dims), what)
+    size = elements * dtype_of(proto.data_type, what).itemsize
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(size)))
+    except ValueError:
+        raise ModelError(f"{what} gives an offset or length that is not a number") from None
+    if length != size or offset < 0 or size > MAX_CONSTANT_BYTES:
+        raise ModelError(f"{what} needs {size} bytes, its external data has offset {offset} and length {length}")
+    with path.open("rb") as file:
+        available = os.fstat(file.fileno()).st_size
+        if offset + size > available:
+            raise ModelError(f"{what} needs bytes {offset} to {offset + size} of {path.name!r}, which has {available}")
+        file.seek(offset)
+        data = file.read(size)
+    inline = TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name, raw_data=data)
+    return tensor_from_proto(inline, what)
+
+
+def _external_path(folder: Path, location: str, what: str) -> Path:
+    """The file that ``location`` names, which must lie in the model's folder after all links are followed."""
+    if not location or "\0" in location:
+        raise ModelError(f"{what} lies in an external file but does not name it")
+    if Path(location).is_absolute() or ".." in Path(location.replace("\\", "/")).parts:
+        raise ModelError(f"{what} asks for the file {location!r}, which is outside the model's folder")
+    path = (folder / location).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ModelError(f"{what} asks for the file {location!r}, a link that leads outside the model's folder")
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        regular = False
+    if not regular:
+        raise ModelError(f"{what} asks for the file {location!r}, which is not in the model's folder")
+    return path
+
+
+def embed_external_data(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """The model as one message; tensors in external files become part of it, read with the same care."""
+    if isinstance(source, onnx.ModelProto):
+        return source
+    model = _parse(Path(source))
+    folder = Path(source).resolve().parent
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            value = read_tensor(tensor, folder, f"initializer {tensor.name!r}")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(tensor_to_numpy(value), tensor.name))
+    return model
