@@ -13,7 +13,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -98,7 +98,7 @@ def _methods() -> dict[str, str]:
     return found
 
 
-def _method_classes(roots: list[str], folder: str, module: str) -> Iterator[str]:
+def _method_classes(roots: Iterable[str], folder: str, module: str) -> Iterator[str]:
     """Names of the classes in a module's source that are listed in its ``__all__`` and have a method ``apply``."""
     for root in roots:
         source = Path(root) / folder / f"{module}.py"
@@ -130,7 +130,7 @@ def _class_of(name: str) -> type[Any]:
     package = importlib.import_module(__package__ or "")
     folder, _, stem = name.partition("/")
     module = importlib.import_module(methods[name])
-    classes = list(_method_classes(list(package.__path__), folder, stem))
+    classes = list(_method_classes(package.__path__, folder, stem))
     return cast(type[Any], getattr(module, classes[0]))
 
 
