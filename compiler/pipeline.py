@@ -143,4 +143,6 @@ def confirm(name: str, plan: Plan, certificate: Certificate | None) -> None:
 def _recounted(verification: Verification, certificate: Certificate) -> int:
     if certificate.objective == "peak_bytes":
         return verification.peak_bytes
+    if certificate.objective == "arena_bytes":
+        return verification.arena_bytes
     return verification.additional_bytes

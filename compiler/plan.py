@@ -80,7 +80,7 @@ class Certificate(msgspec.Struct, frozen=True):
     ``"residency"`` every residency of the plan's own order; ``"address"`` every placement of the plan's residences.
     """
 
-    objective: Literal["additional_traffic_bytes", "peak_bytes"]
+    objective: Literal["additional_traffic_bytes", "peak_bytes", "arena_bytes"]
     value: int
     bound: int
     proved_by: Literal["ilp", "lp", "cp", "exhaustive", "analytic"]
