@@ -23,8 +23,7 @@ from .address.placement import PlacementError
 from .registry import make
 from .residency.gaps import Cut, gaps_of_residences
 from .residency.ilp import IlpResidency
-from .residency.least_cost import LeastCostResidency
-from .residency.refetch import Refetch
+from .residency.refetch import RefetchResidency
 from .residency.workset import require_fit
 
 __all__ = ["Planner", "place"]
@@ -78,12 +77,12 @@ def _place_with_room(plan: Plan, address: Pass, budget: Budget, proven: Certific
     for part in RESERVES:
         reserve = capacity // part
         note = f"{reserve:,} bytes held back for fragmentation"
-        resident, _ = _reside(LeastCostResidency(reserve_bytes=reserve), plan, budget.share(0.3), proven, note)
+        resident, _ = _reside(IlpResidency(reserve_bytes=reserve), plan, budget.share(0.3), proven, note)
         try:
             return run_pass(address, resident, budget.share(0.3))
         except PlacementError:
             continue
-    resident, _ = _reside(Refetch(), plan, budget, proven, "nothing that keeps more could be placed in time")
+    resident, _ = _reside(RefetchResidency(), plan, budget, proven, "nothing that keeps more could be placed in time")
     return run_pass(address, resident, budget)
 
 

@@ -12,11 +12,11 @@ from .eviction import evict, refill
 from .gaps import GapProblem
 from .workset import require_fit
 
-__all__ = ["Belady", "furthest_next_use"]
+__all__ = ["BeladyResidency", "furthest_next_use"]
 
 
 @dataclass(frozen=True)
-class Belady:
+class BeladyResidency:
     """Where room is short, drop the buffer whose next use is furthest away.
 
     *Given* a plan with an order. *Result*: loads, stores and residences. Optimal for pages of one size (Belady,

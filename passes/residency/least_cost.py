@@ -12,11 +12,11 @@ from .eviction import evict, refill
 from .gaps import GapProblem
 from .workset import require_fit
 
-__all__ = ["LeastCost", "least_cost"]
+__all__ = ["LeastCostResidency", "least_cost"]
 
 
 @dataclass(frozen=True)
-class LeastCost:
+class LeastCostResidency:
     """Where room is short, drop what costs least: one buffer that is large enough, or several, cheap by the byte.
 
     *Given* a plan with an order. *Result*: loads, stores and residences. Dropping a buffer whose version backing memory

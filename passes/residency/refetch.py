@@ -10,11 +10,11 @@ from .emit import emit
 from .gaps import GapProblem
 from .workset import require_fit
 
-__all__ = ["Refetch"]
+__all__ = ["RefetchResidency"]
 
 
 @dataclass(frozen=True)
-class Refetch:
+class RefetchResidency:
     """Drop every gap: the baseline that keeps nothing between operators, and always finds addresses.
 
     *Given* an order. *Result*: residences that last for one operator each, so that each working set is laid out
