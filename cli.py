@@ -321,12 +321,12 @@ def passes(as_json: AsJson = False) -> None:
 
     rows = {name: describe(name) for name in names()}
     if as_json:
-        _print_json({name: {"summary": r.summary, "options": r.options} for name, r in rows.items()})
+        _print_json({name: {"summary": r.summary, "options": [asdict(o) for o in r.options]} for name, r in rows.items()})
         return
     for name, row in rows.items():
         _say(f"{name:<24} {row.summary}")
-        for option, default in row.options.items():
-            _say(f"{'':<24}   {option} = {default}")
+        for option in row.options:
+            _say(f"{'':<24}   {option.name}: {option.type} = {option.default!r}")
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
@@ -380,3 +380,7 @@ def _show(compiled: CompiledModel, as_json: bool, more: dict[str, Any]) -> None:
         _say(compiled.summary())
         for name, value in more.items():
             _say(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

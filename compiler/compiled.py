@@ -44,6 +44,8 @@ class CompiledModel:
         import torch
 
         program = self._program()
+        if program.flatten is None or program.unflatten is None:
+            raise ExecutionError("an operator graph without bodies can be planned, not executed")
         as_numpy = any(isinstance(value, numpy.ndarray) for value in args)
         given = [torch.from_numpy(v.copy()) if isinstance(v, numpy.ndarray) else v for v in args]
         values = program.flatten(tuple(given), kwargs)

@@ -17,7 +17,7 @@ from ..errors import InternalError
 from .plan import Certificate, PassRecord, Plan
 from .verify import Verification, verify
 
-__all__ = ["Budget", "Decision", "Pass", "Pipeline", "Progress"]
+__all__ = ["Budget", "Decision", "Pass", "Pipeline", "Progress", "confirm", "run_pass"]
 
 
 @dataclass(frozen=True)

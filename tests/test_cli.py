@@ -1,0 +1,187 @@
+"""The command line as a user meets it: files in, files out, documented exit codes, JSON that parses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from opweave.errors import Infeasible, MachineError, ModelError, OptionError, PlanError, VerificationError
+
+
+def opweave(*arguments: str | Path, check: int = 0) -> str:
+    """Run the command line in a process of its own; its standard output, after checking the exit code."""
+    command = [sys.executable, "-m", "opweave.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == check, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if check == 0 else done.stdout + done.stderr
+
+
+def residual_network(path: Path, blocks: int = 3, symbolic: bool = False) -> Path:
+    """A small residual convolutional network with random weights, saved to ``path``."""
+    random = np.random.default_rng(0)
+    nodes, weights, x = [], [], "image"
+    for block in range(blocks):
+        value = (random.standard_normal((8, 8, 3, 3)) * 0.2).astype(np.float32)
+        weights.append(numpy_helper.from_array(value, f"w{block}"))
+        nodes.append(helper.make_node("Conv", [x, f"w{block}"], [f"c{block}"], pads=[1] * 4, kernel_shape=[3, 3]))
+        nodes.append(helper.make_node("Relu", [f"c{block}"], [f"r{block}"]))
+        nodes.append(helper.make_node("Add", [f"r{block}", x], [f"a{block}"]))
+        x = f"a{block}"
+    shape = ["batch" if symbolic else 1, 8, 16, 16]
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        weights,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return residual_network(tmp_path_factory.mktemp("network") / "residual.onnx")
+
+
+@pytest.fixture(scope="module")
+def plan(network: Path) -> Path:
+    """A plan for a scratchpad of one working set (three 8 KiB tensors), which leaves no room to spare."""
+    path = network.parent / "plan.json"
+    opweave("compile", network, "--scratchpad", "24KiB", "-o", path, "--time-limit", "5")
+    return path
+
+
+def test_help_lists_the_commands() -> None:
+    text = opweave("--help")
+    assert all(command in text for command in ("compile", "run", "verify", "fit", "view", "hw", "passes"))
+
+
+def test_compile_reports_what_it_proved(network: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    facts = json.loads(opweave("compile", network, "--scratchpad", "24KiB", "-o", out, "--time-limit", "5", "--json"))
+    assert out.exists()
+    assert facts["plan"] == str(out)
+    verified = json.loads(opweave("verify", out, "--json"))
+    assert verified["ok"]
+    assert verified["level"] == "timed"
+
+
+def test_run_equals_onnxruntime(plan: Path, tmp_path: Path) -> None:
+    facts = json.loads(opweave("run", plan, "--json", "--outputs", tmp_path / "y.npz"))
+    assert [c["equal"] for c in facts["comparison"]] == [True]
+    assert np.load(tmp_path / "y.npz")["a2"].shape == (1, 8, 16, 16)
+
+
+def test_run_compiles_a_model_first_and_takes_inputs(network: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", image=np.ones((1, 8, 16, 16), np.float32))
+    assert "equal to onnxruntime" in opweave("run", network, "--inputs", tmp_path / "x.npz")
+    np.savez(tmp_path / "wrong.npz", picture=np.ones((1, 8, 16, 16), np.float32))
+    assert "'image'" in opweave("run", network, "--inputs", tmp_path / "wrong.npz", check=8)
+
+
+def test_symbolic_dimension_is_bound_on_the_command_line(tmp_path: Path) -> None:
+    path = residual_network(tmp_path / "symbolic.onnx", symbolic=True)
+    assert "batch" in opweave("compile", path, "-o", tmp_path / "p.json", check=ModelError.exit_code)
+    opweave("compile", path, "-o", tmp_path / "p.json", "--dim", "batch=2")
+    assert "--dim" in opweave("compile", path, "--dim", "batch", check=OptionError.exit_code)
+
+
+def test_fit_is_a_falling_curve(network: Path, tmp_path: Path) -> None:
+    curve = json.loads(opweave("fit", network, "--points", "4", "--time-limit", "8", "--report", tmp_path, "--json"))
+    assert curve[0]["capacity_bytes"] == 24 * 1024
+    traffic = [point["additional_bytes"] for point in curve]
+    assert traffic == sorted(traffic, reverse=True)
+    assert all(point["bound_bytes"] <= point["additional_bytes"] for point in curve)
+    assert (tmp_path / "fit.png").stat().st_size > 1000
+
+
+def test_view_writes_the_page(plan: Path, tmp_path: Path) -> None:
+    written = json.loads(opweave("view", plan, "-o", tmp_path, "--json"))
+    assert {"index.html", "trace.json"} <= {Path(path).name for path in written.values()}
+    assert all(Path(path).stat().st_size for path in written.values())
+
+
+def test_machines_and_passes_are_listed() -> None:
+    machines = {machine["name"] for machine in json.loads(opweave("hw", "list", "--json"))}
+    assert "edge-npu" in machines
+    assert json.loads(opweave("hw", "show", "edge-npu", "--json"))["memories"]
+    assert {"order/beam", "residency/ilp", "address/exact"} <= set(json.loads(opweave("passes", "--json")))
+
+
+def test_an_operator_that_does_not_fit_is_named(network: Path, tmp_path: Path) -> None:
+    text = opweave("compile", network, "--scratchpad", "20KiB", "-o", tmp_path / "p", check=Infeasible.exit_code)
+    assert "24576" in text.replace(",", "")
+    assert "working set" in text
+    error = json.loads(opweave("compile", network, "--scratchpad", "20KiB", "--json", check=5).splitlines()[-1] or "{}")
+    assert error["error"]["code"] == "infeasible"
+
+
+def damage(plan: Path, target: Path, **changes: Any) -> Path:
+    content = json.loads(plan.read_text())
+    content.update(changes)
+    target.write_text(json.dumps(content))
+    return target
+
+
+def test_a_damaged_plan_is_refused(plan: Path, tmp_path: Path) -> None:
+    content = json.loads(plan.read_text())
+    fewer = damage(plan, tmp_path / "fewer.json", instructions=content["instructions"][1:])
+    assert "fault" in opweave("verify", fewer, check=VerificationError.exit_code)
+    assert "fault" in opweave("run", fewer, check=VerificationError.exit_code)
+    newer = damage(plan, tmp_path / "newer.json", schema_version=99)
+    assert "version 99" in opweave("verify", newer, check=PlanError.exit_code)
+    (tmp_path / "text.json").write_text("{")
+    opweave("verify", tmp_path / "text.json", check=PlanError.exit_code)
+    opweave("verify", tmp_path / "missing.json", check=PlanError.exit_code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["compile", "missing.onnx"], ModelError.exit_code, "missing.onnx"),
+        (["compile", "model.txt"], ModelError.exit_code, ".onnx"),
+        (["compile", "{}", "--machine", "abacus"], MachineError.exit_code, "edge-npu"),
+        (["compile", "{}", "--scratchpad", "lots"], OptionError.exit_code, "lots"),
+        (["compile", "{}", "--order", "order/astrology"], OptionError.exit_code, "order/beam"),
+        (["compile", "{}", "--order", "order/beam(girth=3)"], OptionError.exit_code, "width"),
+        (["compile", "{}", "--weights", "imagined"], OptionError.exit_code, "streamed"),
+        (["compile", "{}", "--time-limit", "-1"], OptionError.exit_code, "time_limit"),
+        (["compile", "{}", "--frobnicate"], OptionError.exit_code, "frobnicate"),
+        (["frobnicate"], OptionError.exit_code, "frobnicate"),
+        (["hw", "show", "abacus"], MachineError.exit_code, "abacus"),
+    ],
+)
+def test_mistakes_end_in_one_clear_error(network: Path, arguments: list[str], code: int, word: str) -> None:
+    text = opweave(*(a.format(network) for a in arguments), check=code)
+    assert word in text
+    assert text.startswith("error[")
+
+
+def test_interrupting_keeps_the_best_plan(tmp_path: Path) -> None:
+    """Ctrl-C during a long search ends it with exit code 130 and a plan that verifies."""
+    network = residual_network(tmp_path / "deep.onnx", blocks=40)
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "opweave.cli", "compile", str(network), "--scratchpad", "24KiB", "-o", str(out)]
+    order = "order/beam(width=1000000)"
+    process = subprocess.Popen([*command, "--time-limit", "200", "--order", order], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "order/beam" in process.stderr.readline()  # it is planning now
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode in (0, 130), error
+    assert time.monotonic() - begin < 100
+    opweave("verify", out)
