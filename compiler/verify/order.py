@@ -127,16 +127,26 @@ def _check_streamed(plan: Plan, facts: Facts) -> Iterator[Finding]:
 def check_whole(plan: Plan) -> Iterator[Finding]:
     """A decision is taken for everything it concerns or for nothing."""
     if plan.residences is None:
-        moves = [step for step, i in enumerate(plan.instructions) if not isinstance(i, Run)]
-        if moves:
-            yield Finding(Fault.PARTLY_DECIDED, "the plan loads or stores but has no residences", moves[0])
-    else:
-        placed = sum(residence.offset is not None for residence in plan.residences)
-        if 0 < placed < len(plan.residences):
-            message = f"{placed} of {len(plan.residences)} residences have an offset; all have one or none has"
-            yield Finding(Fault.PARTLY_DECIDED, message)
-    moments = [moment for i in plan.instructions for moment in (i.start_s, i.finish_s)]
-    known = sum(moment is not None for moment in moments)
-    if 0 < known < len(moments):
-        message = f"{known} of {len(moments)} start and finish times are given; all are or none is"
-        yield Finding(Fault.PARTLY_DECIDED, message)
+        for step, instruction in enumerate(plan.instructions):
+            if not isinstance(instruction, Run):
+                message = f"buffer {instruction.buffer!r} moves, but the plan has no residences"
+                yield Finding(Fault.PARTLY_DECIDED, message, step)
+                break
+    elif any(residence.offset is not None for residence in plan.residences):
+        for residence in plan.residences:
+            if residence.offset is None:
+                message = f"the residence of {residence.buffer!r} has no offset, others have; all have one or none has"
+                yield Finding(Fault.PARTLY_DECIDED, message, residence.begin)
+                break
+    yield from _check_all_timed(plan)
+
+
+def _check_all_timed(plan: Plan) -> Iterator[Finding]:
+    if all(i.start_s is None and i.finish_s is None for i in plan.instructions):
+        return
+    for step, instruction in enumerate(plan.instructions):
+        if instruction.start_s is None or instruction.finish_s is None:
+            name = instruction.op if isinstance(instruction, Run) else instruction.buffer
+            message = f"{name!r} has no start or no finish, others have; all have both or none has"
+            yield Finding(Fault.PARTLY_DECIDED, message, step)
+            break

@@ -29,7 +29,8 @@ def check_times(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> 
         if start is not None and finish is not None and 0 <= start <= finish < math.inf:
             spans.append((start, finish))
             continue
-        message = f"from {start} to {finish} seconds; expected 0 <= start <= finish, both finite"
+        name = instruction.op if isinstance(instruction, Run) else instruction.buffer
+        message = f"{name!r} goes from {start} to {finish} s; expected 0 <= start <= finish, both finite"
         yield Finding(Fault.TIME_MALFORMED, message, step)
         spans.append((math.inf, -math.inf))  # waits for nothing, and nothing waits for it
     yield from _check_engines(plan, spans)
