@@ -18,6 +18,9 @@ __all__ = ["randomize_weights"]
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 #: Operators that hand a weight on in another shape, so that its role is the role of what they make.
 _PASS_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Transpose", "Identity", "Flatten", "Cast"})
+#: Variance of a matrix's entries times its fan-in. A classifier's is small, or its softmax would hide all differences.
+_GAINS = {"matrix": 2.0, "linear matrix": 1.0, "classifier matrix": 0.0025}
+_MAX_RANK = 64
 _RECTIFIERS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "Gelu", "HardSwish", "Elu", "Selu"})
 #: (operator, input) to what the weight is; only weights with a role here are replaced.
 _ROLES: Mapping[tuple[str, int], str] = {
@@ -38,7 +41,7 @@ def randomize_weights(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     """A copy of ``model`` in which every all-equal floating-point weight of more than one element is random.
 
     Weights may be initializers, Constant nodes or ConstantOfShape nodes; all become initializers. A tensor counts as a
-    weight by what uses it: kernels and matrices get N(0, 2 / fan_in) before a rectifier and N(0, 1 / fan_in) elsewhere, scales and variances U(0.5, 1.5), biases and
+    weight by what uses it: kernels and matrices get N(0, 2 / fan_in) before a rectifier and N(0, 1 / fan_in) elsewhere (less before a softmax), scales and variances U(0.5, 1.5), biases and
     means N(0, 0.1); the branches of residual sums are scaled down. Each tensor has its own stream, from ``seed`` and its name, so the order of nodes does not matter.
     Everything else, such as tensors that give a shape, is left alone. Raises ModelError beyond onnx's 2 GiB.
     """
@@ -92,7 +95,9 @@ def _roles(graph: onnx.GraphProto) -> dict[str, tuple[str, str]]:
             elif role is not None:
                 transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
                 operator = node.op_type + ("^T" if transposed else "")
-                if role == "matrix" and not _reaches(node.output[0], users):
+                if role == "matrix" and any(user.op_type == "Softmax" for user in users.get(node.output[0], [])):
+                    role = "classifier matrix"
+                elif role == "matrix" and not _reaches(node.output[0], users):
                     role = "linear matrix"
                 roles.setdefault(name, (role, operator))
             else:
@@ -138,33 +143,31 @@ def _damping(graph: onnx.GraphProto) -> dict[str, float]:
     return damped
 
 
+def _is_flat(array: np.ndarray) -> bool:
+    return array.size > 1 and bool(np.all(array == array.reshape(-1)[0]))
+
+
 def _all_equal(graph: onnx.GraphProto) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """Name, shape and type of each floating-point tensor of more than one element, all equal."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.INT64 and len(tensor.dims) == 1:
-            shapes[tensor.name] = tuple(array_from_proto(tensor, tensor.name).tolist())
-        if tensor.data_type in _FLOATS and tensor.data_location != TensorProto.EXTERNAL:
-            array = array_from_proto(tensor, f"initializer {tensor.name!r}")
-            if array.size > 1 and bool(np.all(array == array.reshape(-1)[0])):
-                yield tensor.name, tuple(tensor.dims), tensor.data_type
+    constants = [(tensor.name, tensor) for tensor in graph.initializer]
     for node in graph.node:
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        value = attributes.get("value")
-        if node.op_type == "Constant" and value is not None and value.type == AttributeProto.TENSOR:
-            array = (
-                array_from_proto(value.t, f"node {node.name!r}") if value.t.data_type != TensorProto.STRING else None
-            )
-            if array is not None and value.t.data_type == TensorProto.INT64:
-                shapes[node.output[0]] = tuple(int(size) for size in array.reshape(-1))
-            elif array is not None and value.t.data_type in _FLOATS and array.size > 1:
-                if bool(np.all(array == array.reshape(-1)[0])):
-                    yield node.output[0], tuple(value.t.dims), value.t.data_type
-        elif node.op_type == "ConstantOfShape" and node.input[0] in shapes:
-            data_type = value.t.data_type if value is not None else TensorProto.FLOAT
+        if node.op_type == "Constant":
+            constants += [(node.output[0], a.t) for a in node.attribute if a.type == AttributeProto.TENSOR]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in constants:
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.data_type not in (*_FLOATS, TensorProto.INT64):
+            continue
+        array = array_from_proto(tensor, f"tensor {name!r}")
+        if tensor.data_type == TensorProto.INT64:
+            shapes[name] = tuple(int(size) for size in array.reshape(-1)) if array.size <= _MAX_RANK else ()
+        elif _is_flat(array):
+            yield name, tuple(tensor.dims), tensor.data_type
+    for node in graph.node:
+        if node.op_type == "ConstantOfShape" and node.input and node.input[0] in shapes:
+            data_type = next((a.t.data_type for a in node.attribute if a.name == "value"), TensorProto.FLOAT)
             shape = shapes[node.input[0]]
             if data_type in _FLOATS and shape_elements(shape, f"node {node.name!r}") > 1:
-                yield node.output[0], shape, data_type
+                yield node.output[0], shape, int(data_type)
 
 
 def _fan_in(shape: tuple[int, ...], operator: str) -> int:
@@ -187,7 +190,7 @@ def _random_tensor(
     if role == "scale":
         values = generator.random(shape, np.float32) + np.float32(0.5)
     else:
-        deviation = 0.1 if role == "bias" else math.sqrt((2.0 if role == "matrix" else 1.0) / max(1, _fan_in(shape, operator)))
+        deviation = 0.1 if role == "bias" else math.sqrt(_GAINS[role] / max(1, _fan_in(shape, operator)))
         values = generator.standard_normal(shape, np.float32)
         values *= np.float32(deviation)
     values *= np.float32(factor)
