@@ -35,6 +35,15 @@ _NUMBERS = MappingProxyType({"inf": math.inf, "nan": math.nan})
 _NAMESPACES = ("aten", "opweave", "prims")
 #: Functional by their schema, and yet they reach files or the terminal.
 _REFUSED = frozenset({"aten.from_file", "aten._print"})
+#: Write their running statistics, which their schema does not say, when this argument is true.
+_TRAINING_FLAG: Mapping[str, str] = MappingProxyType(
+    {
+        "aten.batch_norm.default": "training",
+        "aten.native_batch_norm.default": "training",
+        "aten._batch_norm_impl_index.default": "training",
+        "aten.instance_norm.default": "use_input_stats",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +236,8 @@ def evaluate(body: str, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor,
     operator = resolve(call.target)
     arguments = [_bind(value, operands, call) for value in call.arguments]
     keywords = {key: _bind(value, operands, call) for key, value in call.keywords}
+    if call.target in _TRAINING_FLAG:
+        _refuse_training(call, operator)
     try:
         return tuple(_tensors(operator(*arguments, **keywords)))
     except OpweaveError:
@@ -234,6 +245,16 @@ def evaluate(body: str, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor,
     except Exception as error:  # torch and registered operators raise whatever they like
         shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in operands)
         raise ExecutionError(f"operator {call.target} on operands ({shapes}) failed: {error}") from error
+
+
+def _refuse_training(call: Call, operator: Any) -> None:
+    names = (argument.name for argument in operator._schema.arguments)
+    given = dict(zip(names, call.arguments, strict=False)) | dict(call.keywords)
+    if given.get("running_mean") is not None and given.get(_TRAINING_FLAG[call.target]):
+        raise ExecutionError(
+            f"operator {call.target} is refused: in training it writes its running statistics",
+            hint="use aten._native_batch_norm_legit_functional, which returns them",
+        )
 
 
 def _bind(value: Any, operands: Sequence[torch.Tensor], call: Call) -> Any:

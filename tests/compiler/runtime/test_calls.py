@@ -196,3 +196,15 @@ def test_what_torch_rejects_names_the_operator_and_its_operands() -> None:
         evaluate("aten.mm.default(%0, %1)", [torch.ones(2, 3), torch.ones(2, 3)])
     with pytest.raises(ExecutionError, match="%1 but the operator has 1"):
         evaluate("aten.mm.default(%0, %1)", [torch.ones(2, 3)])
+
+
+def test_running_statistics_are_not_written_behind_the_graphs_back() -> None:
+    """``batch_norm`` changes two operands in training, though its schema says that it changes none."""
+    x, mean, variance = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    body = "aten.batch_norm.default(%0, None, None, %1, %2, {}, 0.1, 1e-05, False)"
+    with pytest.raises(ExecutionError, match="running statistics"):
+        evaluate(body.format(True), [x, mean, variance])
+    (inference,) = evaluate(body.format(False), [x, mean, variance])
+    torch.testing.assert_close(inference, x / (1 + 1e-5) ** 0.5)
+    (alone,) = evaluate("aten.batch_norm.default(%0, None, None, None, None, True, 0.1, 1e-05, False)", [x])
+    assert alone.mean(0).abs().max() < 1e-6
