@@ -38,14 +38,14 @@ def place_by_gaps(plan: Plan, name: str, order: str, *, tightest: bool) -> Decis
     """Place each component of ``plan``'s residences in the best of the orders. Raises PlacementError."""
     packing = Packing.of(plan, name)
     bound = check_fullest_step(packing)
-    offsets = [0] * len(packing.names)
+    offsets = [0] * len(packing.items)
     for items in packing.components():
         chosen = best_of(packing, items, PRIORITIES if order == "best" else (order,), tightest=tightest)
         for item, offset in zip(items, chosen, strict=True):
             offsets[item] = offset
-    arena = packing.arena_bytes(offsets)
+    arena = packing.arena_bytes(packing.items, offsets)
     if arena > packing.capacity:
         above = [i for i, o in enumerate(offsets) if o > packing.highest_offset(i, packing.capacity)]
-        around = {i for i in range(len(offsets)) if any(packing.overlap(i, other) for other in above)}
+        around = {i for i in packing.items if any(packing.overlap(i, other) for other in above)}
         raise no_placement(packing, sorted(around), proven=False, required_bytes=arena)
     return placed(plan, packing, offsets, bound=bound)

@@ -30,7 +30,7 @@ def best_of(packing: Packing, items: Sequence[int], orders: Iterable[str], *, ti
         rank = PRIORITIES[order]
         position = sorted(range(len(items)), key=lambda k: rank(packing, items[k]), reverse=True)
         offsets = place_in_order(packing, items, position, tightest=tightest)
-        arena = max((o * packing.alignment + packing.nbytes[i] for o, i in zip(offsets, items, strict=True)), default=0)
+        arena = packing.arena_bytes(items, offsets)
         if best is None or arena < best[0]:
             best = arena, offsets
         if arena <= floor:

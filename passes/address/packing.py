@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,14 +51,24 @@ class Packing:
             capacity=memory.capacity_bytes,
         )
 
+    @property
+    def items(self) -> range:
+        """All items."""
+        return range(len(self.names))
+
     def highest_offset(self, item: int, capacity: int) -> int:
         """Largest offset, in units, at which ``item`` ends within ``capacity`` bytes; negative if there is none."""
         return (capacity - self.nbytes[item]) // self.alignment
 
-    def arena_bytes(self, offsets: Sequence[int], items: Iterable[int] | None = None) -> int:
-        """End of the highest region in bytes, with ``offsets`` in units by item."""
-        chosen = range(len(offsets)) if items is None else items
-        return max((offsets[i] * self.alignment + self.nbytes[i] for i in chosen), default=0)
+    def arena_bytes(self, items: Iterable[int], offsets: Iterable[int]) -> int:
+        """End of the highest of ``items`` in bytes, each at its offset in units."""
+        return max((o * self.alignment + self.nbytes[i] for i, o in zip(items, offsets, strict=True)), default=0)
+
+    def grain(self, items: Sequence[int]) -> int:
+        """A number of bytes that every arena of ``items`` is a multiple of, once all lie as low as they can."""
+        if any(self.nbytes[i] != self.units[i] * self.alignment for i in items):
+            return 1
+        return self.alignment * math.gcd(*(self.units[i] for i in items))
 
     def together_bytes(self, items: Iterable[int]) -> int:
         """Least arena of ``items`` that are all resident at one step: the one with the most padding lies on top."""
@@ -67,7 +78,7 @@ class Packing:
 
     def fullest_step(self, items: Iterable[int] | None = None) -> tuple[int, tuple[int, ...]]:
         """A lower bound on the arena of ``items`` (all by default), in bytes, and the items resident at its step."""
-        order = sorted(range(len(self.names)) if items is None else items, key=lambda i: (self.begins[i], i))
+        order = sorted(self.items if items is None else items, key=lambda i: (self.begins[i], i))
         best: int = 0
         where: tuple[int, ...] = ()
         live: list[int] = []
@@ -85,7 +96,7 @@ class Packing:
         """Items in groups that share no step with one another, by first step; each can be packed by itself."""
         groups: list[list[int]] = []
         free_from = -1
-        for item in sorted(range(len(self.names)), key=lambda i: (self.begins[i], i)):
+        for item in sorted(self.items, key=lambda i: (self.begins[i], i)):
             if not groups or self.begins[item] >= free_from:
                 groups.append([])
             groups[-1].append(item)

@@ -47,7 +47,7 @@ def placed(
         for residence, offset in zip(plan.residences or (), offsets, strict=True)
     )
     certificate = Certificate(
-        "arena_bytes", packing.arena_bytes(offsets), bound, "cp" if by_search else "analytic", "address"
+        "arena_bytes", packing.arena_bytes(packing.items, offsets), bound, "cp" if by_search else "analytic", "address"
     )
     instructions = tuple(_untimed(instruction) for instruction in plan.instructions)
     return Decision(msgspec.structs.replace(plan, instructions=instructions, residences=residences), certificate, note)

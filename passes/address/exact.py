@@ -1,0 +1,154 @@
+"""Exact placement: first fit where it suffices, CP-SAT where it does not, an explanation where nothing can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...compiler.pipeline import Budget, Decision, Progress
+from ...compiler.plan import Plan
+from ...errors import OptionError
+from .conflict import reduced
+from .gaps import PRIORITIES, best_of
+from .no_overlap import Verdict, fit_by_constraints
+from .packing import Packing
+from .placement import check_fullest_step, no_placement, placed
+
+__all__ = ["ExactPlacement"]
+
+REDUCTION_SHARE = 0.3  # of the time left, for explaining why nothing fits
+
+
+@dataclass(frozen=True)
+class ExactPlacement:
+    """Place all residences within the capacity, or prove that some of them cannot lie together.
+
+    *Given* a plan with residences. *Result*: their offsets; with ``minimize``, in the least arena that could be
+    found and proven within the budget. Steps that no residence crosses split the problem; a part that first fit or
+    best fit solves is done, and every other is a question to CP-SAT (``no_overlap.fit_by_constraints``). Minimising
+    asks it for capacities by bisection between the bytes of the fullest step and the best arena so far.
+
+    ``effort`` is the limit of each question in CP-SAT's deterministic seconds, used in deterministic mode only.
+    """
+
+    minimize: bool = False
+    effort: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.effort <= 0:
+            raise OptionError(f"address/exact: option 'effort' is {self.effort}; it takes more than 0 seconds")
+
+    @property
+    def name(self) -> str:
+        """Path name of the pass."""
+        return "address/exact"
+
+    def apply(self, plan: Plan, budget: Budget) -> Decision:
+        """Place all residences.
+
+        Raises:
+            PlacementError: some cannot be placed together (``proven``), or no placement was found in time.
+        """
+        packing = Packing.of(plan, self.name)
+        search = _Search(self, packing, budget, check_fullest_step(packing))
+        search.start()
+        for items in search.too_high(packing.capacity):
+            search.fit(items)
+        if self.minimize:
+            search.minimize()
+        return placed(plan, packing, search.offsets, bound=search.bound, by_search=search.by_search)
+
+
+@dataclass
+class _Search:
+    """Offsets so far, in units by item, and the proven lower ``bound`` on the arena, in bytes."""
+
+    options: ExactPlacement
+    packing: Packing
+    budget: Budget
+    bound: int
+    by_search: bool = False
+    offsets: list[int] = field(default_factory=list)
+    components: list[list[int]] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
+
+    def start(self) -> None:
+        """Place everything by the better of first fit and best fit, whatever the arena."""
+        self.offsets = [0] * len(self.packing.items)
+        self.components = self.packing.components()
+        for items in self.components:
+            found = best_of(self.packing, items, PRIORITIES)
+            if self.packing.arena_bytes(items, found) > self.packing.capacity or self.options.minimize:
+                other = best_of(self.packing, items, PRIORITIES, tightest=True)
+                found = min(found, other, key=lambda offsets: self.packing.arena_bytes(items, offsets))
+            self._keep(items, found)
+        self._tell()
+
+    def too_high(self, capacity: int) -> list[list[int]]:
+        """Components that end above ``capacity`` bytes."""
+        return [items for items in self.components if self._arena(items) > capacity]
+
+    def fit(self, items: list[int]) -> None:
+        """Place a component within the machine's capacity. Raises PlacementError."""
+        answer = fit_by_constraints(
+            self.packing, items, self.packing.capacity, self.budget, seconds=self._seconds(1 - REDUCTION_SHARE)
+        )
+        if answer.verdict is Verdict.PLACED:
+            self._keep(items, answer.offsets)
+            self._tell()
+            return
+        arena = self._arena(self.packing.items)
+        if answer.verdict is Verdict.UNKNOWN:
+            raise no_placement(self.packing, items, proven=False, required_bytes=arena)
+        conflict = reduced(self.packing, items, self.budget, seconds=self._seconds(REDUCTION_SHARE))
+        raise no_placement(self.packing, conflict, proven=True, required_bytes=arena)
+
+    def minimize(self) -> None:
+        """Lower the arena, component by component from the highest down, until it meets the bound or time ends."""
+        ranked = sorted(self.components, key=lambda c: self._arena(c), reverse=True)
+        floor = self.bound
+        for items in ranked:
+            low, proven = self._bisect(items, floor)
+            floor = max(floor, self._arena(items))
+            if low > self.bound:
+                self.bound, self.by_search = low, proven
+        self._tell()
+
+    def _bisect(self, items: list[int], low: int) -> tuple[int, bool]:
+        """Search capacities from ``low`` to the component's arena: the bound proven, and whether a search proved it.
+
+        The first question is ``low`` itself, which often holds. Questions that time left open count as too small for
+        where to look next, never for what is proven.
+        """
+        grain = self.packing.grain(items)
+        proven = asked = middle = -(-low // grain) * grain
+        by_search = False
+        while asked < self._arena(items) and not self._halted():
+            answer = fit_by_constraints(self.packing, items, middle, self.budget, seconds=self._seconds(0.25))
+            if answer.verdict is Verdict.PLACED:
+                self._keep(items, answer.offsets)
+                self._tell()
+            else:
+                asked = middle + grain
+                if answer.verdict is Verdict.IMPOSSIBLE:
+                    proven, by_search = asked, True
+            middle = (asked + self._arena(items)) // 2 // grain * grain
+        return proven, by_search
+
+    def _halted(self) -> bool:
+        return self.budget.stop.is_set() if self.budget.deterministic else self.budget.remaining_s <= 0
+
+    def _seconds(self, share: float) -> float:
+        return share * (self.options.effort if self.budget.deterministic else self.budget.remaining_s)
+
+    def _arena(self, items: Sequence[int]) -> int:
+        return self.packing.arena_bytes(items, (self.offsets[i] for i in items))
+
+    def _keep(self, items: Sequence[int], offsets: Sequence[int]) -> None:
+        for item, offset in zip(items, offsets, strict=True):
+            self.offsets[item] = offset
+
+    def _tell(self) -> None:
+        arena = self._arena(self.packing.items)
+        self.budget.listen(Progress(self.options.name, time.monotonic() - self.begin, arena, self.bound))

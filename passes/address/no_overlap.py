@@ -1,0 +1,129 @@
+"""Whether rectangles fit below a height: CP-SAT's two-dimensional no-overlap, lifetimes fixed and offsets free."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ortools.sat.python import cp_model
+
+from ...compiler.pipeline import Budget
+from .packing import Packing
+
+__all__ = ["Answer", "Verdict", "fit_by_constraints"]
+
+POLL_S = 0.05  # how often a running solver is asked to stop, if it should
+
+
+class Verdict(Enum):
+    """What is known about a capacity."""
+
+    PLACED = "placed"
+    IMPOSSIBLE = "impossible"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A verdict, and the offsets in units, by position of the items asked about, if placed."""
+
+    verdict: Verdict
+    offsets: tuple[int, ...] = ()
+
+
+def fit_by_constraints(
+    packing: Packing,
+    items: Sequence[int],
+    capacity: int,
+    budget: Budget,
+    *,
+    seconds: float,
+    hint: Sequence[int] | None = None,
+) -> Answer:
+    """Place ``items`` so that all end within ``capacity`` bytes.
+
+    ``seconds`` are wall seconds, or CP-SAT's deterministic ones if the budget asks for determinism. Formulation:
+    variables ``offset[i]`` in ``0 .. highest_offset(i)``; rectangles ``[begin, end) x [offset, offset + units)`` do
+    not overlap. Moving everything down as far as it goes makes every offset a sum of sizes, so units are divided by
+    the sizes' greatest common divisor. Of placements that differ by exchanging equal items, or by turning everything
+    upside down, one is kept.
+    """
+    scale = math.gcd(*(packing.units[i] for i in items))
+    highest = [packing.highest_offset(i, capacity) // scale for i in items]
+    if min(highest, default=0) < 0:
+        return Answer(Verdict.IMPOSSIBLE)
+    model = cp_model.CpModel()
+    offsets = [model.new_int_var(0, most, f"offset_{i}") for i, most in zip(items, highest, strict=True)]
+    sizes = [packing.units[i] // scale for i in items]
+    steps = [
+        model.new_fixed_size_interval_var(packing.begins[i], packing.ends[i] - packing.begins[i], f"steps_{i}")
+        for i in items
+    ]
+    regions = [
+        model.new_fixed_size_interval_var(offset, size, f"region_{i}")
+        for i, offset, size in zip(items, offsets, sizes, strict=True)
+    ]
+    model.add_no_overlap_2d(steps, regions)
+    model.add_cumulative(steps, sizes, max(most + size for most, size in zip(highest, sizes, strict=True)))
+    _break_symmetry(model, packing, items, offsets, highest, upside_down=not capacity % packing.alignment)
+    for offset, value in zip(offsets, hint or (), strict=False):
+        model.add_hint(offset, value // scale)
+    solver = _solver(budget, seconds)
+    status = _solve(solver, model, budget)
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return Answer(Verdict.PLACED, tuple(solver.value(offset) * scale for offset in offsets))
+    return Answer(Verdict.IMPOSSIBLE if status == cp_model.INFEASIBLE else Verdict.UNKNOWN)
+
+
+def _break_symmetry(
+    model: cp_model.CpModel,
+    packing: Packing,
+    items: Sequence[int],
+    offsets: Sequence[cp_model.IntVar],
+    highest: Sequence[int],
+    *,
+    upside_down: bool,
+) -> None:
+    alike: dict[tuple[int, int, int], int] = {}
+    for position, item in enumerate(items):
+        kind = (packing.begins[item], packing.ends[item], packing.nbytes[item])
+        if kind in alike:
+            model.add(offsets[alike[kind]] <= offsets[position])
+        alike[kind] = position
+    if upside_down:  # only then does every region end at or below the same unit
+        kinds = [(packing.begins[i], packing.ends[i], packing.nbytes[i]) for i in items]
+        largest = max(
+            (p for p in range(len(items)) if kinds.count(kinds[p]) == 1),
+            key=lambda p: packing.units[items[p]],
+            default=None,
+        )
+        if largest is not None:
+            model.add(2 * offsets[largest] <= highest[largest])
+
+
+def _solver(budget: Budget, seconds: float) -> cp_model.CpSolver:
+    solver = cp_model.CpSolver()
+    solver.parameters.random_seed = budget.seed
+    solver.parameters.catch_sigint_signal = False
+    if budget.deterministic:
+        solver.parameters.num_workers = 1
+        solver.parameters.max_deterministic_time = seconds
+    else:
+        solver.parameters.num_workers = budget.workers
+        solver.parameters.max_time_in_seconds = seconds
+    return solver
+
+
+def _solve(solver: cp_model.CpSolver, model: cp_model.CpModel, budget: Budget) -> cp_model.CpSolverStatus:
+    """Solve on another thread, so that this one hears Ctrl-C and can tell the solver to stop."""
+    statuses: list[cp_model.CpSolverStatus] = []
+    worker = threading.Thread(target=lambda: statuses.append(solver.solve(model)), daemon=True)
+    worker.start()
+    while worker.is_alive():
+        worker.join(POLL_S)
+        if budget.stop.is_set():
+            solver.stop_search()
+    return statuses[0]
