@@ -8,12 +8,14 @@ one per element: of the input for a reduction, of the outputs otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry
+
+from .aten import bind_arguments, tensors_in
 
 __all__ = ["count_flops"]
 
@@ -43,30 +45,13 @@ def count_flops(
     name = target._schema.name.removeprefix("aten::")
     counter = _COUNTERS.get(name)
     if counter is not None:
-        return counter(_bind(target, args, kwargs), outputs[0])
+        return counter(bind_arguments(target, args, kwargs), outputs[0])
     known = flop_registry.get(target.overloadpacket)
     if known is not None:
         return int(known(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)))
     if torch.Tag.reduction in target.tags or name in _MORE_REDUCTIONS or name in _POOLING:
-        return max((t.numel() for t in _tensors([*args, *kwargs.values()])), default=0)
+        return max((t.numel() for t in tensors_in([*args, *kwargs.values()])), default=0)
     return sum(t.numel() for t in outputs)
-
-
-def _bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by their names in the schema, defaults filled in."""
-    parameters = target._schema.arguments
-    bound = {p.name: p.default_value for p in parameters if p.has_default_value()}
-    bound.update({p.name: value for p, value in zip(parameters, args, strict=False)})
-    bound.update(kwargs)
-    return bound
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _linear(bound: Mapping[str, Any], out: torch.Tensor) -> int:

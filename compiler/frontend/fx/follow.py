@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from ....errors import ModelError, UnsupportedOperator
 from ...graph import Role
-from .calls import functional_form, is_check, is_random, tensors_in
+from ..aten import functional_form, is_check, is_random, tensors_in
 from .recorder import Call, Recorder
 from .sources import check_plain, place_weights
 

@@ -10,9 +10,9 @@ import torch
 
 from ...graph import Role
 from ...runtime.calls import format_call
+from ..aten import replace_tensors, tensors_in
 from ..flops import count_flops
 from .builder import GraphBuilder, is_dense
-from .calls import replace_tensors, tensors_in
 
 __all__ = ["Call", "Recorder"]
 
