@@ -138,7 +138,7 @@ def mutations(plan: Plan) -> Iterator[Plan]:
 
 @pytest.mark.parametrize("name", all_graphs())
 def test_no_mutation_verifies_and_computes_wrong_numbers(name: str) -> None:
-    """The worst bug there can be: the verifier finds nothing, and the numbers are wrong. Nothing else escapes either."""
+    """The worst bug there can be: the verifier finds nothing, and the numbers are wrong. No other error escapes."""
     graph = all_graphs()[name]
     sources = random_sources(graph)
     for plan in (keep_everything(graph), keep_nothing(graph)):
