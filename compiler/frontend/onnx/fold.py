@@ -52,7 +52,9 @@ def _fake_run(node: Node, lowering: Lowering) -> None:
 
     def literal(array: Literal, name: str) -> torch.Tensor:
         del name
-        return mode.from_tensor(tensor_from_numpy(array))
+        with untraced():
+            constant = tensor_from_numpy(array)
+        return mode.from_tensor(constant)
 
     with mode:
         results = as_sequence(lowering(replace(node, resolve=resolve, demand=demand_known, literal=literal)))
@@ -61,7 +63,8 @@ def _fake_run(node: Node, lowering: Lowering) -> None:
 
 def demand_known(value: Value) -> Literal:
     """The constant of ``value`` as an array."""
-    return tensor_to_numpy(known(value))
+    with untraced():
+        return tensor_to_numpy(known(value))
 
 
 def fold(node: Node, lowering: Lowering) -> tuple[torch.Tensor | None, ...]:

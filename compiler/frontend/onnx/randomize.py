@@ -111,7 +111,9 @@ def _reaches(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> bool:
         following = users.get(name, [])
         if any(node.op_type in _RECTIFIERS for node in following):
             return True
-        through = [node for node in following if node.op_type in ("BatchNormalization", "Mul", "Add", "Reshape", "Concat")]
+        through = [
+            node for node in following if node.op_type in ("BatchNormalization", "Mul", "Add", "Reshape", "Concat")
+        ]
         if not through:
             return False
         name = through[0].output[0]

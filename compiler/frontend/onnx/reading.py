@@ -18,7 +18,16 @@ from ....errors import ModelError, OptionError, UnsupportedOperator
 from ...runtime.custom_ops import tensor_to_numpy
 from .types import MAX_CONSTANT_BYTES, dtype_of, shape_elements, tensor_from_proto
 
-__all__ = ["InputSpec", "SourceModel", "captured_names", "embed_external_data", "read_model", "read_tensor"]
+__all__ = [
+    "InputSpec",
+    "SourceModel",
+    "captured_names",
+    "embed_external_data",
+    "input_names",
+    "read_model",
+    "read_tensor",
+    "require_tensors",
+]
 
 OLDEST_OPSET = 7
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -65,11 +74,19 @@ def read_model(
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError("the file holds no ONNX graph", hint="is it an ONNX model, and was it copied completely?")
     opsets = _opsets(proto.opset_import)
+    require_tensors(proto.graph)
     _check_graph(proto.graph)
     _check_dims(proto.graph, dims)
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = tuple(_input_spec(info, dims, examples) for info in proto.graph.input if info.name not in initializers)
     return SourceModel(proto, folder, inputs, _in_order(proto.graph), opsets, _declared(proto.graph, dims))
+
+
+def input_names(source: str | Path | onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the model's inputs in order, initializers left out. Raises ModelError for a file that is no model."""
+    proto = source if isinstance(source, onnx.ModelProto) else _parse(Path(source))
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    return tuple(info.name for info in proto.graph.input if info.name not in initializers)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -192,6 +209,18 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+def require_tensors(graph: onnx.GraphProto) -> None:
+    """UnsupportedOperator if an input or output of the graph is a sequence, an optional, a map or of no type."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    for what, infos in (("input", graph.input), ("output", graph.output)):
+        for info in infos:
+            kind = info.type.WhichOneof("value")
+            untyped_output = what == "output" and kind is None
+            if kind != "tensor_type" and info.name not in initializers and not untyped_output:
+                described = (kind or "value of no type").removesuffix("_type")
+                raise UnsupportedOperator(f"graph {what} {info.name!r} is of kind {described}, not a tensor")
+
+
 def _dimension_names(graph: onnx.GraphProto) -> list[str]:
     names = {
         dim.dim_param
@@ -220,9 +249,6 @@ def _check_dims(graph: onnx.GraphProto, dims: Mapping[str, int]) -> None:
 
 def _input_spec(info: onnx.ValueInfoProto, dims: Mapping[str, int], examples: Mapping[str, torch.Tensor]) -> InputSpec:
     what = f"graph input {info.name!r}"
-    kind = info.type.WhichOneof("value")
-    if kind != "tensor_type":
-        raise UnsupportedOperator(f"{what} is a {(kind or 'value of no type').removesuffix('_type')}, not a tensor")
     dtype = dtype_of(info.type.tensor_type.elem_type, what)
     if info.name in examples:
         return InputSpec(info.name, tuple(examples[info.name].shape), dtype)

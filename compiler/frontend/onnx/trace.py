@@ -194,6 +194,8 @@ class Interpreter:
         return [None if result is None else Value("", None, result) for result in results]
 
     def _record(self, node: Node, scope: Scope) -> Sequence[Value | None]:
+        if node.op_type in _RANDOM and node.proto.domain in ("", "ai.onnx") and self._lowering(node) is None:
+            raise UnsupportedOperator(f"{node} draws random numbers: its result cannot be checked or planned again")
         inlined = inline_control(self, node, scope)
         if inlined is not None:
             self.native[node.op_type] += 1
