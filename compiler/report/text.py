@@ -10,13 +10,13 @@ from ..verify import Verification
 from .digest import CertificateFacts, Digest, MovedBuffer, digest
 from .units import format_bytes, format_count, format_flops, format_percent, format_seconds, plural
 
-__all__ = ["OBJECTIVES", "PROVERS", "SCOPES", "summary", "summary_dict"]
+__all__ = ["LEVELS", "OBJECTIVES", "PROVERS", "SCOPES", "summary", "summary_dict"]
 
 _MOST_BUFFERS = 8
 _MOST_FAULTS = 10
 _WIDTH = 13  # of the column of topics
 
-#: What a certificate's fields mean in words.
+#: What a certificate's fields, and the levels of a plan, mean in words.
 SCOPES = {
     "order": "over every order, residency and placement of the graph",
     "residency": "over every residency of this order",
@@ -28,6 +28,12 @@ PROVERS = {
     "cp": "constraint programming",
     "exhaustive": "exhaustive search",
     "analytic": "an analytic bound",
+}
+LEVELS = {
+    "order": "order decided",
+    "residency": "order and residency decided",
+    "address": "order, residency and addresses decided",
+    "timed": "order, residency, addresses and times decided",
 }
 OBJECTIVES = {"additional_traffic_bytes": "additional traffic", "peak_bytes": "peak"}
 
@@ -74,8 +80,6 @@ def _faults(facts: Digest) -> Iterator[str]:
 
 def _head(facts: Digest) -> Iterator[str]:
     model, machine = facts.model, facts.machine
-    decided = {"order": "order", "residency": "order and residency", "address": "order, residency and addresses"}
-    level = decided.get(facts.level, "order, residency, addresses and times")
     yield from _topic(
         "model",
         [
@@ -85,7 +89,7 @@ def _head(facts: Digest) -> Iterator[str]:
     )
     verdict = "verified" if facts.verified else "DOES NOT VERIFY"
     moves = ", ".join(plural(facts.instructions[k], k) for k in ("run", "load", "store") if k in facts.instructions)
-    yield from _topic("plan", [f"{level} decided, {verdict}; {moves or 'no instructions'}"])
+    yield from _topic("plan", [f"{LEVELS[facts.level]}, {verdict}; {moves or 'no instructions'}"])
     share = format_percent(facts.peak_bytes / machine.capacity_bytes)
     lines = [
         f"{machine.name}, {format_bytes(machine.capacity_bytes)} of {machine.scratchpad}",

@@ -1,0 +1,80 @@
+"""One self-contained page: the plan's data, the style and the script in one file that needs neither network nor server.
+
+A content security policy lets nothing run but the page's own script, by its hash; the data is inert JSON, and names
+enter the document as text only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+from importlib import resources
+from pathlib import Path
+
+from ..plan import Plan
+from ..verify import Verification, verify
+from .payload import payload
+from .text import summary
+from .trace import chrome_trace
+from .view import is_timed
+
+__all__ = ["write_html", "write_report"]
+
+
+def write_html(plan: Plan, path: str | Path, verification: Verification | None = None) -> None:
+    """Write the page to ``path``, creating its folder; ``verification`` spares verifying the plan again."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(_page(plan, verification or verify(plan)).encode())
+
+
+def write_report(plan: Plan, folder: str | Path) -> dict[str, Path]:
+    """Write everything there is to see of ``plan`` into ``folder``; returns the files by name.
+
+    Always ``index.html``, ``memory_map.png``, ``timeline.png``, ``live_bytes.png`` and ``traffic.png``; ``trace.json``
+    for a plan that has times.
+    """
+    from . import pictures  # matplotlib takes a while to import
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    counted = verify(plan)
+    names = ("index.html", "trace.json", "memory_map.png", "timeline.png", "live_bytes.png", "traffic.png")
+    paths = {name: target / name for name in names}
+    write_html(plan, paths["index.html"], counted)
+    if is_timed(plan):
+        paths["trace.json"].write_bytes(chrome_trace(plan))
+    else:
+        del paths["trace.json"]
+    pictures.memory_map(plan, paths["memory_map.png"])
+    pictures.timeline(plan, paths["timeline.png"])
+    pictures.live_bytes(plan, paths["live_bytes.png"])
+    pictures.traffic(plan, paths["traffic.png"], counted)
+    return paths
+
+
+def _page(plan: Plan, counted: Verification) -> str:
+    folder = resources.files(__package__).joinpath("page")
+    scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".js")), key=lambda f: f.name)
+    script = "\n".join(['"use strict";', "(() => {", *(f.read_text(encoding="utf-8") for f in scripts), "})();"])
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "policy": policy,
+        "title": html.escape(f"{plan.graph.name} on {plan.machine.name}"),
+        "style": style,
+        "summary": html.escape(summary(plan, counted)),
+        "data": payload(plan, counted).decode(),
+        "script": script,
+    }
+    template = folder.joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
