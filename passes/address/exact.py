@@ -11,13 +11,12 @@ from ...compiler.plan import Plan
 from ...errors import OptionError
 from .conflict import reduced
 from .gaps import PRIORITIES, best_of
-from .no_overlap import Verdict, fit_by_constraints
+from .no_overlap import Answer, Verdict
 from .packing import Packing
 from .placement import check_fullest_step, no_placement, placed
+from .repair import fit_by_repair
 
 __all__ = ["ExactPlacement"]
-
-REDUCTION_SHARE = 0.3  # of the time left, for explaining why nothing fits
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,10 @@ class ExactPlacement:
     """Place all residences within the capacity, or prove that some of them cannot lie together.
 
     *Given* a plan with residences. *Result*: their offsets; with ``minimize``, in the least arena that could be
-    found and proven within the budget. Steps that no residence crosses split the problem; a part that first fit or
-    best fit solves is done, and every other is a question to CP-SAT (``no_overlap.fit_by_constraints``). Minimising
-    asks it for capacities by bisection between the bytes of the fullest step and the best arena so far.
+    found and proven within the budget. Steps that no residence crosses split the problem. A part that first fit or
+    best fit solves is done; every other is repaired around what ends too high, by CP-SAT on windows of steps that
+    grow to the whole part (``repair.fit_by_repair``, ``no_overlap.fit_by_constraints``). Minimising asks for
+    capacities by bisection between the bytes of the fullest step and the best arena so far.
 
     ``effort`` is the limit of each question in CP-SAT's deterministic seconds, used in deterministic mode only.
     """
@@ -91,18 +91,27 @@ class _Search:
 
     def fit(self, items: list[int]) -> None:
         """Place a component within the machine's capacity. Raises PlacementError."""
-        answer = fit_by_constraints(
-            self.packing, items, self.packing.capacity, self.budget, seconds=self._seconds(1 - REDUCTION_SHARE)
-        )
+        answer, window = self._ask(items, self.packing.capacity)
         if answer.verdict is Verdict.PLACED:
             self._keep(items, answer.offsets)
             self._tell()
             return
         arena = self._arena(self.packing.items)
         if answer.verdict is Verdict.UNKNOWN:
-            raise no_placement(self.packing, items, proven=False, required_bytes=arena)
-        conflict = reduced(self.packing, items, self.budget, seconds=self._seconds(REDUCTION_SHARE))
+            raise no_placement(self.packing, window, proven=False, required_bytes=arena)
+        conflict = reduced(self.packing, window, self.budget, seconds=self._seconds(0.3))
         raise no_placement(self.packing, conflict, proven=True, required_bytes=arena)
+
+    def _ask(self, items: list[int], capacity: int) -> tuple[Answer, list[int]]:
+        offsets = [self.offsets[i] for i in items]
+        return fit_by_repair(
+            self.packing,
+            items,
+            offsets,
+            capacity,
+            self.budget,
+            seconds=lambda complete: self._seconds(0.7 if complete else 0.1),
+        )
 
     def minimize(self) -> None:
         """Lower the arena, component by component from the highest down, until it meets the bound or time ends."""
@@ -125,7 +134,7 @@ class _Search:
         proven = asked = middle = -(-low // grain) * grain
         by_search = False
         while asked < self._arena(items) and not self._halted():
-            answer = fit_by_constraints(self.packing, items, middle, self.budget, seconds=self._seconds(0.25))
+            answer, _ = self._ask(items, middle)
             if answer.verdict is Verdict.PLACED:
                 self._keep(items, answer.offsets)
                 self._tell()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 from ortools.sat.python import cp_model
 
@@ -41,36 +42,34 @@ def fit_by_constraints(
     budget: Budget,
     *,
     seconds: float,
-    hint: Sequence[int] | None = None,
+    fixed: Mapping[int, int] = MappingProxyType({}),
 ) -> Answer:
-    """Place ``items`` so that all end within ``capacity`` bytes.
+    """Place ``items`` so that all end within ``capacity`` bytes and clear of those ``fixed``: units by other item.
 
     ``seconds`` are wall seconds, or CP-SAT's deterministic ones if the budget asks for determinism. Formulation:
     variables ``offset[i]`` in ``0 .. highest_offset(i)``; rectangles ``[begin, end) x [offset, offset + units)`` do
-    not overlap. Moving everything down as far as it goes makes every offset a sum of sizes, so units are divided by
-    the sizes' greatest common divisor. Of placements that differ by exchanging equal items, or by turning everything
-    upside down, one is kept.
+    not overlap. Moving everything down as far as it goes makes every offset a sum of sizes (on top of what is fixed),
+    so units are divided by the greatest common divisor of them all. Of placements that differ by exchanging equal
+    items, or by turning everything upside down, one is kept.
     """
-    scale = math.gcd(*(packing.units[i] for i in items))
+    scale = math.gcd(*(packing.units[i] for i in (*items, *fixed)), *fixed.values())
     highest = [packing.highest_offset(i, capacity) // scale for i in items]
     if min(highest, default=0) < 0:
         return Answer(Verdict.IMPOSSIBLE)
     model = cp_model.CpModel()
     offsets = [model.new_int_var(0, most, f"offset_{i}") for i, most in zip(items, highest, strict=True)]
     sizes = [packing.units[i] // scale for i in items]
-    steps = [
-        model.new_fixed_size_interval_var(packing.begins[i], packing.ends[i] - packing.begins[i], f"steps_{i}")
-        for i in items
-    ]
-    regions = [
-        model.new_fixed_size_interval_var(offset, size, f"region_{i}")
-        for i, offset, size in zip(items, offsets, sizes, strict=True)
-    ]
+    obstacles = {i: offset // scale for i, offset in fixed.items()}
+    places: list[tuple[int, cp_model.IntVar | int]] = [*zip(items, offsets, strict=True), *obstacles.items()]
+    steps, regions = [], []
+    for item, offset in places:
+        begin, end = packing.begins[item], packing.ends[item]
+        steps.append(model.new_fixed_size_interval_var(begin, end - begin, f"steps_{item}"))
+        regions.append(model.new_fixed_size_interval_var(offset, packing.units[item] // scale, f"region_{item}"))
     model.add_no_overlap_2d(steps, regions)
-    model.add_cumulative(steps, sizes, max(most + size for most, size in zip(highest, sizes, strict=True)))
-    _break_symmetry(model, packing, items, offsets, highest, upside_down=not capacity % packing.alignment)
-    for offset, value in zip(offsets, hint or (), strict=False):
-        model.add_hint(offset, value // scale)
+    top = max(most + size for most, size in zip(highest, sizes, strict=True))
+    model.add_cumulative(steps[: len(items)], sizes, top)
+    _break_symmetry(model, packing, items, offsets, highest, turn=not fixed and not capacity % packing.alignment)
     solver = _solver(budget, seconds)
     status = _solve(solver, model, budget)
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
@@ -85,7 +84,7 @@ def _break_symmetry(
     offsets: Sequence[cp_model.IntVar],
     highest: Sequence[int],
     *,
-    upside_down: bool,
+    turn: bool,
 ) -> None:
     alike: dict[tuple[int, int, int], int] = {}
     for position, item in enumerate(items):
@@ -93,7 +92,7 @@ def _break_symmetry(
         if kind in alike:
             model.add(offsets[alike[kind]] <= offsets[position])
         alike[kind] = position
-    if upside_down:  # only then does every region end at or below the same unit
+    if turn:  # the machine's capacity is whole units, so upside down everything still fits
         kinds = [(packing.begins[i], packing.ends[i], packing.nbytes[i]) for i in items]
         largest = max(
             (p for p in range(len(items)) if kinds.count(kinds[p]) == 1),

@@ -1,0 +1,77 @@
+"""From a placement that ends too high to one that fits: the surroundings of what is too high are placed afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...compiler.pipeline import Budget
+from .no_overlap import Answer, Verdict, fit_by_constraints
+from .packing import Packing
+
+__all__ = ["fit_by_repair"]
+
+SMALLEST_WINDOW = 8  # distinct first steps
+
+
+def fit_by_repair(
+    packing: Packing,
+    items: Sequence[int],
+    offsets: Sequence[int],
+    capacity: int,
+    budget: Budget,
+    *,
+    seconds: Callable[[bool], float],
+) -> tuple[Answer, list[int]]:
+    """Place a component ``items``, now at ``offsets`` (units), within ``capacity`` bytes.
+
+    Around the first item that ends too high, a window of steps is cleared and its items are placed anew between
+    those that stay; while that fails, the window doubles, in the end to the whole component, which makes the method
+    complete. Items of one window that cannot be placed even by themselves prove that nothing can.
+
+    Returns:
+        The answer for all of ``items``, and the items of the last window: a conflict if the verdict is IMPOSSIBLE.
+        ``seconds`` limits each question, given whether it is about the whole component.
+    """
+    place = dict(zip(items, offsets, strict=True))
+    first_steps = sorted({packing.begins[i] for i in items})
+    window = SMALLEST_WINDOW
+    while high := [i for i in items if place[i] > packing.highest_offset(i, capacity)]:
+        cleared = _cleared(packing, items, first_steps, high[0], window)
+        complete = len(cleared) == len(items)
+        alone = fit_by_constraints(packing, cleared, capacity, budget, seconds=seconds(complete))
+        if alone.verdict is Verdict.IMPOSSIBLE or (complete and alone.verdict is Verdict.UNKNOWN):
+            return Answer(alone.verdict), cleared
+        if complete:
+            return alone, cleared
+        fixed = _neighbours(packing, cleared, place, capacity)
+        if alone.verdict is Verdict.PLACED and fixed:
+            alone = fit_by_constraints(packing, cleared, capacity, budget, seconds=seconds(complete), fixed=fixed)
+        if alone.verdict is Verdict.PLACED:
+            place.update(zip(cleared, alone.offsets, strict=True))
+            window = SMALLEST_WINDOW
+        else:
+            window *= 2
+    return Answer(Verdict.PLACED, tuple(place[i] for i in items)), []
+
+
+def _cleared(packing: Packing, items: Sequence[int], first_steps: Sequence[int], centre: int, window: int) -> list[int]:
+    """Items resident during some of the ``window`` distinct first steps around those of ``centre``."""
+    inside = [k for k, step in enumerate(first_steps) if packing.begins[centre] <= step < packing.ends[centre]]
+    low = max(0, inside[0] - window // 2)
+    high = min(len(first_steps) - 1, inside[-1] + window // 2)
+    begin, end = first_steps[low], first_steps[high] + 1
+    return [i for i in items if packing.begins[i] < end and packing.ends[i] > begin]
+
+
+def _neighbours(packing: Packing, cleared: Sequence[int], place: dict[int, int], capacity: int) -> dict[int, int]:
+    """Offsets of the items that stay, lie within ``capacity`` and share a step with a cleared one."""
+    inside = set(cleared)
+    begin, end = min(packing.begins[i] for i in cleared), max(packing.ends[i] for i in cleared)
+    return {
+        i: offset
+        for i, offset in place.items()
+        if i not in inside
+        and packing.begins[i] < end
+        and packing.ends[i] > begin
+        and offset <= packing.highest_offset(i, capacity)
+    }
