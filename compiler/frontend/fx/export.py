@@ -26,7 +26,6 @@ from .convert import Converted, convert
 __all__ = ["from_exported", "from_module"]
 
 _UPDATES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
-_NEEDS_TRACING = "wrap_with_autocast"
 
 
 def from_module(
@@ -65,15 +64,15 @@ def from_module(
 def from_exported(program: ExportedProgram, *, name: str = "exported") -> ImportedGraph:
     """The graph of an exported program; weights are referred to, not copied.
 
-    Tensors of a source's own name in the program become sources of that name. Buffers, parameters and inputs that the
-    program updates are updated in place. Calls must have the structure of the example inputs, with equal values
+    Source tensors are called what the program calls its placeholders. Buffers, parameters and inputs that the program
+    updates are updated in place. Calls must have the structure of the example inputs, with equal values
     wherever the example had something that is no tensor.
 
     Raises:
         ModelError: symbolic shapes, inputs that are no tensors, outputs such as gradients.
         UnsupportedOperator: as for ``from_graph_module``.
     """
-    if any(str(node.target) == _NEEDS_TRACING for node in program.graph.nodes):
+    if any(_has_autocast(m) for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
             program = program.run_decompositions({})  # spells out the casts of autocast regions
@@ -99,6 +98,10 @@ def from_exported(program: ExportedProgram, *, name: str = "exported") -> Import
     converted = convert(program.graph_module, name, inputs, weights, roles, literals, updated=updated)
     calls = _Calls(program, converted, literals)
     return ImportedGraph(converted.graph, converted.weights, converted.input_names, calls.flatten, calls.unflatten)
+
+
+def _has_autocast(module: torch.fx.GraphModule) -> bool:
+    return any(str(node.target) == "wrap_with_autocast" for node in module.graph.nodes)
 
 
 def _without_gaps(value: Any) -> Any:
@@ -163,7 +166,7 @@ class _Calls:
                 if not isinstance(leaf, torch.Tensor):
                     raise ModelError(f"argument {argument!r} is a {type(leaf).__name__}; a tensor was imported")
                 tensors.append(leaf)
-            elif leaf != self._literals[argument]:
+            elif isinstance(leaf, torch.Tensor) or leaf != self._literals[argument]:
                 raise ModelError(
                     f"argument {argument!r} is {leaf!r}, but the model was imported with {self._literals[argument]!r}",
                     hint="import the model again for another value",

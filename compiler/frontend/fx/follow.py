@@ -22,6 +22,13 @@ _NAMESPACES = ("aten", "opweave", "prims")
 _SIZE_ARITHMETIC = frozenset({"_operator", "operator", "math", "builtins", "torch"})
 _ATEN = torch.ops.aten
 _CPU = torch.device("cpu")
+#: Take (input, weight, bias, running mean, running variance, training, momentum, eps, ...) and move the statistics in
+#: training, most of them without saying so in their schema. The value tells whether they return one tensor.
+_BATCH_NORMS = {
+    _ATEN.batch_norm.default: True,
+    _ATEN.native_batch_norm.default: False,
+    _ATEN._native_batch_norm_legit.default: False,
+}
 
 
 class Follower:
@@ -91,10 +98,12 @@ class Follower:
     def _operator(self, call: Call, label: str) -> Any:
         if torch.Tag.inplace_view in call.target.tags and not call.target._schema.name.startswith("aten::resize"):
             return _evaluate(call)  # changes the fake's own sizes and strides, and no bytes
+        if call.target in _BATCH_NORMS and call.args[5] and call.args[3] is not None:
+            return self._training_batch_norm(call, label)
+        if call.target is _ATEN.instance_norm.default and call.args[5] and call.args[3] is not None:
+            raise _hidden_write(call, label)
         if call.target._schema.is_mutable:
             return self._in_place(call, label)
-        if call.target is _ATEN.batch_norm.default and call.args[5] and call.args[3] is not None:
-            return self._training_batch_norm(call, label)
         try:
             result = _evaluate(call)
         except ModelError:
@@ -114,10 +123,7 @@ class Follower:
         """A call that writes its first argument: the functional form's result becomes the buffer's new version."""
         plain = functional_form(call.target)
         if plain is None:
-            raise UnsupportedOperator(
-                f"node {label!r} calls {call.target}, which writes its arguments in a way that has no lowering here",
-                hint="call model.eval() before exporting, or use the operator's functional form in the model",
-            )
+            raise _hidden_write(call, label)
         old = call.args[0]
         call = Call(plain, call.args, call.kwargs, call.node)
         if plain is _ATEN.copy.default and call.args[1].shape == old.shape and call.args[1].dtype == old.dtype:
@@ -127,18 +133,21 @@ class Follower:
         if self._recorder.builder.is_placed(result):  # nothing to do, like dropout_ in evaluation
             return old
         _refuse_random(call, label)
-        if result.shape != old.shape or result.dtype != old.dtype:  # float16.add_(float32) computes in float32
+        if result.shape != old.shape:  # resize_
+            raise _hidden_write(call, label)
+        if result.dtype != old.dtype:  # float16.add_(float32) computes in float32
             new = self._recorder.create(call, result, f"{label}promoted")
             call = Call(_ATEN.copy.default, (old, new), node=call.node)
         self._recorder.write(call, old, label)
         return old
 
-    def _training_batch_norm(self, call: Call, label: str) -> torch.Tensor:
-        """Batch normalisation that moves its running statistics, which ATen's schema of ``batch_norm`` does not say."""
+    def _training_batch_norm(self, call: Call, label: str) -> Any:
+        """Batch normalisation that moves its running statistics: its functional form, written over them."""
+        single = _BATCH_NORMS[call.target]
         call = Call(_ATEN._native_batch_norm_legit_functional.default, call.args[:8], node=call.node)
         result: tuple[torch.Tensor, ...] = _evaluate(call)
         self._recorder.create_and_write(call, result, call.args[3:5], label)
-        return result[0]
+        return result[0] if single else result[:3]
 
 
 def _on_cpu(value: Any) -> Any:
@@ -157,6 +166,13 @@ def _not_aten(node: torch.fx.Node) -> UnsupportedOperator:
     return UnsupportedOperator(
         f"node {node.name!r} is a {node.op} of {node.target!s:.80}, which is no ATen operator",
         hint="export the model first: torch.export.export(model, example_inputs)",
+    )
+
+
+def _hidden_write(call: Call, label: str) -> UnsupportedOperator:
+    return UnsupportedOperator(
+        f"node {label!r} calls {call.target}, which writes its arguments in a way that has no lowering here",
+        hint="call model.eval() before exporting, or use the operator's functional form in the model",
     )
 
 
