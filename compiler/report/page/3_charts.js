@@ -80,7 +80,7 @@ function drawXAxis(chart) {
   const step = Math.max(tickStep(view.x1 - view.x0, Math.max(2, (plot.right - plot.left) / 110), false), view.mode === "step" ? 1 : 0);
   context.textAlign = "center";
   context.textBaseline = "top";
-  for (let k = Math.ceil(view.x0 / step - 1e-9); k * step <= view.x1 * (1 + 1e-12); k++) {
+  for (let k = Math.max(0, Math.ceil(view.x0 / step - 1e-9)); k * step <= view.x1 * (1 + 1e-12); k++) {
     const x = toX(chart, k * step);
     context.fillStyle = theme.grid;
     context.fillRect(Math.round(x), plot.top, 1, plot.bottom - plot.top);
@@ -119,6 +119,13 @@ function outlined(context, text, x, y, colour) {
   context.strokeText(text, x, y);
   context.fillStyle = colour;
   context.fillText(text, x, y);
+}
+
+// The part of a box inside the plot: a label there is seen however far the box reaches out of sight.
+function visible({ plot }, x, y, width, height) {
+  const left = Math.max(x, plot.left);
+  const top = Math.max(y, plot.top);
+  return [left, top, Math.min(x + width, plot.right) - left, Math.min(y + height, plot.bottom) - top];
 }
 
 // Dark ink on pale colours, white on the others.
@@ -179,19 +186,36 @@ function drawEngines(chart) {
   const marked = new Set(selection.buffer >= 0 ? touching[selection.buffer] : selection.step >= 0 ? [selection.step] : []);
   const count = CATEGORIES.map(() => 0);
   clipped(chart, () => {
-    for (let step = 0; step < counts.instructions; step++) {
-      const begin = view.scale.barBegin[step];
-      const end = view.scale.barEnd[step];
-      if (end < view.x0 || begin > view.x1) continue;
-      const x = toX(chart, begin);
-      const width = Math.max(toX(chart, end) - x, 0.4);
-      const [top, height] = laneBox(chart, laneOf(step));
-      const kind = category(step);
+    const open = laneNames.map(() => null);
+    const flush = (lane) => {
+      if (!open[lane]) return;
+      const { begin, end, kind } = open[lane];
+      const [top, height] = laneBox(chart, lane);
       context.fillStyle = colours[kind];
-      context.fillRect(x, top, width > 3 ? width - 0.7 : width, height);
+      context.fillRect(begin, top, end - begin > 3 ? end - begin - 0.7 : Math.max(end - begin, 0.4), height);
+      open[lane] = null;
+    };
+    for (let step = 0; step < counts.instructions; step++) {
+      const x = toX(chart, view.scale.barBegin[step]);
+      const end = toX(chart, view.scale.barEnd[step]);
+      if (end < plot.left || x > plot.right) continue;
+      const lane = laneOf(step);
+      const kind = category(step);
       count[kind]++;
-      if (width > 46) label(context, subjectName(step), x, top, width, height, colours[kind]);
+      // Slivers that touch are drawn as one: the canvas would blend their edges into a pattern that means nothing.
+      const before = open[lane];
+      if (before && end - x <= 3 && before.kind === kind && before.thin && Math.abs(x - before.end) < 0.25) before.end = end;
+      else {
+        flush(lane);
+        open[lane] = { begin: x, end, kind, thin: end - x <= 3 };
+      }
+      if (end - x > 46) {
+        flush(lane);
+        const [top, height] = laneBox(chart, lane);
+        label(context, subjectName(step), ...visible(chart, x, top, end - x, height), colours[kind]);
+      }
     }
+    laneNames.forEach((_, lane) => flush(lane));
     context.strokeStyle = theme.select;
     context.lineWidth = 2;
     for (const step of marked) {

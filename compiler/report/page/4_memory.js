@@ -84,9 +84,12 @@ function drawMemory(chart) {
       const colour = palette.roles[ROLES[buffers.role[buffer]]];
       context.fillStyle = colour;
       context.fillRect(x, y, width > 4 ? width - 0.8 : width, height > 4 ? height - 0.8 : height);
+      if (width > 3 && instructions.kind[residences.begin[index]] === 1 && instructions.additional[residences.begin[index]] > 0) {
+        context.fillStyle = palette.categories["additional load"];
+        context.fillRect(x, y, Math.min(3, width / 3), height);
+      }
       if (width > 46 && height > 13) {
-        const left = Math.max(x, plot.left);
-        label(context, buffers.name[buffer], left, y, Math.min(x + width, plot.right) - left, height, colour);
+        label(context, buffers.name[buffer], ...visible(chart, x, y, width, height), colour);
       }
       sums.count++;
       sums.nbytes += buffers.nbytes[buffer];

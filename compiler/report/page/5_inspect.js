@@ -80,6 +80,12 @@ function liveFacts(x) {
 
 // --- selection -------------------------------------------------------------------------------------------------------
 
+// Show all addresses again when the selection lies above or below those in sight.
+function showSelected() {
+  const inSight = (r) => residences.offset[r] < view.y1 && residences.offset[r] + buffers.nbytes[residences.buffer[r]] > view.y0;
+  if ((selection.buffer >= 0 || selection.step >= 0) && !selectedResidences().every(inSight)) fitY();
+}
+
 function select(what) {
   selection.buffer = what && what.buffer !== undefined ? what.buffer : -1;
   selection.step = what && what.step !== undefined ? what.step : -1;
@@ -128,7 +134,7 @@ function residenceLink(index) {
 }
 
 function zoomTo(x0, x1, margin) {
-  const extra = Math.max(x1 - x0, view.full * 1e-6) * margin;
+  const extra = Math.max((x1 - x0) * margin, view.full * 0.002);
   setRange(x0 - extra, x1 + extra);
 }
 
@@ -140,6 +146,7 @@ function goToStep(step) {
     setRange((begin + end - width) / 2, (begin + end + width) / 2);
   }
   select({ step });
+  showSelected();
 }
 
 function zoomToSelection() {
@@ -148,6 +155,7 @@ function zoomToSelection() {
     const all = residencesOf[selection.buffer];
     zoomTo(Math.min(...all.map((r) => view.scale.boxBegin[r])), Math.max(...all.map((r) => view.scale.boxEnd[r])), 0.25);
   }
+  showSelected();
   redraw();
 }
 

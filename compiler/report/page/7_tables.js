@@ -2,7 +2,7 @@
 const PAGE_ROWS = 50;
 
 // `columns` are { name, value(row), show(row), number }; `rows` any values; `text(row)` is what the filter looks in.
-function makeTable(place, { columns, rows, sort, text, filterName, selected, empty }) {
+function makeTable(place, { columns, rows, sort, text, filterName, empty, key = [] }) {
   const state = { sort, ascending: !columns[sort].number, filter: "", limit: PAGE_ROWS };
   const head = element("tr");
   const body = element("tbody");
@@ -15,7 +15,7 @@ function makeTable(place, { columns, rows, sort, text, filterName, selected, emp
     head.append(element("th", { scope: "col", class: column.number ? "number" : "" }, column.plain ? column.name : button));
   });
   const table = element("table", {}, element("thead", {}, head), body);
-  place.replaceChildren(element("div", { class: "table-bar" }, input, counter, more), element("div", { class: "scroll" }, table));
+  place.replaceChildren(element("div", { class: "table-bar" }, input, counter, more, ...key), element("div", { class: "scroll" }, table));
 
   function sortBy(index) {
     state.ascending = state.sort === index ? !state.ascending : !columns[index].number;
@@ -30,7 +30,7 @@ function makeTable(place, { columns, rows, sort, text, filterName, selected, emp
     const keyed = found.map((row, position) => [value(row), position, row]);
     keyed.sort(([a, i], [b, j]) => (a < b ? -direction : a > b ? direction : i - j));
     const shown = keyed.slice(0, state.limit).map(([, , row]) => row);
-    body.replaceChildren(...shown.map((row) => tableRow(columns, row, selected)));
+    body.replaceChildren(...shown.map((row) => tableRow(columns, row)));
     [...head.children].forEach((cell, index) => {
       if (index === state.sort) cell.setAttribute("aria-sort", state.ascending ? "ascending" : "descending");
       else cell.removeAttribute("aria-sort");
@@ -42,9 +42,9 @@ function makeTable(place, { columns, rows, sort, text, filterName, selected, emp
   return fill();
 }
 
-function tableRow(columns, row, selected) {
+function tableRow(columns, row) {
   const cells = columns.map((column) => element("td", { class: column.number ? "number" : column.wide ? "" : "name" }, column.show(row)));
-  return element("tr", { class: selected(row) ? "selected" : "" }, ...cells);
+  return element("tr", {}, ...cells);
 }
 
 function bytesColumn(name, of) {
@@ -73,7 +73,8 @@ function makeTraffic() {
     { name: "", plain: true, wide: true, value: total, show: bar },
   ];
   const settings = { columns, rows, sort: 3, text: (b) => `${buffers.name[b]} ${roleWord(buffers.role[b])}`, filterName: "filter tensors" };
-  drawn.tensors = makeTable(byId("traffic"), { ...settings, selected: () => false, empty: "nothing is moved" });
+  const key = Object.entries(palette.traffic).map(([kind, colour]) => element("span", { class: "quiet" }, swatch(colour), kind));
+  drawn.tensors = makeTable(byId("traffic"), { ...settings, empty: "nothing is moved", key });
   drawn.moved = { compulsory: 0, additional: 0 };
   for (const b of rows) {
     drawn.moved.compulsory += buffers.compulsory[b];
@@ -100,7 +101,7 @@ function makeOperators() {
     columns.push({ name: "of latency", number: true, value: takes, show: (s) => formatPercent(takes(s) / (scaleOf("time").full || 1)) });
   }
   const text = (s) => `${ops.name[op(s)]} ${ops.body[op(s)]} ${ops.origin[op(s)]}`;
-  const settings = { columns, rows, sort: 0, text, filterName: "search operators", selected: () => false, empty: "no operators" };
+  const settings = { columns, rows, sort: 0, text, filterName: "search operators", empty: "no operators" };
   drawn.operators = makeTable(byId("operators"), settings);
 }
 

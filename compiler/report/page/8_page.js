@@ -26,7 +26,7 @@ function tile(name, value, more, parts) {
 function makeTiles() {
   const { traffic, time } = digest;
   const proof = digest.certificates.filter((c) => c.objective === "additional_traffic_bytes" && c.stands).sort((a, b) => a.gap - b.gap)[0];
-  const quality = proof ? (proof.gap === 0 ? "optimal" : `at most ${formatPercent(proof.gap)} above the best`) : "";
+  const quality = proof ? (proof.gap === 0 ? "optimal" : `at most ${formatPercent(proof.gap)} of it could be saved,`) : "";
   tile("additional traffic", formatBytes(traffic.additional_bytes), proof ? `${quality} ${words.scopes[proof.scope]}` : "no bound was proven");
   const total = traffic.total_bytes || 1;
   const split = [[traffic.compulsory_bytes / total, palette.traffic.compulsory], [traffic.additional_bytes / total, palette.traffic.additional]];
@@ -51,7 +51,7 @@ function makeLegends() {
   }
   byId("live-title").textContent = `Bytes held in ${digest.machine.scratchpad}`;
   byId("memory-title").textContent = `Memory map of ${digest.machine.scratchpad}`;
-  byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role` : "";
+  byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role; a dark left edge: fetched again` : "";
 }
 
 function makePasses() {
@@ -99,21 +99,22 @@ function fillNames() {
 
 // --- the page's own check --------------------------------------------------------------------------------------------
 
-// Looks up what lies at the middle of evenly chosen residences, by hit test and by the colour on the canvas.
+// Looks up what lies inside the first residences large enough, by hit test and by the colour on the canvas.
 function probe() {
   const chart = charts.memory;
   const result = { tested: 0, hits: 0, colours: 0 };
-  const stride = Math.max(1, Math.floor(counts.residences / 200));
-  for (let index = 0; placed && index < counts.residences; index += stride) {
+  const { width, height } = chart.canvas;
+  const pixels = chart.context.getImageData(0, 0, width, height).data;
+  for (let index = 0; placed && index < counts.residences && result.tested < 200; index++) {
     const box = boxOf(chart, index);
     if (!box || box[2] < 6 || box[3] < 6) continue;
     const [px, py] = [box[0] + box[2] * 0.7, box[1] + box[3] - 2.5]; // below the label
     const hit = hitTest("memory", px, py);
-    const pixel = chart.context.getImageData(Math.floor(px * chart.ratio), Math.floor(py * chart.ratio), 1, 1).data;
+    const at = 4 * (Math.floor(py * chart.ratio) * width + Math.floor(px * chart.ratio));
     const colour = palette.roles[ROLES[buffers.role[residences.buffer[index]]]];
     result.tested++;
     if (hit && residences.buffer[hit.index] === residences.buffer[index]) result.hits++;
-    if ([1, 3, 5].every((at, i) => Math.abs(parseInt(colour.slice(at, at + 2), 16) - pixel[i]) < 40)) result.colours++;
+    if ([1, 3, 5].every((digit, i) => Math.abs(parseInt(colour.slice(digit, digit + 2), 16) - pixels[at + i]) < 40)) result.colours++;
   }
   return result;
 }
