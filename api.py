@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from .hw_models.registry import parse_bytes
 
 if TYPE_CHECKING:
     from .compiler.frontend.onnx import ImportedModel
+    from .compiler.frontend.onnx.backend import Executable, OpweaveBackend
     from .compiler.frontend.program import ImportedGraph
     from .passes.fit import FitPoint
     from .passes.planner import Planner
@@ -194,35 +196,18 @@ def read_model(
 
 
 def _read_onnx(model: Model, inputs: Sequence[Any] | None, options: Options) -> tuple[ImportedGraph, Source]:
-    from .compiler.frontend.onnx import load
+    from .compiler.frontend.onnx.program import read_program
 
-    imported = load(
+    program = read_program(
         model,
+        inputs,
         dims=options.dims,
-        example_shapes=None if inputs is None else [tuple(value.shape) for value in inputs],
         definitions=options.definitions,
         strict=options.strict,
         fill_seed=options.fill_seed,
     )
-    program = _from_onnx(imported)
-    return program, Source(dims=dict(options.dims), fill_seed=options.fill_seed, operators=program.operators)
-
-
-def _from_onnx(imported: ImportedModel) -> ImportedGraph:
-    from .compiler.frontend.fx import from_graph_module
-
-    return from_graph_module(
-        imported.module,
-        name=imported.name,
-        input_names=imported.input_names,
-        weights=imported.weights,
-        output_names=imported.output_names,
-        operators={
-            "native": dict(imported.native),
-            "fallback": dict(imported.fallbacks),
-            "opaque": dict(imported.opaque),
-        },
-    )
+    operators = {way: dict(counts) for way, counts in program.operators.items()}
+    return program, Source(dims=dict(options.dims), fill_seed=options.fill_seed, operators=operators)
 
 
 def _sha256(path: Path) -> str:
@@ -276,21 +261,38 @@ def source_model(path: str | Path) -> str:
 
 def __getattr__(name: str) -> object:
     if name == "onnx_backend":
-        from .compiler.frontend.onnx.backend import OpweaveBackend
-
-        return OpweaveBackend.planned_by(_plan_imported)
+        return _onnx_backend()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _plan_imported(imported: ImportedModel) -> CompiledModel:
-    """Plan one imported ONNX model with fast heuristics, in a scratchpad of the least size that works."""
+@cache
+def _onnx_backend() -> type[OpweaveBackend]:
+    from .compiler.frontend.onnx.backend import OpweaveBackend
+
+    class PlannedBackend(OpweaveBackend):
+        """ONNX's Backend interface: every model is planned, verified, and executed in a scratchpad that just fits."""
+
+        planner = staticmethod(_plan_imported)
+
+    return PlannedBackend
+
+
+def _plan_imported(imported: ImportedModel) -> Executable:
+    """Plan an imported ONNX model with fast heuristics for the least scratchpad that works."""
+    from .compiler.frontend.onnx.program import program_of
+    from .compiler.runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
     from .passes.planner import Planner
     from .passes.residency.workset import least_capacity
 
     options = Options(time_limit=5.0)
-    program = _from_onnx(imported)
-    empty = _empty_plan(program, Source(), options.target(), options)
-    capacity = max(least_capacity(empty), empty.machine.scratchpad_memory.alignment_bytes)
-    small = msgspec.structs.replace(empty, machine=empty.machine.with_scratchpad(capacity))
+    program = program_of(imported, "model")
+    plan = _empty_plan(program, Source(), options.target(), options)
+    capacity = max(least_capacity(plan), plan.machine.scratchpad_memory.alignment_bytes)
+    plan = msgspec.structs.replace(plan, machine=plan.machine.with_scratchpad(capacity))
     planner = Planner("order/given", "residency/least_cost", "address/first_fit")
-    return CompiledModel(simulate(planner.plan(small, _budget(options, None, None))), program)
+    model = CompiledModel(simulate(planner.plan(plan, _budget(options, None, None))), program)
+
+    def execute(arrays: Sequence[Any]) -> list[Any]:
+        return [tensor_to_numpy(output) for output in model(*map(tensor_from_numpy, arrays))]
+
+    return execute

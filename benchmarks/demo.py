@@ -35,7 +35,7 @@ def main() -> int:
     # Whole-tensor weights are what makes ResNet-50 tight: beside its largest one, the residual no longer fits.
     resnet50 = onnx.load(LIGHT_MODELS / "light_resnet50.onnx")
     equal = [
-        demonstrate("light_resnet50", resnet50, arguments, weights="resident", scratchpad="9.25MiB"),
+        demonstrate("light_resnet50", resnet50, arguments, weights="resident", scratchpad="9.5MiB"),
         demonstrate("darts_cifar", darts_cifar(), arguments, weights="streamed", scratchpad="512KiB"),
     ]
     return 0 if all(equal) else 1

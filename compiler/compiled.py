@@ -41,13 +41,14 @@ class CompiledModel:
             ExecutionError: an input has the wrong shape or dtype, or an operator has no executable definition.
         """
         import numpy
-        import torch
+
+        from .runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
 
         program = self._program()
         if program.flatten is None or program.unflatten is None:
             raise ExecutionError("an operator graph without bodies can be planned, not executed")
         as_numpy = any(isinstance(value, numpy.ndarray) for value in args)
-        given = [torch.from_numpy(v.copy()) if isinstance(v, numpy.ndarray) else v for v in args]
+        given = [tensor_from_numpy(v) if isinstance(v, numpy.ndarray) else v for v in args]
         values = program.flatten(tuple(given), kwargs)
         result = self.execute(values)
         for name, value in zip(program.input_names, values, strict=True):
@@ -55,7 +56,7 @@ class CompiledModel:
                 value.copy_(result.updated[name])
         for name in result.updated.keys() & program.weights.keys():
             program.weights[name].data.copy_(result.updated[name])
-        outputs = [tensor.numpy() for tensor in result.outputs] if as_numpy else list(result.outputs)
+        outputs = [tensor_to_numpy(tensor) for tensor in result.outputs] if as_numpy else list(result.outputs)
         return program.unflatten(outputs)
 
     def execute(self, inputs: Sequence[torch.Tensor]) -> ExecutionResult:
@@ -102,10 +103,10 @@ class CompiledModel:
 
     def named_inputs(self, arrays: Mapping[str, numpy.ndarray[Any, Any]]) -> list[torch.Tensor]:
         """The model's inputs in call order from ``arrays`` by name. Raises ExecutionError for a missing one."""
-        import torch
+        from .runtime.custom_ops import tensor_from_numpy
 
         names = self._program().input_names
         missing = [name for name in names if name not in arrays]
         if missing:
             raise ExecutionError(f"no input {missing[0]!r}; given are {', '.join(arrays)}, needed {', '.join(names)}")
-        return [torch.from_numpy(arrays[name].copy()) for name in names]
+        return [tensor_from_numpy(arrays[name]) for name in names]

@@ -33,9 +33,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 def parse_bytes(text: str) -> int:
     """Bytes that ``text`` asks for: ``"1MiB"``, ``"0.5 GiB"``, ``"640 kB"``; a plain number is bytes.
+    Fractions of a byte are dropped.
 
     Raises:
-        OptionError: not a number and a unit, an unknown unit, or not a whole number of bytes.
+        OptionError: not a number and a unit, or an unknown unit.
     """
     match = _SIZE.fullmatch(text)
     unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
@@ -43,10 +44,7 @@ def parse_bytes(text: str) -> int:
         raise OptionError(
             f"{text!r} is not a size", hint=f"write a number and one of {', '.join(filter(None, _UNITS))}: 1.5MiB"
         )
-    size = Fraction(match[1]) * _UNITS[unit]
-    if size.denominator != 1:
-        raise OptionError(f"{text!r} is {float(size)} bytes, which is not a whole number")
-    return int(size)
+    return int(Fraction(match[1]) * _UNITS[unit])
 
 
 @cache

@@ -144,13 +144,13 @@ def test_fit_starts_at_the_least_and_falls(tmp_path: Path) -> None:
 def test_a_stop_that_is_already_set_still_gives_a_plan(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
-    model = opweave.compile(chain(tmp_path / "chain.json", 40), scratchpad="128B", stop=stop)
+    model = opweave.compile(chain(tmp_path / "chain.json", 40), scratchpad="208B", stop=stop)
     assert model.verify().ok
 
 
 def test_the_same_input_gives_the_same_plan(tmp_path: Path) -> None:
     def plan() -> Plan:
-        model = opweave.compile(chain(tmp_path / "chain.json", 40), scratchpad="128B", deterministic=True)
+        model = opweave.compile(chain(tmp_path / "chain.json", 40), scratchpad="208B", deterministic=True)
         return msgspec.structs.replace(model.plan, passes=())
 
     assert plan().to_json() == plan().to_json()
