@@ -249,11 +249,14 @@ def _check_alias(graph: Graph, tensor: Tensor) -> None:
     base = graph.tensor.get(tensor.buffer)
     if base is None or base.buffer != base.name:
         raise ModelError(f"tensor {tensor.name!r} lies in buffer {tensor.buffer!r}, which no tensor is the base of")
+    if tensor is base and tensor.strides is None and tensor.offset_bytes == 0:
+        return  # row-major from the first byte: exactly the buffer, and most tensors of a large graph
     if len(tensor.element_strides) != len(tensor.shape) or any(stride < 0 for stride in tensor.element_strides):
         raise ModelError(f"tensor {tensor.name!r} has strides {tensor.strides} for shape {list(tensor.shape)}")
     if tensor.offset_bytes < 0 or tensor.end_bytes > base.nbytes:
         raise ModelError(
-            f"tensor {tensor.name!r} reaches byte {tensor.end_bytes} of buffer {base.name!r}, which has {base.nbytes}"
+            f"tensor {tensor.name!r} covers bytes [{tensor.offset_bytes}, {tensor.end_bytes}) "
+            f"of buffer {base.name!r}, which has {base.nbytes}"
         )
 
 

@@ -115,7 +115,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     operators: dict[str, dict[str, int]] = {}
 
 
-class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
+class Plan(msgspec.Struct, frozen=True):
     """A graph woven onto a machine.
 
     ``streamed`` names weight and constant buffers that operators read directly from backing memory, each read moving
@@ -210,4 +210,4 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class _Header(msgspec.Struct):
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int

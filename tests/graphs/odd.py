@@ -17,7 +17,7 @@ _INT64 = 2**63 - 1
 @st.composite
 def odd_graphs(draw: st.DrawFn, *, text: st.SearchStrategy[str] | None = None) -> Graph:
     """Random graphs renamed to arbitrary text, with arbitrary kinds, flops, origins and bodies."""
-    text = text or st.text(max_size=6)
+    text = st.text(max_size=6) if text is None else text
     graph: Graph = draw(graphs(max_ops=5))
     names = [tensor.name for tensor in graph.tensors]
     fresh = draw(st.lists(text.filter(bool), min_size=len(names), max_size=len(names), unique=True))
