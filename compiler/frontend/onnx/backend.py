@@ -16,6 +16,7 @@ from .fallback import type_proto
 from .model import ImportedModel, load
 from .node import Value
 from .reading import require_tensors
+from .types import dtype_of
 
 __all__ = ["Executable", "OpweaveBackend", "OpweaveRep", "Planner", "run_eagerly"]
 
@@ -94,11 +95,9 @@ class OpweaveRep(BackendRep):
         return True
 
     def _import_for(self, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
-        examples = {
-            name: tensor_from_numpy(array)
-            for name, array in zip(self._names(), arrays, strict=True)
-            if array.dtype.kind not in "OUS"
-        }
+        for info in self._model.graph.input:
+            dtype_of(info.type.tensor_type.elem_type, f"graph input {info.name!r}")
+        examples = {name: tensor_from_numpy(array) for name, array in zip(self._names(), arrays, strict=True)}
         self._imported = load(self._model, examples=examples, **self._options)
         self._executable = self._planner(self._imported)
 

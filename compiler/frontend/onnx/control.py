@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import torch
 
 from .graph import untraced
 from .node import CannotLower, Node, Value
@@ -22,11 +24,15 @@ _MAX_TRIPS = 256
 
 def inline_control(interpreter: Interpreter, node: Node, scope: Scope) -> Sequence[Value | None] | None:
     """The outputs of an If or Loop whose course is known while importing; ``None`` for every other node."""
-    if node.proto.domain not in ("", "ai.onnx") or node.op_type not in ("If", "Loop"):
+    inline = {"If": _inline_if, "Loop": _inline_loop, "Scan": _inline_scan}.get(node.op_type)
+    if node.proto.domain not in ("", "ai.onnx") or inline is None:
         return None
+    counters = (interpreter.native, interpreter.folded, interpreter.fallbacks, interpreter.opaque)
+    saved = [Counter(counter) for counter in counters]
     try:
-        return _inline_if(interpreter, node, scope) if node.op_type == "If" else _inline_loop(interpreter, node, scope)
+        return inline(interpreter, node, scope)
     except CannotLower:
+        interpreter.native, interpreter.folded, interpreter.fallbacks, interpreter.opaque = saved
         return None
 
 
@@ -48,8 +54,6 @@ def _inline_if(interpreter: Interpreter, node: Node, scope: Scope) -> list[Value
 
 
 def _inline_loop(interpreter: Interpreter, node: Node, scope: Scope) -> list[Value]:
-    import torch
-
     body = node.attributes["body"].g
     trips = int(node.scalar(0)) if node.has(0) else _MAX_TRIPS + 1
     running = bool(node.scalar(1)) if node.has(1) else True
@@ -77,6 +81,39 @@ def _inline_loop(interpreter: Interpreter, node: Node, scope: Scope) -> list[Val
     if scans and not step:
         raise CannotLower("a loop with scan outputs that never runs")
     stacked = [Value("", torch.stack([interpreter.resolve(value) for value in scan])) for scan in scans]
+    return [*carried, *stacked]
+
+
+def _inline_scan(interpreter: Interpreter, node: Node, scope: Scope) -> list[Value]:
+    if node.opset < 9:
+        raise CannotLower("Scan of opset 8 has a batch dimension")
+    body, scanned = node.attributes["body"].g, node.integer("num_scan_inputs")
+    values = [value for value in node.inputs if value is not None]
+    carried, inputs = values[: len(values) - scanned], values[len(values) - scanned :]
+    tensors = [interpreter.resolve(value) for value in inputs]
+    axes = [node.axis(axis, tensor.dim()) for axis, tensor in
+            zip(node.integers("scan_input_axes", [0] * scanned), tensors, strict=True)]  # fmt: skip
+    backwards = node.integers("scan_input_directions", [0] * scanned)
+    trips = tensors[0].shape[axes[0]]
+    if not 0 < trips <= _MAX_TRIPS:
+        raise CannotLower(f"a scan of {trips} steps")
+    rows: list[list[torch.Tensor]] = [[] for _ in range(len(body.output) - len(carried))]
+    for step in range(trips):
+        given = list(carried)
+        for tensor, axis, reverse in zip(tensors, axes, backwards, strict=True):
+            given.append(Value("", torch.select(tensor, axis, trips - 1 - step if reverse else step)))
+        visible = dict(scope.values)
+        visible.update(zip((info.name for info in body.input), given, strict=True))
+        results = _run(interpreter, body, visible, scope)
+        carried = results[: len(carried)]
+        for row, value in zip(rows, results[len(carried) :], strict=True):
+            row.append(interpreter.resolve(value))
+    out_axes = node.integers("scan_output_axes", [0] * len(rows))
+    reverse_out = node.integers("scan_output_directions", [0] * len(rows))
+    stacked = [
+        Value("", torch.stack(row[::-1] if reverse else row, node.axis(axis, row[0].dim() + 1)))
+        for row, axis, reverse in zip(rows, out_axes, reverse_out, strict=True)
+    ]
     return [*carried, *stacked]
 
 

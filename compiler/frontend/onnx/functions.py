@@ -61,6 +61,10 @@ def _schema_body(schema: onnx.defs.OpSchema, node: Node, version: int) -> onnx.F
     if not data:
         return None
     function.ParseFromString(data)
+    given = {attribute.name for attribute in function.attribute_proto}
+    for name, attribute in schema.attributes.items():
+        if name not in given and attribute.default_value.type:
+            function.attribute_proto.append(attribute.default_value)
     return function
 
 

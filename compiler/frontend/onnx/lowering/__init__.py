@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..node import Lowering
-from . import convolution, elementwise, layout, linear, reduction
+from . import convolution, elementwise, layout, linear, quantization, recurrent, reduction, resize
 
 __all__ = ["LOWERINGS"]
 
@@ -20,4 +20,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     **convolution.TABLE,
     **reduction.TABLE,
     **linear.TABLE,
+    **quantization.TABLE,
+    **recurrent.TABLE,
+    **resize.TABLE,
 }

@@ -99,6 +99,8 @@ def _conv_transpose(node: Node) -> Lowered:
         wanted = node.integers("output_shape", [x.shape[2 + d] * strides[d] for d in range(rank)])[-rank:]
         for dim in range(rank):
             total = full[dim] - wanted[dim]
+            if total < 0:  # larger than the convolution reaches: zeros at the end
+                extra[dim], total = extra[dim] - total, 0
             small = total // 2
             before[dim], after[dim] = (total - small, small) if auto == "SAME_LOWER" else (small, total - small)
     if auto == "VALID":
