@@ -134,8 +134,8 @@ class Digest(msgspec.Struct, frozen=True, kw_only=True):
     moved: tuple[MovedBuffer, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as plain dictionaries, lists, numbers and strings."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
+        """The facts as JSON has them: dictionaries, lists, numbers and strings."""
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return plain
 
 

@@ -136,7 +136,10 @@ def traffic_curve(points: Iterable[CurvePoint], path: str | Path, title: str = "
     axes.fill_between(sizes, bounds, values, step="post", color=TRAFFIC_COLOURS["additional"], alpha=0.15)
     worst = max((1 - p.bound_bytes / p.additional_bytes for p in ordered if p.additional_bytes), default=0.0)
     bytes_axis(axes, max(round(max(values, default=0) * 1.08), 1))
-    axes.set_xscale("log", base=2)
+    if ordered:
+        axes.set_xscale("log", base=2)
+    else:
+        remark(axes, "no sizes were tried")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
     axes.set_xlabel("scratchpad capacity")
     axes.set_ylabel("additional traffic")

@@ -74,6 +74,7 @@ function drawMemory(chart) {
   drawXAxis(chart);
   drawBytesAxis(chart, view.y0, view.y1);
   const sums = { count: 0, checksum: 0, nbytes: 0 };
+  let last = "";
   clipped(chart, () => {
     for (let index = 0; index < counts.residences; index++) {
       const box = boxOf(chart, index);
@@ -82,14 +83,15 @@ function drawMemory(chart) {
       if (x > plot.right || x + width < plot.left || y > plot.bottom || y + height < plot.top) continue;
       const buffer = residences.buffer[index];
       const colour = palette.roles[ROLES[buffers.role[buffer]]];
-      context.fillStyle = colour;
+      if (colour !== last) context.fillStyle = last = colour; // setting it is dearer than drawing
       context.fillRect(x, y, width > 4 ? width - 0.8 : width, height > 4 ? height - 0.8 : height);
       if (width > 3 && instructions.kind[residences.begin[index]] === 1 && instructions.additional[residences.begin[index]] > 0) {
-        context.fillStyle = palette.categories["additional load"];
+        context.fillStyle = last = palette.categories["additional load"];
         context.fillRect(x, y, Math.min(3, width / 3), height);
       }
       if (width > 46 && height > 13) {
         label(context, buffers.name[buffer], ...visible(chart, x, y, width, height), colour);
+        last = "";
       }
       sums.count++;
       sums.nbytes += buffers.nbytes[buffer];
@@ -164,11 +166,17 @@ function drawOverview(chart) {
   context.fillStyle = theme.grid;
   context.fillRect(plot.left, plot.top, wide, plot.bottom - plot.top);
   context.fillStyle = theme.quiet;
-  for (let i = 0; i < times.length; i++) {
-    const x = plot.left + (times[i] / view.full) * wide;
-    const end = plot.left + ((i + 1 < times.length ? times[i + 1] : view.full) / view.full) * wide;
-    const height = (total[i] / top) * (plot.bottom - plot.top);
+  for (let i = 0, x = plot.left; i < times.length; ) {
+    // As wide as the value lasts, but at least a pixel, with the most that is held within it.
+    let most = 0;
+    let end = x;
+    while (i < times.length && end < x + 1) {
+      most = Math.max(most, total[i++]);
+      end = i < times.length ? plot.left + (times[i] / view.full) * wide : plot.right;
+    }
+    const height = (most / top) * (plot.bottom - plot.top);
     context.fillRect(x, plot.bottom - height, end - x, height);
+    x = end;
   }
   const from = plot.left + (view.x0 / view.full) * wide;
   const width = Math.max(((view.x1 - view.x0) / view.full) * wide, 3);
