@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from benchmarks.networks import darts_cifar
 from onnx import TensorProto, helper, numpy_helper
 
 from opweave.errors import Infeasible, MachineError, ModelError, OptionError, PlanError, VerificationError
@@ -125,7 +125,7 @@ def test_an_operator_that_does_not_fit_is_named(network: Path, tmp_path: Path) -
     text = opweave("compile", network, "--scratchpad", "20KiB", "-o", tmp_path / "p", check=Infeasible.exit_code)
     assert "24576" in text.replace(",", "")
     assert "working set" in text
-    error = json.loads(opweave("compile", network, "--scratchpad", "20KiB", "--json", check=5).splitlines()[-1] or "{}")
+    error, _ = json.JSONDecoder().raw_decode(opweave("compile", network, "--scratchpad", "20KiB", "--json", check=5))
     assert error["error"]["code"] == "infeasible"
 
 
@@ -171,17 +171,15 @@ def test_mistakes_end_in_one_clear_error(network: Path, arguments: list[str], co
 
 
 def test_interrupting_keeps_the_best_plan(tmp_path: Path) -> None:
-    """Ctrl-C during a long search ends it with exit code 130 and a plan that verifies."""
-    network = residual_network(tmp_path / "deep.onnx", blocks=40)
+    """Ctrl-C during a search with minutes left ends it with exit code 130 and a plan that verifies."""
+    network = tmp_path / "darts.onnx"
+    onnx.save(darts_cifar(), network)
     out = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "opweave.cli", "compile", str(network), "--scratchpad", "24KiB", "-o", str(out)]
-    order = "order/beam(width=1000000)"
-    process = subprocess.Popen([*command, "--time-limit", "200", "--order", order], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "opweave.cli", "compile", str(network), "--scratchpad", "512KiB", "-o", str(out)]
+    process = subprocess.Popen([*command, "--time-limit", "600"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert "order/beam" in process.stderr.readline()  # it is planning now
-    begin = time.monotonic()
+    assert "order/beam" in process.stderr.readline()  # it is searching now, for a share of ten minutes
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=100)
-    assert process.returncode in (0, 130), error
-    assert time.monotonic() - begin < 100
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
     opweave("verify", out)

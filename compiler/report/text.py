@@ -35,7 +35,7 @@ LEVELS = {
     "address": "order, residency and addresses decided",
     "timed": "order, residency, addresses and times decided",
 }
-OBJECTIVES = {"additional_traffic_bytes": "additional traffic", "peak_bytes": "peak"}
+OBJECTIVES = {"additional_traffic_bytes": "additional traffic", "peak_bytes": "peak", "arena_bytes": "arena"}
 
 
 def summary(plan: Plan, verification: Verification | None = None) -> str:
