@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Plan
-from .problem import OrderProblem, decide
+from .problem import OrderProblem, decide, depths
 
 __all__ = ["BreadthFirstOrder"]
 
@@ -27,7 +27,5 @@ class BreadthFirstOrder:
     def apply(self, plan: Plan, budget: Budget) -> Decision:
         """Order the operators; linear time."""
         problem = OrderProblem.of(plan)
-        level: list[int] = []
-        for before in problem.predecessors:
-            level.append(1 + max((level[p] for p in before), default=-1))
+        level = depths(problem.predecessors)
         return decide(plan, problem, sorted(range(len(level)), key=lambda op: (level[op], op)))

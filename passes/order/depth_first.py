@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...compiler.pipeline import Budget, Decision
@@ -13,10 +14,10 @@ __all__ = ["DepthFirstOrder"]
 
 @dataclass(frozen=True)
 class DepthFirstOrder:
-    """Depth-first post-order from the operators nothing depends on, predecessors in program order.
+    """Depth-first post-order from the operators nothing depends on; predecessors in the order their results are read.
 
-    *Given* a plan. *Result*: an order in which an operator runs right after what it needed last; ignores sizes and
-    the plan's own order.
+    *Given* a plan. *Result*: an order in which an operator runs right after what it needed last, as a recursive
+    evaluation of the outputs would; ignores sizes and the plan's own order.
     """
 
     @property
@@ -27,14 +28,25 @@ class DepthFirstOrder:
     def apply(self, plan: Plan, budget: Budget) -> Decision:
         """Order the operators; linear time."""
         problem = OrderProblem.of(plan)
+        predecessors = [_in_operand_order(problem, op) for op in range(len(problem.predecessors))]
         order: list[int] = []
         entered = [False] * len(problem.predecessors)
         for end in (op for op, after in enumerate(problem.successors) if not after):
-            _visit(end, problem.predecessors, entered, order)
+            _visit(end, predecessors, entered, order)
         return decide(plan, problem, order)
 
 
-def _visit(end: int, predecessors: tuple[tuple[int, ...], ...], entered: list[bool], order: list[int]) -> None:
+def _in_operand_order(problem: OrderProblem, op: int) -> list[int]:
+    """Predecessors by the first operand of ``op`` that they wrote; those that only have to be past come last."""
+    touched = problem.touches[op]
+
+    def position(before: int) -> int:
+        return next((k for k, b in enumerate(touched) if b in problem.writes[before]), len(touched))
+
+    return sorted(problem.predecessors[op], key=lambda before: (position(before), before))
+
+
+def _visit(end: int, predecessors: Sequence[Sequence[int]], entered: list[bool], order: list[int]) -> None:
     """Append ``end`` after everything it depends on; an explicit stack, as graphs are deeper than Python recurses."""
     entered[end] = True
     stack = [(end, iter(predecessors[end]))]

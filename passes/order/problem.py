@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from ...compiler.pipeline import Decision
 from ...compiler.plan import Certificate, Plan
 
-__all__ = ["OrderProblem", "decide"]
-
-NOT_RESIDENT = -1
+__all__ = ["OrderProblem", "decide", "depths"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,14 @@ def _until(ranked: list[int], deficit: int, footprint: Sequence[int]) -> list[in
         chosen.append(buffer)
         deficit -= footprint[buffer]
     return chosen
+
+
+def depths(predecessors: Sequence[Sequence[int]]) -> list[int]:
+    """Longest path of dependencies that leads to each operator, in operators; those without predecessors have 0."""
+    depth: list[int] = []
+    for before in predecessors:
+        depth.append(1 + max((depth[p] for p in before), default=-1))
+    return depth
 
 
 def decide(plan: Plan, problem: OrderProblem, order: Sequence[int], *, note: str = "") -> Decision:
