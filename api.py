@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .passes.fit import FitPoint
     from .passes.planner import Planner
 
+    onnx_backend: type[OpweaveBackend]
+
 __all__ = ["CompiledModel", "Options", "compile", "fit", "hardware", "load_plan", "read_model", "source_model"]
 
 #: What a frontend reads: a path to an ``.onnx`` model or to an operator graph ``.json``, an ``onnx.ModelProto``,
@@ -68,7 +70,7 @@ class Options:
 
     def target(self) -> HardwareModel:
         """The machine with its overrides."""
-        machine = self.machine if isinstance(self.machine, HardwareModel) else hardware(self.machine)
+        machine = self.machine if isinstance(self.machine, HardwareModel) else hardware(str(self.machine))
         if self.scratchpad is None:
             return machine
         size = parse_bytes(self.scratchpad) if isinstance(self.scratchpad, str) else self.scratchpad
@@ -272,7 +274,7 @@ def _onnx_backend() -> type[OpweaveBackend]:
     class PlannedBackend(OpweaveBackend):
         """ONNX's Backend interface: every model is planned, verified, and executed in a scratchpad that just fits."""
 
-        planner = staticmethod(_plan_imported)
+        planner = staticmethod(_plan_imported)  # type: ignore[assignment]  # mypy unwraps the base's, not this
 
     return PlannedBackend
 

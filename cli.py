@@ -146,7 +146,10 @@ def run(
     values = compiled.random_inputs(seed) if inputs is None else compiled.named_inputs(_read_npz(inputs))
     result = compiled.execute(values)
     if outputs is not None:
-        numpy.savez(outputs, **{n: v.numpy() for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)})
+        arrays: dict[str, Any] = {
+            n: v.numpy() for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)
+        }
+        numpy.savez(outputs, **arrays)
     facts: dict[str, Any] = {
         "outputs": {n: list(v.shape) for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)},
         "loaded_bytes": result.loaded_bytes,

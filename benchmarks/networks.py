@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -23,7 +25,7 @@ class _Builder:
         self.channels: dict[str, int] = {}
         self._random = np.random.default_rng(seed)
 
-    def node(self, kind: str, inputs: list[str], channels: int, **attributes: object) -> str:
+    def node(self, kind: str, inputs: list[str], channels: int, **attributes: Any) -> str:
         name = f"{kind.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         self.channels[name] = channels

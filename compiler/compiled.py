@@ -56,7 +56,7 @@ class CompiledModel:
                 value.copy_(result.updated[name])
         for name in result.updated.keys() & program.weights.keys():
             program.weights[name].data.copy_(result.updated[name])
-        outputs = [tensor_to_numpy(tensor) for tensor in result.outputs] if as_numpy else list(result.outputs)
+        outputs: list[Any] = list(map(tensor_to_numpy, result.outputs) if as_numpy else result.outputs)
         return program.unflatten(outputs)
 
     def execute(self, inputs: Sequence[torch.Tensor]) -> ExecutionResult:

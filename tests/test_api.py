@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ class Branches(nn.Module):
         self.left = nn.Linear(32, 64)
         self.right = nn.Linear(32, 64)
         self.out = nn.Linear(64, 8)
+        self.calls: torch.Tensor
         self.register_buffer("calls", torch.zeros(1))
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -114,8 +116,10 @@ def test_a_plan_with_faults_is_not_loaded(tmp_path: Path) -> None:
 def chain(path: Path, ops: int = 12) -> Path:
     """A plain operator graph: each operator reads the two values before it, and an early one is read at the end."""
     tensors = {"t0": 40, "t1": 24} | {f"t{i + 2}": 8 * (1 + i % 3) for i in range(ops)}
-    rows = [{"op": "f", "in": [f"t{i}", f"t{i + 1}"], "w": [], "out": f"t{i + 2}"} for i in range(ops)]
-    rows[-1]["in"].append("t2")
+    rows: list[dict[str, Any]] = [
+        {"op": "f", "in": [f"t{i}", f"t{i + 1}"], "w": [], "out": f"t{i + 2}"} for i in range(ops)
+    ]
+    rows[-1]["in"] = [*rows[-1]["in"], "t2"]
     content = {"name": "chain", "unit": "bytes", "weights": {}, "tensors": tensors, "ops": rows}
     path.write_text(json.dumps({**content, "outputs": [f"t{ops + 1}"]}))
     return path
@@ -166,7 +170,7 @@ def test_the_same_input_gives_the_same_plan(tmp_path: Path) -> None:
         ({"scratchpad": "1 furlong"}, "furlong"),
     ],
 )
-def test_bad_options_name_what_is_allowed(options: dict[str, object], word: str) -> None:
+def test_bad_options_name_what_is_allowed(options: dict[str, Any], word: str) -> None:
     with pytest.raises(OptionError, match=word):
         opweave.compile(relu_model(), dims={"n": 1}, **options)
 

@@ -53,7 +53,8 @@ def _modules_after(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import opweave; dir(opweave)", "import opweave.cli", "import opweave.passes.registry as r; r.names()"]
+    "statement",
+    ["import opweave; dir(opweave)", "import opweave.cli", "import opweave.passes.registry as r; r.names()"],
 )
 def test_import_is_light(statement: str) -> None:
     assert not _modules_after(statement) & set(HEAVY)
