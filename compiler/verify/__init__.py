@@ -12,6 +12,7 @@ from typing import Literal
 
 from ..plan import Plan, Residence
 from .address import check_capacity, check_regions, peak_of_order, peak_of_residences
+from .claims import check_claims
 from .facts import Facts, count_facts
 from .faults import Fault, Finding
 from .order import check_names, check_order, check_whole
@@ -57,13 +58,15 @@ def verify(plan: Plan) -> Verification:
     peak = peak_of_order(plan, facts) if plan.residences is None else peak_of_residences(facts, placed)[0]
     compulsory = sum(row.compulsory_bytes for row in traffic)
     total = sum(row.total_bytes for row in traffic)
+    arena = max((r.offset + facts.nbytes[r.buffer] for r in placed if r.offset is not None), default=0)
+    claims = check_claims(plan, total - compulsory, arena)
     return Verification(
-        faults=tuple(_findings(plan, facts, known, placed)),
+        faults=(*_findings(plan, facts, known, placed), *claims),
         compulsory_bytes=compulsory,
         additional_bytes=total - compulsory,
         total_bytes=total,
         peak_bytes=peak,
-        arena_bytes=max((r.offset + facts.nbytes[r.buffer] for r in placed if r.offset is not None), default=0),
+        arena_bytes=arena,
         traffic=traffic,
         level=_level(plan),
     )

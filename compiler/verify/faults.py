@@ -49,6 +49,8 @@ class Fault(StrEnum):
     STARTS_BEFORE_OPERANDS = "starts before its operands"
     STARTS_BEFORE_REGION_FREE = "starts before its region is free"
 
+    CLAIM_REFUTED = "claim refuted"
+
 
 @dataclass(frozen=True)
 class Finding:

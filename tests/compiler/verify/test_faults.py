@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import pytest
 
 from opweave.compiler.graph import Graph
-from opweave.compiler.plan import Load, Plan, Residence, Run, Store
+from opweave.compiler.plan import Certificate, Load, PassRecord, Plan, Residence, Run, Store
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import Fault, verify
 from opweave.hw_models.model import Engine, EngineKind
 from tests.graphs.build import GraphBuilder, all_graphs, machine
 from tests.graphs.edits import with_instruction, with_more, with_residence, with_times, without_offsets
 from tests.graphs.plans import keep_everything, keep_nothing
+
+Objective = Literal["additional_traffic_bytes", "peak_bytes", "arena_bytes"]
 
 GRAPHS = all_graphs()
 CHAIN = keep_everything(GRAPHS["chain"])
@@ -56,6 +59,10 @@ def moved_to(plan: Plan, step: int, other: int, *, behind: bool = False) -> Plan
 
 def without_residence(plan: Plan, buffer: str) -> Plan:
     return msgspec.structs.replace(plan, residences=tuple(r for r in plan.residences or () if r.buffer != buffer))
+
+
+def claiming(plan: Plan, objective: Objective, value: int, bound: int, name: str = "residency/ilp") -> Plan:
+    return plan.with_record(PassRecord(name, 1.0, Certificate(objective, value, bound, "ilp", "residency")))
 
 
 def two_readers() -> Graph:
@@ -170,6 +177,11 @@ BROKEN: tuple[tuple[Fault, Callable[[], Plan]], ...] = (
     (Fault.STARTS_BEFORE_OPERANDS, lambda: moved_to(TIMED, STEPS - 1, STEPS - 2)),  # a store before its value
     (Fault.STARTS_BEFORE_OPERANDS, fetched_while_stored),
     (Fault.STARTS_BEFORE_REGION_FREE, lambda: moved_to(simulate(handed_over()), 2, 0, behind=True)),
+    (Fault.CLAIM_REFUTED, lambda: claiming(CHAIN, "additional_traffic_bytes", 16, 0)),
+    (Fault.CLAIM_REFUTED, lambda: claiming(without_offsets(CHAIN), "additional_traffic_bytes", 16, 0)),
+    (Fault.CLAIM_REFUTED, lambda: claiming(CHAIN, "arena_bytes", verify(CHAIN).arena_bytes - 16, 0)),
+    (Fault.CLAIM_REFUTED, lambda: claiming(CHAIN, "additional_traffic_bytes", 0, 16)),  # the bound contradicts it
+    (Fault.CLAIM_REFUTED, lambda: claiming(order("chain"), "peak_bytes", 3584, 3585)),
     (Fault.STARTS_BEFORE_REGION_FREE, lambda: moved_to(simulate(without_offsets(handed_over())), 2, 0, behind=True)),
 )
 
@@ -186,6 +198,15 @@ def test_broken_plan_has_exactly_this_fault(fault: Fault, broken: Callable[[], P
 
 def test_every_fault_is_made() -> None:
     assert {fault for fault, _ in BROKEN} == set(Fault)
+
+
+def test_claims_stand_until_the_decision_is_taken_again() -> None:
+    wrong = claiming(CHAIN, "additional_traffic_bytes", 16, 0)
+    assert verify(claiming(wrong, "additional_traffic_bytes", 0, 0, "residency/belady")).ok
+    assert verify(wrong.with_record(PassRecord("residency/belady", 1.0))).ok
+    assert not verify(wrong.with_record(PassRecord("address/exact", 1.0))).ok
+    assert verify(wrong.with_order(wrong.order)).ok  # dropped with the residences
+    assert verify(claiming(without_offsets(CHAIN), "arena_bytes", 16, 0)).ok
 
 
 @pytest.mark.parametrize("plan", [CHAIN, TIMED, UNUSED, IN_PLACE, handed_over(), simulate(handed_over())])
