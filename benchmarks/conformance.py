@@ -168,12 +168,12 @@ def reasons(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """The counts of one provider in one line."""
+    """The counts of one provider in one line; only opweave has two ways to pass."""
     counts = Counter(v.verdict for v in verdicts)
-    passed = counts[NATIVE] + counts[FALLBACK]
+    native = f" ({counts[NATIVE]} native)" if all(v.provider == "opweave" for v in verdicts) else ""
     return (
-        f"{passed} passed ({counts[NATIVE]} native), {counts[FAILED]} failed, {counts[UNSUPPORTED]} unsupported "
-        f"of {len(verdicts)}"
+        f"{counts[NATIVE] + counts[FALLBACK]} passed{native}, {counts[FAILED]} failed, "
+        f"{counts[UNSUPPORTED]} unsupported of {len(verdicts)}"
     )
 
 

@@ -38,13 +38,20 @@ _BIT_TWINS = {
     "float8_e5m2": (torch.float8_e5m2, torch.uint8, np.uint8),
     "float8_e5m2fnuz": (torch.float8_e5m2fnuz, torch.uint8, np.uint8),
 }
+#: Element types that torch does not compute with, and the wider ones that hold their values exactly.
+_CONTAINERS = {"int4": np.int8, "uint4": np.uint8, "int2": np.int8, "uint2": np.uint8, "float4_e2m1fn": np.float32}
 _TWIN_NAMES = {twin[0]: name for name, twin in _BIT_TWINS.items()}
 
 
 def tensor_from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A contiguous tensor with the array's values and shape; bfloat16 and float8 come as ml_dtypes arrays."""
+    """A contiguous tensor with the array's values and shape; bfloat16 and float8 come as ml_dtypes arrays.
+
+    Types of less than 8 bits (int4, uint4, int2, uint2, float4) are widened to the next type that holds their values.
+    """
     shape = array.shape
     array = np.ascontiguousarray(array).reshape(shape)
+    if array.dtype.name in _CONTAINERS:
+        array = array.astype(_CONTAINERS[array.dtype.name])
     twin = _BIT_TWINS.get(array.dtype.name)
     if twin is not None:
         return torch.from_numpy(array.view(twin[2]).copy()).view(twin[0])

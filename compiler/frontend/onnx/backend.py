@@ -16,7 +16,7 @@ from .fallback import type_proto
 from .model import ImportedModel, load
 from .node import Value
 from .reading import require_tensors
-from .types import dtype_of
+from .types import stored_dtype_of
 
 __all__ = ["Executable", "OpweaveBackend", "OpweaveRep", "Planner", "run_eagerly"]
 
@@ -96,7 +96,7 @@ class OpweaveRep(BackendRep):
 
     def _import_for(self, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
         for info in self._model.graph.input:
-            dtype_of(info.type.tensor_type.elem_type, f"graph input {info.name!r}")
+            stored_dtype_of(info.type.tensor_type.elem_type, f"graph input {info.name!r}")
         examples = {name: tensor_from_numpy(array) for name, array in zip(self._names(), arrays, strict=True)}
         self._imported = load(self._model, examples=examples, **self._options)
         self._executable = self._planner(self._imported)

@@ -37,6 +37,8 @@ class Value:
     traced: torch.Tensor | None = None
     constant: torch.Tensor | None = None
     sources: frozenset[str] = frozenset()
+    #: The name of an element type of less than 8 bits that the tensor holds in a wider one; empty for all others.
+    packed: str = ""
     #: Values of a list built while importing (SequenceConstruct and its kin); never part of the graph.
     sequence: tuple[Value, ...] | None = None
 

@@ -16,7 +16,7 @@ from onnx import AttributeProto, TensorProto
 
 from ....errors import ModelError, OptionError, UnsupportedOperator
 from ...runtime.custom_ops import tensor_to_numpy
-from .types import MAX_CONSTANT_BYTES, dtype_of, shape_elements, tensor_from_proto
+from .types import MAX_CONSTANT_BYTES, dtype_of, shape_elements, stored_dtype_of, tensor_from_proto
 
 __all__ = [
     "InputSpec",
@@ -40,6 +40,8 @@ class InputSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    #: The name of an ONNX type of less than 8 bits, which ``dtype`` holds widened; empty for all others.
+    packed: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,9 +251,9 @@ def _check_dims(graph: onnx.GraphProto, dims: Mapping[str, int]) -> None:
 
 def _input_spec(info: onnx.ValueInfoProto, dims: Mapping[str, int], examples: Mapping[str, torch.Tensor]) -> InputSpec:
     what = f"graph input {info.name!r}"
-    dtype = dtype_of(info.type.tensor_type.elem_type, what)
+    dtype, packed = stored_dtype_of(info.type.tensor_type.elem_type, what)
     if info.name in examples:
-        return InputSpec(info.name, tuple(examples[info.name].shape), dtype)
+        return InputSpec(info.name, tuple(examples[info.name].shape), dtype, packed)
     if not info.type.tensor_type.HasField("shape"):
         raise ModelError(f"{what} declares no shape", hint="give an example input, or store the shape in the model")
     shape = []
@@ -267,7 +269,7 @@ def _input_spec(info: onnx.ValueInfoProto, dims: Mapping[str, int], examples: Ma
                 hint=f"bind it with --dim {name}=VALUE (dims={{{name!r}: VALUE}})",
             )
     shape_elements(tuple(shape), what)
-    return InputSpec(info.name, tuple(shape), dtype)
+    return InputSpec(info.name, tuple(shape), dtype, packed)
 
 
 def _declared(graph: onnx.GraphProto, dims: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

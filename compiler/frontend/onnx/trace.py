@@ -22,6 +22,7 @@ from .graph import Recorder, untraced
 from .lowering import LOWERINGS
 from .node import CannotLower, Literal, Lowered, Lowering, Node, Value
 from .reading import SourceModel, captured_names, read_tensor
+from .types import PACKED_DTYPES, type_name
 
 __all__ = ["Definition", "Interpreter", "Scope"]
 
@@ -34,6 +35,8 @@ _EXAMPLE_ELEMENTS = 4096
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
+#: Only move elements, so they work on narrow types as on any other.
+_KEEP_PACKED = frozenset({"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Flatten"})
 _BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, OverflowError, ArithmeticError, AssertionError)
 
 
@@ -76,12 +79,12 @@ class Interpreter:
             example = self.examples.get(spec.name)
             usable = example is not None and example.numel() <= _EXAMPLE_ELEMENTS
             constant, sources = (example, frozenset({spec.name})) if usable else (None, frozenset[str]())
-            values[spec.name] = Value(spec.name, tensor, constant, sources)
+            values[spec.name] = Value(spec.name, tensor, constant, sources, spec.packed)
         graph = self.source.proto.graph
         with untraced():
             for proto in graph.initializer:
                 constant = read_tensor(proto, self.source.folder, f"initializer {proto.name!r}")
-                values[proto.name] = Value(proto.name, None, constant)
+                values[proto.name] = Value(proto.name, None, constant, packed=_packed(proto))
         scope = Scope(values, self.source.opsets)
         self.run_nodes(self.source.nodes, scope)
         return tuple(self._output(scope.values[info.name]) for info in graph.output)
@@ -89,6 +92,8 @@ class Interpreter:
     def _output(self, value: Value) -> torch.Tensor:
         if value.sequence is not None:
             raise UnsupportedOperator(f"graph output {value.name!r} is a sequence, not a tensor")
+        if value.packed:
+            raise UnsupportedOperator(f"graph output {value.name!r} is {value.packed}, which opweave only reads")
         return self.resolve(value)
 
     def run_nodes(self, nodes: Sequence[onnx.NodeProto], scope: Scope) -> None:
@@ -98,7 +103,10 @@ class Interpreter:
         assert self._recorder is not None
         for proto in nodes:
             node = self._node(proto, scope)
+            packed = _check_packed(node)
             values = self._interpret(node, scope)
+            if packed:
+                values = [None if value is None else replace(value, packed=packed) for value in values]
             used = [name for name in proto.output if name]
             if len(values) < len(proto.output) and any(proto.output[len(values) :]):
                 raise ModelError(f"{node} has {len(used)} outputs, the operator gives {len(values)}")
@@ -172,7 +180,8 @@ class Interpreter:
                     return Value("", None, tensor_from_numpy(np.asarray(read(attribute))))
         if "value" in node.attributes:
             with untraced():
-                return Value("", None, read_tensor(node.attributes["value"].t, self.source.folder, str(node)))
+                proto = node.attributes["value"].t
+                return Value("", None, read_tensor(proto, self.source.folder, str(node)), packed=_packed(proto))
         raise UnsupportedOperator(f"{node} is a constant of a kind that opweave does not read (string or sparse)")
 
     def _lowering(self, node: Node) -> Lowering | None:
@@ -281,6 +290,24 @@ _CONSTANT_ATTRIBUTES: Mapping[str, Callable[[AttributeProto], Any]] = {
     "value_int": lambda attribute: np.int64(attribute.i),
     "value_ints": lambda attribute: np.array(attribute.ints, np.int64),
 }
+
+
+def _packed(proto: onnx.TensorProto) -> str:
+    return type_name(proto.data_type) if proto.data_type in PACKED_DTYPES else ""
+
+
+def _check_packed(node: Node) -> str:
+    """The narrow type that the node's outputs keep; UnsupportedOperator where the node would compute with one."""
+    names = {index: value.packed for index, value in enumerate(node.inputs) if value is not None and value.packed}
+    if not names:
+        return ""
+    if node.op_type in _KEEP_PACKED and 0 in names:
+        return names[0]
+    if node.op_type == "DequantizeLinear" or (node.op_type in ("Cast", "CastLike") and 1 not in names):
+        return ""
+    raise UnsupportedOperator(
+        f"{node} computes with {next(iter(names.values()))}, which opweave only stores, moves and dequantises"
+    )
 
 
 def _describe(value: Value | None) -> str:

@@ -12,7 +12,15 @@ from onnx import TensorProto, numpy_helper
 from ....errors import ModelError, UnsupportedOperator
 from ...runtime.custom_ops import tensor_from_numpy
 
-__all__ = ["MAX_CONSTANT_BYTES", "TORCH_DTYPES", "dtype_of", "onnx_type_of", "shape_elements", "tensor_from_proto"]
+__all__ = [
+    "MAX_CONSTANT_BYTES",
+    "TORCH_DTYPES",
+    "dtype_of",
+    "onnx_type_of",
+    "shape_elements",
+    "stored_dtype_of",
+    "tensor_from_proto",
+]
 
 #: No single constant computed or read while importing may be larger than this.
 MAX_CONSTANT_BYTES = 8 * 2**30
@@ -40,6 +48,17 @@ TORCH_DTYPES: Mapping[int, torch.dtype] = {
     TensorProto.FLOAT8E5M2: torch.float8_e5m2,
     TensorProto.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
 }
+#: Types of less than 8 bits are held in a wider type: they may be stored, moved and dequantised, not computed with.
+PACKED_DTYPES: Mapping[int, torch.dtype] = {
+    TensorProto.INT4: torch.int8,
+    TensorProto.UINT4: torch.uint8,
+    TensorProto.FLOAT4E2M1: torch.float32,
+    **{
+        code: torch.int8 if name == "INT2" else torch.uint8
+        for name, code in TensorProto.DataType.items()
+        if name in ("INT2", "UINT2")
+    },
+}
 _ONNX_TYPES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 
@@ -60,6 +79,11 @@ def dtype_of(code: int, what: str) -> torch.dtype:
             hint="supported are float, double, float16, bfloat16, float8, complex, bool and 8 to 64-bit integers",
         )
     return dtype
+
+
+def stored_dtype_of(code: int, what: str) -> tuple[torch.dtype, str]:
+    """The torch dtype that holds ONNX element type ``code``, and its name if it is one of less than 8 bits."""
+    return (PACKED_DTYPES[code], type_name(code)) if code in PACKED_DTYPES else (dtype_of(code, what), "")
 
 
 def onnx_type_of(dtype: torch.dtype) -> int:
@@ -116,5 +140,5 @@ def array_from_proto(proto: onnx.TensorProto, what: str) -> np.ndarray:
 
 def tensor_from_proto(proto: onnx.TensorProto, what: str) -> torch.Tensor:
     """The value of ``proto`` as a contiguous torch tensor that owns writable memory."""
-    dtype_of(proto.data_type, what)
+    stored_dtype_of(proto.data_type, what)
     return tensor_from_numpy(array_from_proto(proto, what))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..node import Lowering
-from . import convolution, elementwise, layout, linear, quantization, recurrent, reduction, resize
+from . import convolution, elementwise, layout, linear, quantization, recurrent, reduction, resize, sampling
 
 __all__ = ["LOWERINGS"]
 
@@ -23,4 +23,5 @@ LOWERINGS: Mapping[str, Lowering] = {
     **quantization.TABLE,
     **recurrent.TABLE,
     **resize.TABLE,
+    **sampling.TABLE,
 }

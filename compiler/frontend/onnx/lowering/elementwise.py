@@ -17,6 +17,7 @@ Unary = Callable[[torch.Tensor], torch.Tensor]
 Binary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+_SIGN_BIT = -(2**63)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 
 
@@ -38,26 +39,30 @@ def _predicate(function: Unary) -> Lowering:
     return lambda node: function(node.tensor(0))
 
 
-def _binary(function: Binary, *, ordered: bool = False) -> Lowering:
-    """``ordered``: the result depends on the order of values, which int64 does not keep for uint64."""
+def _binary(function: Binary, *, by_order: bool = False) -> Lowering:
+    """``by_order``: the result depends on the order of values, which int64 does not keep for uint64."""
 
     def lower(node: Node) -> Lowered:
         left, right = node.tensor(0), node.tensor(1)
-        if ordered and left.dtype == torch.uint64:
+        if by_order and left.dtype == torch.uint64:
             raise CannotLower("ATen orders no uint64")
         return narrow(function(widen(left), widen(right)), left.dtype)
 
     return lower
 
 
-def _compare(function: Binary) -> Lowering:
-    def lower(node: Node) -> Lowered:
-        left, right = node.tensor(0), node.tensor(1)
-        if left.dtype == torch.uint64 and function not in (torch.eq, torch.ne):
-            raise CannotLower("ATen orders no uint64")
-        return function(widen(left), widen(right))
+def ordered(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in a type whose signed order is the tensor's own; uint64 gets its highest bit flipped."""
+    wide = widen(tensor)
+    return wide ^ _SIGN_BIT if tensor.dtype == torch.uint64 else wide
 
-    return lower
+
+def _compare(function: Binary) -> Lowering:
+    return lambda node: function(ordered(node.tensor(0)), ordered(node.tensor(1)))
+
+
+def _logical(function: Binary) -> Lowering:
+    return lambda node: function(node.tensor(0), node.tensor(1))
 
 
 def _divide(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -89,14 +94,14 @@ def _power(node: Node) -> Lowered:
     return narrow(torch.pow(wide_base, wide_exponent), base.dtype)
 
 
-def _fold_binary(function: Binary, *, ordered: bool) -> Lowering:
+def _fold_binary(function: Binary, *, by_order: bool) -> Lowering:
     def lower(node: Node) -> Lowered:
         tensors = node.tensors()
         dtype = tensors[0].dtype
-        if ordered and dtype == torch.uint64:
-            raise CannotLower("ATen orders no uint64")
         if len(tensors) == 1:
             return tensors[0].clone()
+        if by_order and dtype == torch.uint64:
+            return (reduce(function, map(ordered, tensors)) ^ _SIGN_BIT).to(dtype)
         return narrow(reduce(function, map(widen, tensors)), dtype)
 
     return lower
@@ -143,10 +148,12 @@ def cast(x: torch.Tensor, to: torch.dtype, *, saturate: bool = True) -> torch.Te
 
 
 def _cast_float8(x: torch.Tensor, to: torch.dtype, saturate: bool) -> torch.Tensor:
-    if not saturate:
-        raise CannotLower("Cast to float8 without saturation")
-    limit = torch.finfo(to).max
     source = x.to(torch.float32) if x.dtype != torch.float64 else x
+    if not saturate:
+        if to == torch.float8_e4m3fn:  # torch saturates here; beyond half a step above 448 ONNX wants NaN
+            source = torch.where(torch.abs(source) > 464.0, torch.full_like(source, torch.nan), source)
+        return source.to(to)
+    limit = torch.finfo(to).max
     return torch.clamp(source, -limit, limit).to(to)
 
 
@@ -169,8 +176,10 @@ def _shift(node: Node) -> Lowered:
     x, by = node.tensor(0), node.tensor(1)
     if node.string("direction") == "LEFT":
         return narrow(torch.bitwise_left_shift(widen(x), widen(by)), x.dtype)
-    if x.dtype == torch.uint64:
-        raise CannotLower("ATen shifts no uint64 to the right")
+    if x.dtype == torch.uint64:  # the first step moves a zero into the sign bit
+        halved = torch.bitwise_right_shift(widen(x), 1) & (2**63 - 1)
+        shifted = torch.bitwise_right_shift(halved, torch.clamp(widen(by) - 1, min=0))
+        return torch.where(widen(by) == 0, widen(x), shifted).to(x.dtype)
     return narrow(torch.bitwise_right_shift(widen(x), widen(by)), x.dtype)
 
 
@@ -275,12 +284,12 @@ TABLE: Mapping[str, Lowering] = {
     "Add": _binary(torch.add),
     "Sub": _binary(torch.sub),
     "Mul": _binary(torch.mul),
-    "Div": _binary(_divide, ordered=True),
+    "Div": _binary(_divide, by_order=True),
     "Pow": _power,
     "Mod": _modulo,
-    "And": _compare(torch.logical_and),
-    "Or": _compare(torch.logical_or),
-    "Xor": _compare(torch.logical_xor),
+    "And": _logical(torch.logical_and),
+    "Or": _logical(torch.logical_or),
+    "Xor": _logical(torch.logical_xor),
     "BitwiseAnd": _binary(torch.bitwise_and),
     "BitwiseOr": _binary(torch.bitwise_or),
     "BitwiseXor": _binary(torch.bitwise_xor),
@@ -290,9 +299,9 @@ TABLE: Mapping[str, Lowering] = {
     "LessOrEqual": _compare(torch.le),
     "Greater": _compare(torch.gt),
     "GreaterOrEqual": _compare(torch.ge),
-    "Sum": _fold_binary(torch.add, ordered=False),
-    "Max": _fold_binary(torch.maximum, ordered=True),
-    "Min": _fold_binary(torch.minimum, ordered=True),
+    "Sum": _fold_binary(torch.add, by_order=False),
+    "Max": _fold_binary(torch.maximum, by_order=True),
+    "Min": _fold_binary(torch.minimum, by_order=True),
     "Mean": _mean,
     "Clip": _clip,
     "Cast": _cast,

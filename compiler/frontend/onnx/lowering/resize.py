@@ -38,7 +38,8 @@ def _coordinates(axis: Axis, mode: str) -> Array:
     if mode == "pytorch_half_pixel":
         return np.asarray((x + 0.5) / axis.scale - 0.5 if axis.output > 1 else np.zeros_like(x))
     if mode == "align_corners":
-        return np.asarray(x * (axis.size - 1) / (axis.output - 1) if axis.output > 1 else np.zeros_like(x))
+        resized = axis.scale * axis.size  # not rounded: ONNX keeps the fraction here
+        return np.asarray(x * (axis.size - 1) / (resized - 1) if resized != 1 else np.zeros_like(x))
     if mode == "asymmetric":
         return np.asarray(x / axis.scale)
     if mode == "tf_half_pixel_for_nn":
