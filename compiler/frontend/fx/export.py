@@ -48,8 +48,11 @@ def from_module(
     args, kwargs = pytree.tree_map(_without_gaps, (tuple(args), dict(kwargs or {})))
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # torch.export warns about its own use of deprecated pytree classes.
+            # torch.export warns about its own use of pytree classes, and of how its own recurrent layers keep weights.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, message=r"The tensor attributes? self\._flat_weights"
+            )
             program = torch.export.export(module, args, kwargs)
     except Exception as error:  # torch.export raises errors of many kinds, of its own and of the model
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]

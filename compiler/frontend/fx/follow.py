@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx.node import map_arg
 
 from ....errors import ModelError, UnsupportedOperator
@@ -68,7 +73,10 @@ class Follower:
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in self._attributes:
-            placed = place_weights(self._recorder.builder, self._mode, {node.name: value}, {node.name: Role.CONSTANT})
+            with unset_fake_temporarily():  # the value is real
+                placed = place_weights(
+                    self._recorder.builder, self._mode, {node.name: value}, {node.name: Role.CONSTANT}
+                )
             self._attributes[id(value)] = placed.fakes[node.name]
             self.constants.update(placed.values)
         return self._attributes[id(value)]
@@ -91,7 +99,7 @@ class Follower:
             )
         if target is operator.getitem:
             return args[0][args[1]]
-        if getattr(target, "__module__", "") not in _SIZE_ARITHMETIC or any(tensors_in((args, kwargs))):
+        if getattr(target, "__module__", "") not in _SIZE_ARITHMETIC or list(tensors_in((args, kwargs))):
             raise _not_aten(node)
         return target(*args, **kwargs)  # type: ignore[operator]
 
