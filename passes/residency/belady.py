@@ -41,7 +41,10 @@ class BeladyResidency:
 
 
 def furthest_next_use(
-    problem: GapProblem, resident: Sequence[int], shortage: Sequence[int], dropped: Collection[int]
+    problem: GapProblem,
+    resident: Collection[int],
+    shortage: Sequence[int],
+    stored: Collection[tuple[str, int] | None],
 ) -> Sequence[int]:
     """The one resident interval that ends last; the larger one of several."""
     return [max(resident, key=lambda i: (problem.intervals[i].end, problem.intervals[i].nbytes, -i))]

@@ -11,34 +11,42 @@ from .gaps import GapProblem
 
 __all__ = ["Chooser", "evict", "refill"]
 
-#: Picks victims: given the problem, the intervals resident across the position, the shortage by capacity dimension, and
-#: those dropped before, it returns at least one of the resident ones.
-Chooser = Callable[[GapProblem, Sequence[int], Sequence[int], Collection[int]], Sequence[int]]
+#: Picks victims: given the problem, the intervals resident across the position, the shortage by capacity dimension,
+#: and the versions stored before, it returns at least one of the resident ones.
+Chooser = Callable[[GapProblem, Collection[int], Sequence[int], Collection[tuple[str, int] | None]], Sequence[int]]
 
 
 def evict(problem: GapProblem, choose: Chooser) -> set[int]:
     """Indices of the intervals dropped when ``choose`` picks the victims, walking the order from front to back."""
-    starting: dict[int, list[int]] = {}
+    positions = problem.room.shape[1]
+    begins: list[list[int]] = [[] for _ in range(positions + 1)]
+    ends: list[list[int]] = [[] for _ in range(positions + 1)]
     for i, interval in enumerate(problem.intervals):
         if interval.begin < interval.end:
-            starting.setdefault(interval.begin, []).append(i)
-    resident: list[int] = []
+            begins[interval.begin].append(i)
+            ends[interval.end].append(i)
+    resident: dict[int, None] = {}  # a set in the order of insertion
+    used = np.zeros(problem.room.shape[0], dtype=np.int64)
     dropped: set[int] = set()
-    for position in range(problem.room.shape[1]):
-        resident = [i for i in resident if problem.intervals[i].end > position] + starting.get(position, [])
-        shortage = _shortage(problem, resident, position)
-        while max(shortage) > 0:
-            dropped.update(choose(problem, resident, shortage, dropped))
-            resident = [i for i in resident if i not in dropped]
-            shortage = _shortage(problem, resident, position)
+    stored: set[tuple[str, int] | None] = {None}
+
+    def remove(i: int) -> None:
+        del resident[i]
+        used[:] -= problem.intervals[i].sizes
+
+    for position in range(positions):
+        for i in ends[position]:
+            if i in resident:
+                remove(i)
+        for i in begins[position]:
+            resident[i] = None
+            used += problem.intervals[i].sizes
+        while (used > problem.room[:, position]).any():
+            for i in choose(problem, resident, (used - problem.room[:, position]).tolist(), stored):
+                remove(i)
+                dropped.add(i)
+                stored.add(problem.intervals[i].version)
     return dropped
-
-
-def _shortage(problem: GapProblem, resident: Sequence[int], position: int) -> list[int]:
-    return [
-        sum(problem.intervals[i].sizes[d] for i in resident) - int(room)
-        for d, room in enumerate(problem.room[:, position])
-    ]
 
 
 def refill(problem: GapProblem, dropped: Collection[int]) -> set[int]:

@@ -1,35 +1,52 @@
-"""The gap ILP: what is left to decide after reductions, as independent blocks, and each block as a PuLP model.
+"""What the gap ILP has to decide: everything that needs no search settled, and the rest in independent blocks.
 
-Variables are ``drop[i]``, binary, for each open interval ``i``, and ``store[v]`` for each version ``v`` that several
-of them share. ``docs/formulations.md`` says why each constraint and each reduction is valid.
+``docs/formulations.md`` says why each reduction is valid.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import pulp
+import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import OptionError
 from .gaps import Cut, Gap, GapProblem
 
-__all__ = ["Block", "Reduction", "Row", "build", "objective_unit", "reduce"]
+__all__ = ["Block", "Capacity", "Reduction", "Span", "reduce"]
 
-DOMINANCE_WINDOW = 64  # how many neighbouring positions a capacity row is compared with
+Span = tuple[int, int, int]  # first row, row behind the last, size
 
 
 @dataclass(frozen=True)
-class Row:
-    """At least ``need`` of the capacity freed by dropping: ``sum(size * drop[i] for i, size in terms) >= need``."""
+class Capacity:
+    """Rows of one capacity dimension: at row ``r`` the dropped intervals that span it must free ``need[r]`` bytes.
 
-    terms: tuple[tuple[int, int], ...]
-    need: int
+    ``spans`` gives each interval's rows, which are consecutive, and its bytes.
+    """
 
-    def satisfied_by(self, dropped: Collection[int]) -> bool:
-        """Whether dropping exactly ``dropped`` frees enough; in exact integers."""
-        return sum(size for i, size in self.terms if i in dropped) >= self.need
+    need: NDArray[np.int64]
+    spans: Mapping[int, Span]
+
+    def freed(self, dropped: Iterable[int]) -> NDArray[np.int64]:
+        """Bytes freed at each row by dropping ``dropped``; exact."""
+        steps = np.zeros(len(self.need) + 1, dtype=np.int64)
+        for i in dropped:
+            if i in self.spans:
+                first, behind, size = self.spans[i]
+                steps[first] += size
+                steps[behind] -= size
+        freed: NDArray[np.int64] = np.cumsum(steps)[:-1]
+        return freed
+
+    def members(self) -> list[list[int]]:
+        """The intervals that span each row."""
+        rows: list[list[int]] = [[] for _ in self.need]
+        for i, (first, behind, _) in self.spans.items():
+            for row in range(first, behind):
+                rows[row].append(i)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -37,12 +54,13 @@ class Block:
     """Open intervals that no constraint connects to any other block's.
 
     ``cost`` is what dropping each one moves, in bytes; ``shared`` are the versions whose one store, of the given
-    bytes, is paid when any of the listed intervals is dropped. ``rows`` are capacity rows and placement cuts.
+    bytes, is paid when any of the listed intervals is dropped. Of each of ``cuts`` one must be dropped.
     """
 
     cost: Mapping[int, int]
     shared: tuple[tuple[int, tuple[int, ...]], ...]
-    rows: tuple[Row, ...]
+    capacities: tuple[Capacity, ...]
+    cuts: tuple[frozenset[int], ...]
 
     def moved_bytes(self, dropped: Collection[int]) -> int:
         """Bytes moved when exactly ``dropped`` of the block's intervals are dropped."""
@@ -61,35 +79,11 @@ class Reduction:
 def reduce(problem: GapProblem, cuts: Iterable[Cut] = ()) -> Reduction:
     """Decide what needs no search. Raises OptionError for a cut that names a gap the order does not have."""
     forced = _larger_than_room(problem)
-    rows = [*_capacity_rows(problem, forced), *_cut_rows(problem, cuts, forced)]
-    open_intervals = sorted({i for row in rows for i, _ in row.terms})
+    capacities = [_capacity(problem, forced, d) for d in range(problem.room.shape[0])]
+    cut_sets = [members for members in (_members(problem, cut) for cut in cuts) if forced.isdisjoint(members)]
+    open_intervals = sorted(set().union(*(c.spans for c in capacities), *cut_sets))
     cost, shared = _costs(problem, forced, open_intervals)
-    return Reduction(forced, tuple(_blocks(cost, shared, rows)))
-
-
-def build(block: Block, unit: int) -> pulp.LpProblem:
-    """``block`` as a model whose objective is bytes moved, in units of ``unit`` bytes."""
-    problem = pulp.LpProblem("residency", pulp.LpMinimize)
-    # variables
-    drop = {i: problem.add_variable(f"drop_{i}", 0, 1, pulp.LpBinary) for i in block.cost}
-    store = [problem.add_variable(f"store_{v}", 0, 1) for v in range(len(block.shared))]
-    # objective
-    terms = [(drop[i], nbytes // unit) for i, nbytes in block.cost.items()]
-    terms += [(store[v], nbytes // unit) for v, (nbytes, _) in enumerate(block.shared)]
-    problem += pulp.LpAffineExpression(terms), "bytes_moved"
-    # capacity, and placement cuts
-    for r, row in enumerate(block.rows):
-        problem += pulp.LpAffineExpression([(drop[i], size) for i, size in row.terms]) >= row.need, f"free_{r}"
-    # a version is stored once any of its gaps is dropped
-    for v, (_, sharers) in enumerate(block.shared):
-        for i in sharers:
-            problem += pulp.LpAffineExpression([(store[v], 1), (drop[i], -1)]) >= 0, f"store_{v}_{i}"
-    return problem
-
-
-def objective_unit(block: Block) -> int:
-    """The greatest number of bytes that divides everything the block can move."""
-    return math.gcd(*block.cost.values(), *(nbytes for nbytes, _ in block.shared))
+    return Reduction(forced, tuple(_blocks(cost, shared, capacities, cut_sets)))
 
 
 def _larger_than_room(problem: GapProblem) -> frozenset[int]:
@@ -101,66 +95,54 @@ def _larger_than_room(problem: GapProblem) -> frozenset[int]:
     )
 
 
-def _capacity_rows(problem: GapProblem, forced: frozenset[int]) -> list[Row]:
-    starting: dict[int, list[int]] = {}
-    for i, interval in enumerate(problem.intervals):
-        if i not in forced and interval.begin < interval.end:
-            starting.setdefault(interval.begin, []).append(i)
-    spanning: list[int] = []
-    found: list[list[tuple[int, int, tuple[int, ...]]]] = [[] for _ in problem.room]
-    for position in range(problem.room.shape[1]):
-        spanning = [i for i in spanning if problem.intervals[i].end > position] + starting.get(position, [])
-        for d, room in enumerate(problem.room[:, position]):
-            need = sum(problem.intervals[i].sizes[d] for i in spanning) - int(room)
-            if need > 0:
-                found[d].append((sum(1 << i for i in spanning), need, tuple(spanning)))
-    return [
-        _scaled([(i, problem.intervals[i].sizes[d]) for i in members], need)
-        for d, candidates in enumerate(found)
-        for _, need, members in _undominated(candidates)
-    ]
+def _capacity(problem: GapProblem, forced: frozenset[int], d: int) -> Capacity:
+    """The rows that no other row implies, and the intervals that span any of them."""
+    need = -problem.slack(forced)[d]
+    rows = _undominated(problem, forced, need)
+    before = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(need)))))  # rows at positions below each
+    spans = {
+        i: (int(before[interval.begin]), int(before[interval.end]), interval.sizes[d])
+        for i, interval in enumerate(problem.intervals)
+        if i not in forced and before[interval.begin] < before[interval.end]
+    }
+    return Capacity(need[rows], spans)
 
 
-def _undominated(rows: list[tuple[int, int, tuple[int, ...]]]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Rows that no neighbour implies: one over a subset of the intervals (a mask) that needs at least as much freed."""
-    kept = []
-    for r, (mask, need, members) in enumerate(rows):
-        window = range(max(0, r - DOMINANCE_WINDOW), min(len(rows), r + DOMINANCE_WINDOW + 1))
-        if not any(
-            rows[q][0] | mask == mask and rows[q][1] >= need and ((rows[q][0], rows[q][1]) != (mask, need) or q < r)
-            for q in window
-            if q != r
-        ):
-            kept.append((mask, need, members))
-    return kept
+def _undominated(problem: GapProblem, forced: frozenset[int], need: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Positions that need something freed and are not implied by another one.
+
+    What frees enough at ``q`` frees enough at ``p`` if ``p`` needs no more and every interval across ``q`` is across
+    ``p`` too, that is, if ``p`` lies between the latest begin and the earliest end of the intervals across ``q``.
+    """
+    across = [interval for i, interval in enumerate(problem.intervals) if i not in forced]
+    latest_begin, earliest_end = np.zeros(len(need), dtype=np.intp), np.full(len(need), len(need), dtype=np.intp)
+    for interval in sorted(across, key=lambda interval: interval.begin):
+        latest_begin[interval.begin : interval.end] = interval.begin
+    for interval in sorted(across, key=lambda interval: -interval.end):
+        earliest_end[interval.begin : interval.end] = interval.end
+    alive = need > 0
+    for q in np.flatnonzero(alive):
+        if alive[q]:
+            window = slice(latest_begin[q], earliest_end[q])
+            alive[window] &= need[window] > need[q]
+            alive[q] = True
+    return np.flatnonzero(alive)
 
 
-def _scaled(terms: list[tuple[int, int]], need: int) -> Row:
-    """The row divided by the sizes' common divisor, its need rounded up, and no size larger than the need."""
-    unit = math.gcd(*(size for _, size in terms))
-    scaled = -(-need // unit)
-    return Row(tuple((i, min(size // unit, scaled)) for i, size in terms), scaled)
-
-
-def _cut_rows(problem: GapProblem, cuts: Iterable[Cut], forced: frozenset[int]) -> Iterable[Row]:
-    """At least one gap of each cut is dropped; those that hold a dropped one anyway are left out."""
-    for cut in cuts:
-        unknown = sorted(gap for gap in cut.gaps if gap not in problem.index)
-        if unknown or not cut.gaps:
-            raise OptionError(
-                f"option 'cuts' of pass 'residency/ilp' holds a cut that {_fault_of(unknown)}",
-                hint="cuts hold for the order they were found in, and for no other",
-            )
-        members = sorted(problem.index[gap] for gap in cut.gaps)
-        if forced.isdisjoint(members):
-            yield Row(tuple((i, 1) for i in members), 1)
+def _members(problem: GapProblem, cut: Cut) -> frozenset[int]:
+    unknown = sorted(gap for gap in cut.gaps if gap not in problem.index)
+    if unknown or not cut.gaps:
+        raise OptionError(
+            f"option 'cuts' of pass 'residency/ilp' holds a cut that {_fault_of(unknown)}",
+            hint="cuts hold for the order they were found in, and for no other",
+        )
+    return frozenset(problem.index[gap] for gap in cut.gaps)
 
 
 def _fault_of(unknown: list[Gap]) -> str:
     if not unknown:
         return "names no gap, so that nothing could satisfy it"
-    buffer, after = unknown[0]
-    return f"names the gap after use {after} of buffer {buffer!r}, which this order does not have"
+    return f"names the gap after use {unknown[0].after} of buffer {unknown[0].buffer!r}, which this order does not have"
 
 
 def _costs(
@@ -184,9 +166,42 @@ def _costs(
     return cost, shared
 
 
-def _blocks(cost: dict[int, int], shared: list[tuple[int, tuple[int, ...]]], rows: list[Row]) -> Iterable[Block]:
+def _blocks(
+    cost: dict[int, int],
+    shared: list[tuple[int, tuple[int, ...]]],
+    capacities: list[Capacity],
+    cuts: list[frozenset[int]],
+) -> Iterable[Block]:
     """The connected parts, in the order of their first interval."""
-    parent = {i: i for i in cost}
+    groups = [sharers for _, sharers in shared] + [tuple(sorted(cut)) for cut in cuts]
+    for capacity in capacities:
+        groups.extend(_chains(capacity))
+    root_of = _connected(cost, groups)
+    parts: dict[int, list[int]] = {}
+    for i in cost:
+        parts.setdefault(root_of[i], []).append(i)
+    for root, members in parts.items():
+        yield Block(
+            {i: cost[i] for i in members},
+            tuple((nbytes, sharers) for nbytes, sharers in shared if root_of[sharers[0]] == root),
+            tuple(_restricted(capacity, members) for capacity in capacities),
+            tuple(cut for cut in cuts if root_of[min(cut)] == root),
+        )
+
+
+def _chains(capacity: Capacity) -> Iterable[tuple[int, int]]:
+    """Pairs of intervals that share a row, enough to connect all that do."""
+    reach, furthest = -1, -1
+    for i, (first, behind, _) in sorted(capacity.spans.items(), key=lambda item: item[1][0]):
+        if first < reach:
+            yield furthest, i
+        if behind > reach:
+            reach, furthest = behind, i
+
+
+def _connected(nodes: Iterable[int], groups: Iterable[Sequence[int]]) -> dict[int, int]:
+    """The representative of each node's connected part: its smallest member."""
+    parent = {i: i for i in nodes}
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -194,19 +209,21 @@ def _blocks(cost: dict[int, int], shared: list[tuple[int, tuple[int, ...]]], row
             i = parent[i]
         return i
 
-    for members in [*([i for i, _ in row.terms] for row in rows), *(list(sharers) for _, sharers in shared)]:
+    for members in groups:
         for i in members[1:]:
-            a, b = sorted((root(members[0]), root(i)))
-            parent[b] = a
-    parts: dict[int, list[int]] = {}
-    for i in cost:
-        parts.setdefault(root(i), []).append(i)
-    rows_of: dict[int, list[Row]] = {}
-    for row in rows:
-        rows_of.setdefault(root(row.terms[0][0]), []).append(row)
-    shared_of: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
-    for nbytes, sharers in shared:
-        shared_of.setdefault(root(sharers[0]), []).append((nbytes, sharers))
-    for first, members in parts.items():
-        part_cost = {i: cost[i] for i in members}
-        yield Block(part_cost, tuple(shared_of.get(first, ())), tuple(rows_of.get(first, ())))
+            low, high = sorted((root(members[0]), root(i)))
+            parent[high] = low
+    return {i: root(i) for i in parent}
+
+
+def _restricted(capacity: Capacity, members: Iterable[int]) -> Capacity:
+    """The rows that ``members``, a connected part, span, numbered from 0."""
+    spans = {i: capacity.spans[i] for i in members if i in capacity.spans}
+    spanned = np.zeros(len(capacity.need), dtype=bool)
+    for first, behind, _ in spans.values():
+        spanned[first:behind] = True
+    before = np.concatenate(([0], np.cumsum(spanned)))
+    return Capacity(
+        capacity.need[spanned],
+        {i: (int(before[first]), int(before[behind]), size) for i, (first, behind, size) in spans.items()},
+    )

@@ -41,10 +41,12 @@ class LeastCostResidency:
 
 
 def least_cost(
-    problem: GapProblem, resident: Sequence[int], shortage: Sequence[int], dropped: Collection[int]
+    problem: GapProblem,
+    resident: Collection[int],
+    shortage: Sequence[int],
+    stored: Collection[tuple[str, int] | None],
 ) -> Sequence[int]:
     """The cheaper of the cheapest sufficient interval alone, and cheap ones by the byte until there is room."""
-    stored = {problem.intervals[i].version for i in dropped} | {None}
     cost = {i: problem.intervals[i].nbytes * (1 if problem.intervals[i].version in stored else 2) for i in resident}
 
     def by_rate(i: int) -> tuple[float, int, int]:

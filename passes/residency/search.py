@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ...compiler.pipeline import Budget
 from .._solver.highs import Solution, solve
-from .formulation import Block, Row, build, objective_unit
+from .formulation import Block
+from .model import build, objective_unit
 
 __all__ = ["BlockResult", "repair", "search_block"]
 
@@ -31,53 +34,81 @@ class BlockResult:
 def search_block(
     block: Block, incumbent: frozenset[int], budget: Budget, *, relax: bool = False, tell: Teller | None = None
 ) -> BlockResult:
-    """The best choice for ``block`` at least as good as ``incumbent``, which must satisfy every row.
+    """The best choice for ``block`` at least as good as ``incumbent``, which must satisfy every constraint.
 
-    Whether a solution frees enough is checked in exact integers. A row missed by the solver's tolerances is repaired
-    for the incumbent, and forbidden before solving once more. ``relax`` asks for the bound of the LP relaxation only.
+    Whether a solution frees enough is checked in exact integers. What the solver's tolerances let through is repaired
+    for the incumbent, and forbidden before solving once more. ``relax`` asks for the LP relaxation's bound only.
     """
-    unit = objective_unit(block)
-    best, bound = incumbent, 0
-    extra: tuple[Row, ...] = ()
+    best, bound, tightened = incumbent, 0, block
     for _ in range(MAX_ROUNDS):
-        solution = _solve(replace(block, rows=block.rows + extra), unit, best, budget, relax=relax, tell=tell)
-        bound = max(bound, _bound_bytes(solution, unit, block))
-        if relax:
-            return BlockResult(best, bound, solution.status == "optimal")
-        chosen = {i for i in block.cost if solution.values.get(f"drop_{i}", 0.0) > 0.5}
-        missed = [row for row in block.rows if not row.satisfied_by(chosen)] if solution.values else []
-        if solution.values:
-            best = min(best, repair(block, chosen), key=block.moved_bytes)
-        if not missed or solution.status != "optimal":
+        if budget.remaining_s <= 0:
             break
-        extra += tuple(_cover(row, chosen) for row in missed)
+        solution = _solve(tightened, best, budget, relax=relax, tell=tell)
+        bound = max(bound, _bound_bytes(solution.bound, block))
+        if relax or not solution.values:
+            break
+        chosen = frozenset(i for i in block.cost if solution.values[f"drop_{i}"] > 0.5)
+        best = min(best, repair(block, chosen), key=block.moved_bytes)
+        covers = _missed_covers(block, chosen)
+        if not covers or solution.status != "optimal":
+            break
+        tightened = replace(tightened, cuts=tightened.cuts + covers)
     value = block.moved_bytes(best)
     return BlockResult(best, min(bound, value), bound >= value)
 
 
 def repair(block: Block, dropped: Collection[int]) -> frozenset[int]:
-    """``dropped`` and what else it takes to satisfy every row, less whatever no row needs."""
+    """``dropped`` and what else it takes to satisfy every constraint, less whatever none needs."""
     chosen = set(dropped)
-    for row in block.rows:
-        cheapest = sorted(row.terms, key=lambda term: (block.cost[term[0]] / term[1], term[0]))
-        for i, _ in cheapest:
-            if row.satisfied_by(chosen):
-                break
-            chosen.add(i)
-    rows_of: dict[int, list[Row]] = {i: [] for i in block.cost}
-    for row in block.rows:
-        for i, _ in row.terms:
-            rows_of[i].append(row)
+    for cut in block.cuts:
+        if chosen.isdisjoint(cut):
+            chosen.add(min(cut, key=lambda i: (block.cost[i], i)))
+    freed = [capacity.freed(chosen) for capacity in block.capacities]
+    for d, capacity in enumerate(block.capacities):
+        members = capacity.members() if (freed[d] < capacity.need).any() else []
+        for r in np.flatnonzero(freed[d] < capacity.need):
+            candidates = sorted(set(members[r]) - chosen, key=lambda i: (block.cost[i] / capacity.spans[i][2], i))
+            for i in candidates:
+                if freed[d][r] < capacity.need[r]:
+                    chosen.add(i)
+                    _change(block, freed, i, 1)
     for i in sorted(chosen, key=lambda i: (-block.cost[i], i)):
-        rest = chosen - {i}
-        if all(row.satisfied_by(rest) for row in rows_of[i]):
-            chosen = rest
+        _change(block, freed, i, -1)
+        if _frees_enough(block, freed, i) and all(i not in cut or len(chosen & cut) > 1 for cut in block.cuts):
+            chosen.remove(i)
+        else:
+            _change(block, freed, i, 1)
     return frozenset(chosen)
 
 
-def _solve(
-    block: Block, unit: int, incumbent: frozenset[int], budget: Budget, *, relax: bool, tell: Teller | None
-) -> Solution:
+def _change(block: Block, freed: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]], i: int, sign: int) -> None:
+    for d, capacity in enumerate(block.capacities):
+        if i in capacity.spans:
+            first, behind, size = capacity.spans[i]
+            freed[d][first:behind] += sign * size
+
+
+def _frees_enough(block: Block, freed: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]], i: int) -> bool:
+    """Whether the rows that ``i`` spans have enough freed."""
+    for d, capacity in enumerate(block.capacities):
+        first, behind, _ = capacity.spans.get(i, (0, 0, 0))
+        if (freed[d][first:behind] < capacity.need[first:behind]).any():
+            return False
+    return True
+
+
+def _missed_covers(block: Block, chosen: frozenset[int]) -> tuple[frozenset[int], ...]:
+    """For each row that ``chosen`` frees too little of, the intervals it keeps there: one of them must go."""
+    covers: list[frozenset[int]] = []
+    for capacity in block.capacities:
+        missed = np.flatnonzero(capacity.freed(chosen) < capacity.need)
+        members = capacity.members() if len(missed) else []
+        covers.extend(frozenset(members[r]) - chosen for r in missed)
+    return tuple(covers)
+
+
+def _solve(block: Block, incumbent: frozenset[int], budget: Budget, *, relax: bool, tell: Teller | None) -> Solution:
+    unit = objective_unit(block)
     start = {f"drop_{i}": float(i in incumbent) for i in block.cost}
     for v, (_, sharers) in enumerate(block.shared):
         start[f"store_{v}"] = float(any(i in incumbent for i in sharers))
@@ -86,10 +117,10 @@ def _solve(
     def listen(objective: float | None, bound: float | None) -> None:
         if tell is not None:
             found = value if objective is None else min(value, unit * round(objective))
-            tell(found, 0 if bound is None else min(found, unit * _sound_ceil(bound, block)))
+            tell(found, 0 if bound is None else min(found, _bound_bytes(bound, block)))
 
     return solve(
-        build(block, unit),
+        build(block),
         budget,
         start={} if relax else start,
         relax=relax,
@@ -99,19 +130,12 @@ def _solve(
     )
 
 
-def _bound_bytes(solution: Solution, unit: int, block: Block) -> int:
-    return unit * _sound_ceil(solution.bound, block) if math.isfinite(solution.bound) else 0
-
-
-def _sound_ceil(bound: float, block: Block) -> int:
-    """The least whole number of units not below ``bound``, after taking off what tolerances may have added.
+def _bound_bytes(bound: float, block: Block) -> int:
+    """The least bytes a whole number of units can move that is not below ``bound`` less what tolerances may add.
 
     Each reduced cost may be off by the dual tolerance, 1e-7, over a range of 1; sums by a few units in the last place.
     """
+    if not math.isfinite(bound):
+        return 0
     columns = len(block.cost) + len(block.shared)
-    return max(0, math.ceil(bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound)))
-
-
-def _cover(row: Row, dropped: Collection[int]) -> Row:
-    """At least one of the row's intervals that are kept must be dropped: those it has dropped do not free enough."""
-    return Row(tuple((i, 1) for i, _ in row.terms if i not in dropped), 1)
+    return objective_unit(block) * max(0, math.ceil(bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound)))
