@@ -21,6 +21,7 @@ from .units import format_bytes, format_percent
 __all__ = ["CurvePoint", "live_bytes", "memory_map", "timeline", "traffic", "traffic_curve"]
 
 _MOST_BUFFERS = 25
+_MOST_LABELS = 16
 
 
 class CurvePoint(Protocol):
@@ -131,11 +132,17 @@ def traffic_curve(points: Iterable[CurvePoint], path: str | Path, title: str = "
     figure, axes = new_figure("Additional off-chip traffic by scratchpad size", plain(title, 150), 800)
     sizes = [p.capacity_bytes for p in ordered]
     values, bounds = [p.additional_bytes for p in ordered], [p.bound_bytes for p in ordered]
+    # A plan for one size works in every larger one, and a bound for one size holds for every smaller one.
     axes.plot(sizes, values, drawstyle="steps-post", color=TRAFFIC_COLOURS["additional"], marker="o", linewidth=2)
-    axes.plot(sizes, bounds, drawstyle="steps-post", color=BOUND_COLOUR, marker="_", linewidth=1.4, linestyle="--")
-    axes.fill_between(sizes, bounds, values, step="post", color=TRAFFIC_COLOURS["additional"], alpha=0.15)
+    axes.plot(sizes, bounds, drawstyle="steps-pre", color=BOUND_COLOUR, marker="_", linewidth=1.4, linestyle="--")
+    if len(ordered) > 1:
+        axes.stairs(values[:-1], sizes, baseline=bounds[1:], fill=True, color=TRAFFIC_COLOURS["additional"], alpha=0.12)
+    if len(ordered) <= _MOST_LABELS:
+        for size, value in zip(sizes, values, strict=True):
+            label = f"{format_bytes(value)}\nat {format_bytes(size)}"
+            axes.annotate(label, (size, value), xytext=(6, 5), textcoords="offset points", fontsize=9, color="#444444")
     worst = max((1 - p.bound_bytes / p.additional_bytes for p in ordered if p.additional_bytes), default=0.0)
-    bytes_axis(axes, max(round(max(values, default=0) * 1.08), 1))
+    bytes_axis(axes, max(round(max(values, default=0) * 1.12), 1))
     if ordered:
         axes.set_xscale("log", base=2)
     else:

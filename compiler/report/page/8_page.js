@@ -102,7 +102,8 @@ function fillNames() {
 // Looks up what lies inside the first residences large enough, by hit test and by the colour on the canvas.
 function probe() {
   const chart = charts.memory;
-  const result = { tested: 0, hits: 0, colours: 0 };
+  const range = [view.x0, view.x1, view.y0, view.y1];
+  const result = { tested: 0, hits: 0, colours: 0, boxes: [], plot: chart.plot, range };
   const { width, height } = chart.canvas;
   const pixels = chart.context.getImageData(0, 0, width, height).data;
   for (let index = 0; placed && index < counts.residences && result.tested < 200; index++) {
@@ -113,6 +114,7 @@ function probe() {
     const at = 4 * (Math.floor(py * chart.ratio) * width + Math.floor(px * chart.ratio));
     const colour = palette.roles[ROLES[buffers.role[residences.buffer[index]]]];
     result.tested++;
+    result.boxes.push([index, ...box]);
     if (hit && residences.buffer[hit.index] === residences.buffer[index]) result.hits++;
     if ([1, 3, 5].every((digit, i) => Math.abs(parseInt(colour.slice(digit, digit + 2), 16) - pixels[at + i]) < 40)) result.colours++;
   }

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import msgspec
-from tests.graphs.build import GraphBuilder, all_graphs, machine
-from tests.graphs.plans import keep_everything, keep_nothing
 
 from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Certificate, PassRecord, Plan, Residence, Source
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
+from tests.graphs.build import GraphBuilder, all_graphs, machine
+from tests.graphs.plans import keep_everything, keep_nothing
 
-__all__ = ["HOSTILE_NAME", "at_every_level", "decided", "faulty", "hostile", "recorded", "spilling"]
+__all__ = ["HOSTILE_NAME", "at_every_level", "decided", "dense", "faulty", "hostile", "recorded", "spilling"]
 
-HOSTILE_NAME = "</script><img src=x onerror=alert(1)><!-- {{data}} \u2028 $x_1$ & \"quoted\" \u4e2d"
+HOSTILE_NAME = '</script><img src=x onerror=alert(1)><!-- {{data}} \u2028 $x_1$ & "quoted" \u4e2d'
 
 
 def spilling() -> Plan:
@@ -29,6 +29,17 @@ def spilling() -> Plan:
 def decided(graph: Graph) -> Plan:
     """A timed plan of ``graph`` in which nothing is ever dropped."""
     return simulate(keep_everything(graph))
+
+
+def dense() -> Plan:
+    """A timed plan of 9,000 instructions, many to a pixel, one of which holds far more bytes than any other."""
+    g = GraphBuilder("dense")
+    y = g.input("x", 4, 16)
+    for i in range(3000):
+        y = g.unary("relu", y, f"a{i}")
+        if i == 1700:
+            g.op("aten.repeat.default(%0, [40, 1])", y, outputs={"wide": (160, 16)})
+    return simulate(keep_nothing(g.build(y)))
 
 
 def at_every_level(graph: Graph) -> Mapping[str, Plan]:
@@ -75,7 +86,7 @@ def faulty() -> Plan:
     """A timed plan that loads a buffer and runs an operator the graph does not have, out of bounds and out of range."""
     plan = spilling()
     strange = Residence("ghost", "sram", 3, 10_000, 1 << 30)
-    first = msgspec.structs.replace(plan.instructions[0], buffer="phantom")  # type: ignore[call-overload]
+    first = msgspec.structs.replace(plan.instructions[0], buffer="phantom")
     last = msgspec.structs.replace(plan.instructions[-2], engine="nowhere")
     instructions = (first, *plan.instructions[1:-2], last, plan.instructions[-1])
     return msgspec.structs.replace(plan, instructions=instructions, residences=(*(plan.residences or ()), strange))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,23 +10,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from matplotlib import image
-from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
-from tests.graphs.build import all_graphs
 
 from opweave.compiler.plan import Plan
 from opweave.compiler.report import pictures, view
 from opweave.compiler.report.palette import CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
 from opweave.compiler.verify import verify
+from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
+from tests.graphs.build import all_graphs
 
-PICTURES = [pictures.memory_map, pictures.timeline, pictures.live_bytes, pictures.traffic]
+Draw = Callable[[Plan, Path], None]
+PICTURES: list[Draw] = [pictures.memory_map, pictures.timeline, pictures.live_bytes, pictures.traffic]
 
 
-def pixels(path: Path) -> npt.NDArray[np.int64]:
+def pixels(path: Path) -> npt.NDArray[np.int_]:
     """The picture as ``[height, width, 3]`` integers from 0 to 255."""
-    return np.rint(image.imread(path)[:, :, :3] * 255).astype(np.int64)
+    return np.asarray(np.rint(image.imread(path)[:, :, :3] * 255), dtype=np.int_)
 
 
-def area(picture: npt.NDArray[np.int64], colour: str) -> int:
+def area(picture: npt.NDArray[np.int_], colour: str) -> int:
     """How many pixels have exactly this colour."""
     wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)])
     return int((picture == wanted).all(axis=2).sum())
@@ -33,9 +35,9 @@ def area(picture: npt.NDArray[np.int64], colour: str) -> int:
 
 @pytest.mark.parametrize("draw", PICTURES)
 @pytest.mark.parametrize("level", ["order", "residency", "address", "timed"])
-def test_every_picture_is_drawn_at_every_level(draw: type[None], level: str, tmp_path: Path) -> None:
+def test_every_picture_is_drawn_at_every_level(draw: Draw, level: str, tmp_path: Path) -> None:
     target = tmp_path / "new folder" / "picture.png"
-    draw(at_every_level(all_graphs()["residual"])[level], target)  # type: ignore[call-arg]
+    draw(at_every_level(all_graphs()["residual"])[level], target)
     height, width, _ = pixels(target).shape
     assert width == 1600
     assert 300 <= height <= 1200
@@ -43,9 +45,9 @@ def test_every_picture_is_drawn_at_every_level(draw: type[None], level: str, tmp
 
 @pytest.mark.parametrize("draw", PICTURES)
 @pytest.mark.parametrize("plan", [hostile(), faulty(), Plan.of_order(all_graphs()["no_operators"], spilling().machine)])
-def test_strange_plans_are_drawn_without_a_warning(draw: type[None], plan: Plan, tmp_path: Path) -> None:
+def test_strange_plans_are_drawn_without_a_warning(draw: Draw, plan: Plan, tmp_path: Path) -> None:
     """Markup, characters no font has, unknown buffers and empty plans; warnings are errors here."""
-    draw(plan, tmp_path / "picture.png")  # type: ignore[call-arg]
+    draw(plan, tmp_path / "picture.png")
     assert pixels(tmp_path / "picture.png").std() > 1
 
 

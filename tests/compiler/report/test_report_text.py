@@ -6,12 +6,12 @@ import json
 
 import msgspec
 import pytest
-from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, faulty, hostile, recorded, spilling
-from tests.graphs.build import all_graphs
 
 from opweave.compiler.report.text import summary, summary_dict
 from opweave.compiler.simulate import timeline_summary
 from opweave.compiler.verify import verify
+from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, faulty, hostile, recorded, spilling
+from tests.graphs.build import all_graphs
 
 
 def test_the_summary_states_the_recounted_figures() -> None:

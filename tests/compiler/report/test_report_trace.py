@@ -7,13 +7,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
-from tests.graphs.build import all_graphs
 
 from opweave.compiler.plan import Load, Plan, Run
 from opweave.compiler.report import view
 from opweave.compiler.report.trace import chrome_trace
 from opweave.errors import PlanError
+from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
+from tests.graphs.build import all_graphs
 
 
 def events_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
-from tests.compiler.report.report_plans import at_every_level, decided, faulty, spilling
-from tests.graphs.build import all_graphs
-from tests.graphs.plans import keep_everything, keep_nothing
-from tests.graphs.strategies import graphs
 
 from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Plan
 from opweave.compiler.report import view
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
+from tests.compiler.report.report_plans import at_every_level, decided, faulty, spilling
+from tests.graphs.build import all_graphs
+from tests.graphs.plans import keep_everything, keep_nothing
+from tests.graphs.strategies import graphs
 
 
 def check_counts(plan: Plan) -> None:
@@ -26,7 +28,7 @@ def check_counts(plan: Plan) -> None:
 
 @pytest.mark.parametrize("name", all_graphs())
 @pytest.mark.parametrize("keep", [keep_everything, keep_nothing])
-def test_bars_and_live_bytes_add_up_to_the_verifiers_count(name: str, keep: type[Plan]) -> None:
+def test_bars_and_live_bytes_add_up_to_the_verifiers_count(name: str, keep: Callable[[Graph], Plan]) -> None:
     check_counts(keep(all_graphs()[name]))
 
 
