@@ -125,13 +125,14 @@ class _Search:
         self._tell()
 
     def _bisect(self, items: list[int], low: int) -> tuple[int, bool]:
-        """Search capacities from ``low`` to the component's arena: the bound proven, and whether a search proved it.
+        """Search capacities from ``low`` to the component's arena: its bound proven, and whether a search proved it.
 
-        The first question is ``low`` itself, which often holds. Questions that time left open count as too small for
-        where to look next, never for what is proven.
+        There is no use in less than ``low``. The first question is ``low`` itself, which often holds. Questions that
+        time left open count as too small for where to look next, never for what is proven.
         """
         grain = self.packing.grain(items)
-        proven = asked = middle = -(-low // grain) * grain
+        proven = -(-self.packing.fullest_step(items)[0] // grain) * grain
+        asked = middle = max(proven, -(-low // grain) * grain)
         by_search = False
         while asked < self._arena(items) and not self._halted():
             answer, _ = self._ask(items, middle)
