@@ -22,7 +22,7 @@ from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Plan
 from opweave.compiler.report import view, write_html
 from opweave.compiler.verify import verify
-from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, faulty, hostile, recorded, spilling
+from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, dense, faulty, hostile, recorded, spilling
 from tests.graphs.build import all_graphs
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
