@@ -17,7 +17,7 @@ import msgspec
 
 from ..errors import PlanError
 from ..hw_models.cost import op_seconds, transfer_seconds
-from ..hw_models.model import Engine, EngineKind
+from ..hw_models.model import Direction, Engine, EngineKind, HardwareModel
 from .plan import Instruction, Load, Plan, Residence, Run, Store
 
 _T = TypeVar("_T")
@@ -81,7 +81,7 @@ def timeline_summary(plan: Plan) -> Timeline:
     """
     busy = {engine.name: 0.0 for engine in plan.machine.engines}
     latency_s = compute_s = 0.0
-    moved_bytes = 0
+    moved = {Direction.LOAD: 0, Direction.STORE: 0}
     index = {op.name: i for i, op in enumerate(plan.graph.ops)}
     computing, streamed = plan.machine.engines_of(EngineKind.COMPUTE), frozenset(plan.streamed)
     for step, instruction in enumerate(plan.instructions):
@@ -94,13 +94,22 @@ def timeline_summary(plan: Plan) -> Timeline:
             op = _known(index, instruction.op, f"step {step}", "operator")
             compute_s += min(_run_seconds(plan, streamed, op, engine) for engine in computing)
         else:
-            moved_bytes += _known(plan.graph.buffers, instruction.buffer, f"step {step}", "buffer").nbytes
-    bandwidth = sum(e.bandwidth_bytes_per_s or 0.0 for e in plan.machine.engines_of(EngineKind.COPY))
+            direction = Direction.LOAD if isinstance(instruction, Load) else Direction.STORE
+            moved[direction] += _known(plan.graph.buffers, instruction.buffer, f"step {step}", "buffer").nbytes
     engines = tuple(
         EngineUse(e.name, e.kind, busy[e.name], min(1.0, busy[e.name] / latency_s) if latency_s else 0.0)
         for e in plan.machine.engines
     )
-    return Timeline(latency_s, engines, compute_s / len(computing), moved_bytes / bandwidth)
+    return Timeline(latency_s, engines, compute_s / len(computing), _transfer_seconds(plan.machine, moved))
+
+
+def _transfer_seconds(machine: HardwareModel, moved: Mapping[Direction, int]) -> float:
+    """Seconds the copy engines take at least: for each direction alone, and for both together."""
+    copying = machine.engines_of(EngineKind.COPY)
+    bounds = [sum(moved.values()) / sum(e.bandwidth_bytes_per_s or 0.0 for e in copying)]
+    for direction, nbytes in moved.items():
+        bounds.append(nbytes / sum(e.bandwidth_bytes_per_s or 0.0 for e in copying if e.copies(direction)))
+    return max(bounds)
 
 
 def _run_seconds(plan: Plan, streamed: frozenset[str], op_index: int, engine: Engine) -> float:
@@ -145,7 +154,7 @@ class _Clock:
             touched, written = self.plan.graph.touches[op], self.plan.graph.writes[op]
             waits += [self.ready.get(buffer, 0.0) for buffer in touched]
             waits += [self.read.get(buffer, 0.0) for buffer in written]
-            engine, start, finish = self._place(max(waits), op, None)
+            engine, start, finish = self._compute(max(waits), op)
             self.read |= {b: max(finish, self.read.get(b, 0.0)) for b in self.plan.graph.reads[op]}
             self.ready |= dict.fromkeys(written, finish)
             self.regions.use(touched, finish)
@@ -153,7 +162,8 @@ class _Clock:
             name = instruction.buffer
             nbytes = _known(self.plan.graph.buffers, name, f"step {step}", "buffer").nbytes
             copies = self.stored if isinstance(instruction, Load) else self.ready
-            engine, start, finish = self._place(max(*waits, copies.get(name, 0.0)), None, nbytes)
+            direction = Direction.LOAD if isinstance(instruction, Load) else Direction.STORE
+            engine, start, finish = self._copy(max(*waits, copies.get(name, 0.0)), direction, nbytes)
             if isinstance(instruction, Store):
                 self.stored[name] = finish
                 self.read[name] = max(finish, self.read.get(name, 0.0))
@@ -162,20 +172,21 @@ class _Clock:
             self.regions.use((name,), finish)
         return msgspec.structs.replace(instruction, engine=engine, start_s=start, finish_s=finish)
 
-    def _place(self, earliest: float, op: int | None, nbytes: int | None) -> tuple[str, float, float]:
-        """The engine that finishes an operator, or a transfer of ``nbytes``, first; with start and finish."""
-        kind = EngineKind.COPY if op is None else EngineKind.COMPUTE
-        choices = []
-        for engine in self.plan.machine.engines_of(kind):
-            start = max(earliest, self.engine_free[engine.name])
-            if op is None:
-                seconds = transfer_seconds(nbytes or 0, engine)
-            else:
-                seconds = _run_seconds(self.plan, self.streamed, op, engine)
-            choices.append((engine.name, start, start + seconds))
-        best = min(choices, key=lambda choice: choice[2])
-        self.engine_free[best[0]] = best[2]
-        return best
+    def _compute(self, earliest: float, op: int) -> tuple[str, float, float]:
+        engines = self.plan.machine.engines_of(EngineKind.COMPUTE)
+        return self._first({e.name: _run_seconds(self.plan, self.streamed, op, e) for e in engines}, earliest)
+
+    def _copy(self, earliest: float, direction: Direction, nbytes: int) -> tuple[str, float, float]:
+        engines = (engine for engine in self.plan.machine.engines if engine.copies(direction))
+        return self._first({engine.name: transfer_seconds(nbytes, engine) for engine in engines}, earliest)
+
+    def _first(self, seconds: Mapping[str, float], earliest: float) -> tuple[str, float, float]:
+        """The engine that finishes first, with start and finish, given the seconds each one takes."""
+        finish = {name: max(earliest, self.engine_free[name]) + duration for name, duration in seconds.items()}
+        best = min(finish, key=lambda name: finish[name])
+        start = max(earliest, self.engine_free[best])
+        self.engine_free[best] = finish[best]
+        return best, start, finish[best]
 
 
 class _Regions:

@@ -10,7 +10,7 @@ import msgspec
 
 from ..errors import MachineError
 
-__all__ = ["Engine", "EngineKind", "HardwareModel", "Link", "Memory"]
+__all__ = ["Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory"]
 
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -33,11 +33,20 @@ class EngineKind(StrEnum):
     COPY = "copy"
 
 
+class Direction(StrEnum):
+    """Which transfers a copy engine takes: loads into the scratchpad, stores out of it, or both."""
+
+    BOTH = "both"
+    LOAD = "load"
+    STORE = "store"
+
+
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One unit that runs one instruction at a time.
 
     A compute engine states ``flops_per_s`` by dtype name (``default`` for the rest) and ``launch_s``, the fixed cost
-    of one operator; a copy engine states ``bandwidth_bytes_per_s`` and ``latency_s``, the fixed cost of one transfer.
+    of one operator; a copy engine states ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer,
+    and the ``direction`` it copies in.
     """
 
     name: str
@@ -46,6 +55,11 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     launch_s: NonNegativeFloat = 0.0
     bandwidth_bytes_per_s: PositiveFloat | None = None
     latency_s: NonNegativeFloat = 0.0
+    direction: Direction = Direction.BOTH
+
+    def copies(self, direction: Direction) -> bool:
+        """Whether this is a copy engine that takes transfers of ``direction``, load or store."""
+        return self.kind is EngineKind.COPY and self.direction in (Direction.BOTH, direction)
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,8 +100,13 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
     def _check_engines(self) -> None:
         for kind in EngineKind:
-            if not any(engine.kind is kind for engine in self.engines):
+            if not self.engines_of(kind):
                 raise MachineError(f"machine {self.name!r} has no engine of kind {kind.value!r}; it needs at least one")
+        for direction in (Direction.LOAD, Direction.STORE):
+            if not any(engine.copies(direction) for engine in self.engines):
+                raise MachineError(
+                    f"machine {self.name!r} has no copy engine whose direction admits a {direction.value}"
+                )
         for engine in self.engines:
             if engine.kind is EngineKind.COMPUTE and "default" not in engine.flops_per_s:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no flops_per_s.default")

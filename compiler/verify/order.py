@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...hw_models.model import EngineKind
+from ...hw_models.model import Direction, Engine, EngineKind
 from ..graph import Role
-from ..plan import Plan, Run
+from ..plan import Instruction, Load, Plan, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
 
@@ -73,22 +73,30 @@ def _after(plan: Plan, steps: dict[int, int], index: int, before: int, why: str)
 
 def check_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
     """Buffers, memories and engines exist and are of the right kind; streamed buffers may be streamed."""
-    kinds = {engine.name: engine.kind for engine in plan.machine.engines}
+    admitted = {engine.name: _admitted(engine) for engine in plan.machine.engines}
     for step, instruction in enumerate(plan.instructions):
         if not isinstance(instruction, Run) and instruction.buffer not in facts.nbytes:
             yield Finding(Fault.BUFFER_UNKNOWN, f"the graph has no buffer {instruction.buffer!r}", step)
         if not instruction.engine and instruction.start_s is None:
             continue
-        wanted = EngineKind.COMPUTE if isinstance(instruction, Run) else EngineKind.COPY
-        kind = kinds.get(instruction.engine)
-        if kind is None:
-            message = f"machine {plan.machine.name!r} has no engine {instruction.engine!r}; it has {', '.join(kinds)}"
+        if instruction.engine not in admitted:
+            known = ", ".join(admitted)
+            message = f"machine {plan.machine.name!r} has no engine {instruction.engine!r}; it has {known}"
             yield Finding(Fault.ENGINE_UNKNOWN, message, step)
-        elif kind is not wanted:
-            message = f"engine {instruction.engine!r} is of kind {kind.value}, this instruction needs {wanted.value}"
-            yield Finding(Fault.ENGINE_OF_WRONG_KIND, message, step)
+        elif not isinstance(instruction, admitted[instruction.engine]):
+            word = type(instruction).__name__
+            yield Finding(Fault.ENGINE_OF_WRONG_KIND, f"engine {instruction.engine!r} takes no {word}", step)
     yield from _check_streamed(plan, facts)
     yield from _check_residence_names(plan, facts)
+
+
+def _admitted(engine: Engine) -> tuple[type[Instruction], ...]:
+    """The instructions an engine can run."""
+    if engine.kind is EngineKind.COMPUTE:
+        return (Run,)
+    if engine.direction is Direction.BOTH:
+        return Load, Store
+    return (Load,) if engine.direction is Direction.LOAD else (Store,)
 
 
 def _check_residence_names(plan: Plan, facts: Facts) -> Iterator[Finding]:

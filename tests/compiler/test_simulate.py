@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Load, Plan, Residence, Run, Store
 from opweave.compiler.simulate import simulate, timeline_summary
-from opweave.compiler.verify import verify
+from opweave.compiler.verify import Fault, verify
 from opweave.errors import PlanError
-from opweave.hw_models.model import Engine, EngineKind, HardwareModel
+from opweave.hw_models.model import Direction, Engine, EngineKind, HardwareModel
 from tests.graphs.build import GraphBuilder, all_graphs, machine
 from tests.graphs.edits import without_offsets
 from tests.graphs.plans import keep_everything, keep_nothing
@@ -149,3 +149,25 @@ def test_nothing_takes_no_time() -> None:
     timeline = timeline_summary(simulate(keep_everything(GRAPHS["no_operators"])))
     assert (timeline.latency_s, timeline.bound_s) == (0, 0)
     assert all(use.utilisation == 0 for use in timeline.engines)
+
+
+def test_copy_engines_keep_to_their_direction() -> None:
+    """Loads and stores of a machine with one engine for each run side by side, and swapping engines is a fault."""
+    base = round_machine()
+    dma = base.engines[1]
+    engines = (
+        base.engines[0],
+        msgspec.structs.replace(dma, name="in", direction=Direction.LOAD),
+        msgspec.structs.replace(dma, name="out", direction=Direction.STORE),
+    )
+    plan = msgspec.structs.replace(two_operator_plan(512), machine=msgspec.structs.replace(base, engines=engines))
+    timed = simulate(plan)
+    assert [i.engine for i in timed.instructions] == ["in", "core", "in", "core", "out", "out"]
+    assert verify(timed).ok
+    assert timeline_summary(timed).transfer_bound_s == 2
+    swapped = tuple(
+        msgspec.structs.replace(i, engine={"in": "out", "out": "in"}.get(i.engine, i.engine))
+        for i in timed.instructions
+    )
+    faults = {finding.fault for finding in verify(msgspec.structs.replace(timed, instructions=swapped)).faults}
+    assert faults == {Fault.ENGINE_OF_WRONG_KIND}
