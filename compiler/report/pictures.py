@@ -178,12 +178,17 @@ def _horizontal(axes: Axes, plan: Plan) -> None:
 
 
 def _capacity(axes: Axes, plan: Plan) -> None:
-    """The capacity as a line, and everything up to the highest byte in sight."""
+    """The capacity as a line; when little of it is in use, only what is used, and the capacity in words."""
     capacity = plan.machine.scratchpad_memory.capacity_bytes
-    shown = view.regions(plan)
-    ends = [(region.offset or 0) + region.nbytes for region in shown]
-    highest = max([capacity, *view.live_bytes(plan), *ends])
-    bytes_axis(axes, round(highest * 1.06))
+    ends = [region.offset + region.nbytes for region in view.regions(plan) if region.offset is not None]
+    used = max([*view.live_bytes(plan), *ends], default=0)
+    axis = axes.get_yaxis_transform()
+    if 0 < used < capacity / 4:
+        bytes_axis(axes, round(used * 1.15))
+        label = f"capacity {format_bytes(capacity)} is above"
+        axes.text(0.004, used * 1.14, label, transform=axis, va="top", color=CAPACITY_COLOUR)
+        return
+    bytes_axis(axes, round(max(capacity, used) * 1.06))
     axes.axhline(capacity, color=CAPACITY_COLOUR, linewidth=1.6)
     label = f"capacity {format_bytes(capacity)}"
-    axes.text(0.004, capacity, label, transform=axes.get_yaxis_transform(), va="bottom", color=CAPACITY_COLOUR)
+    axes.text(0.004, capacity, label, transform=axis, va="bottom", color=CAPACITY_COLOUR)

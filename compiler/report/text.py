@@ -104,6 +104,10 @@ def _head(facts: Digest) -> Iterator[str]:
 
 def _traffic(facts: Digest) -> Iterator[str]:
     traffic = facts.traffic
+    if facts.level == "order":
+        compulsory = f"{format_bytes(traffic.compulsory_bytes)} ({format_count(traffic.compulsory_bytes)} B) compulsory"
+        yield from _topic("traffic", [f"{compulsory}; additional traffic is not decided"])
+        return
     ways = {"loaded": traffic.loaded_bytes, "stored": traffic.stored_bytes, "streamed": traffic.streamed_bytes}
     rows = (
         ("compulsory", traffic.compulsory_bytes, ""),

@@ -1,7 +1,7 @@
 // What part of the plan is in sight: one horizontal range for all charts, one range of addresses for the memory map.
 const view = { mode: timed ? "time" : "step", x0: 0, x1: 1, full: 1, y0: 0, y1: 1, fullY: 1, scale: null };
 const selection = { buffer: -1, step: -1 };
-const highest = residences.offset.reduce((most, offset, r) => Math.max(most, (offset || 0) + buffers.nbytes[residences.buffer[r]]), capacity);
+const used = residences.offset.reduce((most, offset, r) => Math.max(most, offset === null ? 0 : offset + buffers.nbytes[residences.buffer[r]]), 0);
 const scales = {};
 
 // Horizontal extents of instructions and residences, and the live bytes between changes, in one of the two modes.
@@ -58,7 +58,7 @@ function setMode(mode) {
   view.mode = mode;
   view.scale = scaleOf(mode);
   view.full = view.scale.full;
-  view.fullY = highest * 1.04;
+  view.fullY = Math.max(capacity, used) * 1.04;
   if (whole || first < 0) {
     view.x0 = 0;
     view.x1 = view.full;
@@ -83,9 +83,14 @@ function setRangeY(y0, y1) {
   view.y1 = view.y0 + height;
 }
 
+// The whole scratchpad; only the part in use when that is little, and not all a wrong plan may reach for.
 function fitY() {
   view.y0 = 0;
-  view.y1 = view.fullY;
+  view.y1 = topFor(used);
+}
+
+function topFor(bytes) {
+  return bytes > 0 && bytes < capacity / 4 ? bytes * 1.15 : Math.max(capacity, Math.min(bytes, 2 * capacity)) * 1.04;
 }
 
 function fit() {

@@ -5,7 +5,8 @@ const AXIS = 20;
 const drawn = { bars: {}, regions: {}, live: {} };
 const theme = {};
 const charts = {};
-const laneNames = timed ? engines : KINDS;
+const lanes = timed ? engines.map((_, index) => index) : [0, 1, 2].filter((kind) => instructions.kind.includes(kind));
+const laneNames = lanes.map((lane) => (timed ? engines[lane] : KINDS[lane]));
 
 function readTheme() {
   const style = getComputedStyle(document.documentElement);
@@ -103,7 +104,12 @@ function drawBytesAxis({ context, plot }, low, high) {
 }
 
 function drawLimit({ context, plot }, y, label) {
-  if (y < plot.top || y > plot.bottom) return;
+  if (y > plot.bottom) return;
+  if (y < plot.top) {
+    context.textAlign = "right";
+    context.textBaseline = "top";
+    return outlined(context, `${label} is above`, plot.right - 4, plot.top + 3, theme.bad);
+  }
   context.fillStyle = theme.bad;
   context.fillRect(plot.left, Math.round(y) - 1, plot.right - plot.left, 1.5);
   context.textAlign = "right";
@@ -159,7 +165,7 @@ function nothing({ context, plot }, text) {
 // --- engines ---------------------------------------------------------------------------------------------------------
 
 function laneOf(step) {
-  return timed ? instructions.engine[step] : instructions.kind[step];
+  return timed ? instructions.engine[step] : lanes.indexOf(instructions.kind[step]);
 }
 
 function laneBox(chart, lane) {

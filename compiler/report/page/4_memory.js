@@ -1,7 +1,7 @@
 // Live bytes against the capacity, the memory map, and the overview that moves the range in sight.
 function liveTop() {
   const { total, peak } = view.scale.live;
-  return Math.max(capacity, total.length ? total[peak] : 0) * 1.06;
+  return topFor(total.length ? total[peak] : 0) * 1.02;
 }
 
 function drawLive(chart) {

@@ -12,8 +12,8 @@ function makeFaults() {
   byId("faults").hidden = digest.verified;
   byId("faults-title").textContent = "This plan is wrong";
   for (const fault of digest.faults) {
-    const where = fault.step === null ? null : link(` at step ${formatCount(fault.step)}`, () => reveal(() => goToStep(Math.min(fault.step, counts.instructions - 1))));
-    byId("fault-list").append(element("li", {}, element("b", {}, fault.fault), where, `: ${fault.message}`));
+    const where = fault.step === null ? null : link(`at step ${formatCount(fault.step)}`, () => reveal(() => goToStep(Math.min(fault.step, counts.instructions - 1))));
+    byId("fault-list").append(element("li", {}, element("b", {}, fault.fault), where ? " " : "", where, `: ${fault.message}`));
   }
   drawn.faults = byId("fault-list").children.length;
 }
@@ -27,7 +27,8 @@ function makeTiles() {
   const { traffic, time } = digest;
   const proof = digest.certificates.filter((c) => c.objective === "additional_traffic_bytes" && c.stands).sort((a, b) => a.gap - b.gap)[0];
   const quality = proof ? (proof.gap === 0 ? "optimal" : `at most ${formatPercent(proof.gap)} of it could be saved,`) : "";
-  tile("additional traffic", formatBytes(traffic.additional_bytes), proof ? `${quality} ${words.scopes[proof.scope]}` : "no bound was proven");
+  if (digest.level === "order") tile("additional traffic", "not decided", "the plan has decided its order only");
+  else tile("additional traffic", formatBytes(traffic.additional_bytes), proof ? `${quality} ${words.scopes[proof.scope]}` : "no bound was proven");
   const total = traffic.total_bytes || 1;
   const split = [[traffic.compulsory_bytes / total, palette.traffic.compulsory], [traffic.additional_bytes / total, palette.traffic.additional]];
   tile("off-chip traffic in all", formatBytes(traffic.total_bytes), `${formatBytes(traffic.compulsory_bytes)} of it compulsory`, split);
@@ -51,7 +52,7 @@ function makeLegends() {
   }
   byId("live-title").textContent = `Bytes held in ${digest.machine.scratchpad}`;
   byId("memory-title").textContent = `Memory map of ${digest.machine.scratchpad}`;
-  byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role; a dark left edge: fetched again` : "";
+  byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role; a dark left edge: fetched again${used > 2 * capacity ? `; some lie above, up to ${formatBytes(used)}` : ""}` : "";
 }
 
 function makePasses() {
