@@ -306,7 +306,7 @@ def hw_show(
 
     from .hw_models.registry import load
 
-    facts = msgspec.to_builtins(load(machine))
+    facts = json.loads(msgspec.json.encode(load(machine)))
     _print_json(facts) if as_json else _say(_outline(facts))
 
 
