@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .model import ImportedModel, load
+from .operands import Definition
 from .randomize import randomize_weights
 from .reading import InputSpec
-from .trace import Definition
 
 __all__ = ["Definition", "ImportedModel", "InputSpec", "load", "randomize_weights"]

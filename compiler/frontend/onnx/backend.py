@@ -103,7 +103,7 @@ class OpweaveRep(BackendRep):
 
 
 class OpweaveBackend(Backend):
-    """``onnx.backend.base.Backend``: prepare, run_model, run_node. Subclass with another ``planner`` to plan for real."""
+    """``onnx.backend.base.Backend``: prepare, run_model, run_node. Subclasses with a ``planner`` plan for real."""
 
     planner: ClassVar[Planner] = staticmethod(run_eagerly)
 

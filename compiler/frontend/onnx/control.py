@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import torch
 
+from .external import read_tensor
 from .graph import untraced
 from .node import CannotLower, Node, Value
-from .reading import read_tensor
 
 if TYPE_CHECKING:
     from .trace import Interpreter, Scope

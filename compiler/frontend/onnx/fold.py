@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,7 +30,9 @@ def known(value: Value) -> torch.Tensor:
 
 def as_sequence(results: Lowered | Sequence[Lowered]) -> tuple[Lowered, ...]:
     """A lowering's result as a tuple, one entry an output."""
-    return tuple(results) if isinstance(results, tuple | list) else (results,)  # type: ignore[arg-type]
+    if results is None or isinstance(results, torch.Tensor | np.ndarray):
+        return (results,)
+    return tuple(results)
 
 
 def check_outputs(node: Node, results: Sequence[Lowered], limit_bytes: int | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import AttributeProto
@@ -27,7 +28,8 @@ def body_of(node: Node, model: onnx.ModelProto, opsets: Mapping[str, int]) -> on
     """The function that defines the node's operator: the model's own, else onnx's; ``None`` if there is none."""
     proto = node.proto
     domain = "" if proto.domain == "ai.onnx" else proto.domain
-    for function in model.functions:
+    functions: Sequence[onnx.FunctionProto] = model.functions
+    for function in functions:
         same_domain = ("" if function.domain == "ai.onnx" else function.domain) == domain
         if same_domain and function.name == proto.op_type and function.overload == proto.overload:
             return function
@@ -41,7 +43,8 @@ def body_of(node: Node, model: onnx.ModelProto, opsets: Mapping[str, int]) -> on
     return _schema_body(schema, node, version)
 
 
-def _schema_body(schema: onnx.defs.OpSchema, node: Node, version: int) -> onnx.FunctionProto | None:
+def _schema_body(schema: Any, node: Node, version: int) -> onnx.FunctionProto | None:
+    """``schema`` is an onnx OpSchema, whose stubs lack the functions."""
     function = onnx.FunctionProto()
     if schema.has_context_dependent_function:
         versions = [v for v in schema.context_dependent_function_opset_versions if v <= version]

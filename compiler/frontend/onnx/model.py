@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ....errors import OptionError, UnsupportedOperator
 from .graph import identifier
+from .operands import Definition
 from .reading import InputSpec, SourceModel, read_model
-from .trace import Definition, Interpreter
+from .trace import Interpreter
 
 __all__ = ["ImportedModel", "load"]
 
@@ -71,8 +72,8 @@ def load(
     cannot be represented, OptionError for ``dims`` and ``examples`` that the model does not have.
     """
     if fill_seed is not None:
+        from .external import embed_external_data
         from .randomize import randomize_weights
-        from .reading import embed_external_data
 
         source = randomize_weights(embed_external_data(source), fill_seed)
     examples = dict(examples or {})

@@ -1,4 +1,4 @@
-"""What a lowering sees: one ONNX node with typed attributes, and inputs that are tensors, known constants, or absent."""
+"""What a lowering sees: one ONNX node with typed attributes; its inputs are tensors, known constants, or absent."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Literal = np.ndarray[Any, Any]
 Lowered = torch.Tensor | Literal | None
 
 
-class CannotLower(Exception):  # noqa: N818 - control flow, not an error: the node goes another way
-    """This lowering does not cover this use of the operator; the node falls back to the reference implementation."""
+class CannotLower(Exception):
+    """The lowering does not cover this use of the operator; the node falls back to the reference implementation."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -171,7 +171,7 @@ class Node:
                 raise ModelError(f"{self} lacks its attribute {name!r}")
             return default
         if attribute.type != kind:
-            expected = AttributeProto.AttributeType.Name(kind)  # type: ignore[arg-type]
+            expected = AttributeProto.AttributeType.Name(kind)
             found = AttributeProto.AttributeType.Name(attribute.type)
             raise ModelError(f"{self}: attribute {name!r} is {found}, expected {expected}")
         return getattr(attribute, slot)

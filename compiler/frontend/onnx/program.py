@@ -16,8 +16,8 @@ from ...runtime.custom_ops import tensor_from_numpy
 from ..fx import from_graph_module
 from ..program import ImportedGraph
 from .model import ImportedModel, load
+from .operands import Definition
 from .reading import input_names
-from .trace import Definition
 
 __all__ = ["program_of", "read_program"]
 

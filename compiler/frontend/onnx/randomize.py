@@ -41,9 +41,11 @@ def randomize_weights(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     """A copy of ``model`` in which every all-equal floating-point weight of more than one element is random.
 
     Weights may be initializers, Constant nodes or ConstantOfShape nodes; all become initializers. A tensor counts as a
-    weight by what uses it: kernels and matrices get N(0, 2 / fan_in) before a rectifier and N(0, 1 / fan_in) elsewhere (less before a softmax), scales and variances U(0.5, 1.5), biases and
-    means N(0, 0.1); the branches of residual sums are scaled down. Each tensor has its own stream, from ``seed`` and its name, so the order of nodes does not matter.
-    Everything else, such as tensors that give a shape, is left alone. Raises ModelError beyond onnx's 2 GiB.
+    weight by what uses it. Kernels and matrices get N(0, 2 / fan_in) before a rectifier and N(0, 1 / fan_in)
+    elsewhere, less before a softmax; scales and variances U(0.5, 1.5); biases and means N(0, 0.1). The branches of
+    residual sums are scaled down. Each tensor has its own stream, from ``seed`` and its name, so the order of nodes
+    does not matter. Everything else, such as tensors that give a shape, is left alone. Raises ModelError beyond the
+    2 GiB that an ONNX file may have.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -106,7 +108,7 @@ def _roles(graph: onnx.GraphProto) -> dict[str, tuple[str, str]]:
 
 
 def _reaches(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> bool:
-    """Whether a rectifier follows, possibly after a normalisation; it halves the variance, which gain 2 makes up for."""
+    """Whether a rectifier follows, possibly after a normalisation: it halves the variance, and gain 2 restores it."""
     for _ in range(4):
         following = users.get(name, [])
         if any(node.op_type in _RECTIFIERS for node in following):

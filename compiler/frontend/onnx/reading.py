@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import heapq
-import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
-from onnx import AttributeProto, TensorProto
+from onnx import AttributeProto
 
 from ....errors import ModelError, OptionError, UnsupportedOperator
-from ...runtime.custom_ops import tensor_to_numpy
-from .types import MAX_CONSTANT_BYTES, dtype_of, shape_elements, stored_dtype_of, tensor_from_proto
+from .external import parse_file
+from .types import TORCH_DTYPES, shape_elements, stored_dtype_of
 
 __all__ = [
     "InputSpec",
     "SourceModel",
     "captured_names",
-    "embed_external_data",
     "input_names",
     "read_model",
-    "read_tensor",
     "require_tensors",
 ]
 
@@ -71,7 +66,7 @@ def read_model(
         proto = source
     else:
         path = Path(source)
-        proto = _parse(path)
+        proto = parse_file(path)
         folder = path.resolve().parent
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError("the file holds no ONNX graph", hint="is it an ONNX model, and was it copied completely?")
@@ -86,27 +81,15 @@ def read_model(
 
 def input_names(source: str | Path | onnx.ModelProto) -> tuple[str, ...]:
     """Names of the model's inputs in order, initializers left out. Raises ModelError for a file that is no model."""
-    proto = source if isinstance(source, onnx.ModelProto) else _parse(Path(source))
+    proto = source if isinstance(source, onnx.ModelProto) else parse_file(Path(source))
     initializers = {tensor.name for tensor in proto.graph.initializer}
     return tuple(info.name for info in proto.graph.input if info.name not in initializers)
 
 
-def _parse(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise ModelError(f"there is no file {str(path)!r}")
-    try:
-        return onnx.load_model(path, load_external_data=False)
-    except (DecodeError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{str(path)!r} is not a readable ONNX model: {error}",
-            hint="is it an ONNX file, and was it copied completely?",
-        ) from None
-
-
-def _opsets(imports: object) -> dict[str, int]:
+def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     """The operator-set versions; the highest counts where a domain is imported twice, as some exporters do."""
     opsets: dict[str, int] = {}
-    for entry in imports:  # type: ignore[attr-defined]
+    for entry in imports:
         domain = "" if entry.domain in STANDARD_DOMAINS else entry.domain
         opsets[domain] = max(opsets.get(domain, 0), entry.version)
     version = opsets.get("")
@@ -121,39 +104,34 @@ def _opsets(imports: object) -> dict[str, int]:
 
 
 def _check_graph(graph: onnx.GraphProto) -> None:
-    """Names are unique and every value is made before it is used."""
-    known: set[str] = set()
-    for info in graph.input:
-        if not info.name or info.name in known:
-            raise ModelError(
-                f"graph input {info.name!r} is declared twice" if info.name else "a graph input has no name"
-            )
-        known.add(info.name)
+    """Every value has one name and one maker, and whatever is used is made."""
     if graph.sparse_initializer:
         raise UnsupportedOperator("the model stores sparse initializers, which opweave does not read")
-    initializers: set[str] = set()
-    for tensor in graph.initializer:
-        if not tensor.name or tensor.name in initializers:
-            raise ModelError(
-                f"initializer {tensor.name!r} is stored twice" if tensor.name else "an initializer has no name"
-            )
-        initializers.add(tensor.name)
-    known |= initializers
-    produced = {name for node in graph.node for name in node.output if name}
-    produced: set[str] = set()
+    known = _unique((info.name for info in graph.input), "graph input")
+    known |= _unique((tensor.name for tensor in graph.initializer), "initializer")
     for index, node in enumerate(graph.node):
         for name in node.output:
-            if name and (name in known or name in produced):
+            if name and name in known:
                 raise ModelError(f"{_where(node, index)} makes {name!r} a second time; ONNX values are assigned once")
-            produced.update([name] if name else [])
+            known.update([name] if name else [])
     for index, node in enumerate(graph.node):
         for name in (*node.input, *captured_names(node)):
-            if name and name not in known and name not in produced:
-                raise ModelError(f"{_where(node, index)} uses {name!r}, which no node makes "
-                                 "and which is no input or initializer")  # fmt: skip
+            if name and name not in known:
+                raise ModelError(
+                    f"{_where(node, index)} uses {name!r}, which no node makes and which is no input or initializer"
+                )
     for info in graph.output:
-        if info.name not in known and info.name not in produced:
+        if info.name not in known:
             raise ModelError(f"graph output {info.name!r} is made by no node")
+
+
+def _unique(names: Iterator[str], what: str) -> set[str]:
+    found: set[str] = set()
+    for name in names:
+        if not name or name in found:
+            raise ModelError(f"{what} {name!r} is declared twice" if name else f"one {what} has no name")
+        found.add(name)
+    return found
 
 
 def _where(node: onnx.NodeProto, index: int) -> str:
@@ -273,8 +251,6 @@ def _input_spec(info: onnx.ValueInfoProto, dims: Mapping[str, int], examples: Ma
 
 
 def _declared(graph: onnx.GraphProto, dims: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    from .types import TORCH_DTYPES
-
     declared = {}
     for info in (*graph.value_info, *graph.output):
         tensor = info.type.tensor_type
@@ -285,62 +261,3 @@ def _declared(graph: onnx.GraphProto, dims: Mapping[str, int]) -> dict[str, tupl
         if complete and tensor.elem_type in TORCH_DTYPES:
             declared[info.name] = (tuple(sizes), TORCH_DTYPES[tensor.elem_type])
     return declared
-
-
-def read_tensor(proto: onnx.TensorProto, folder: Path | None, what: str) -> torch.Tensor:
-    """The value of an initializer or tensor attribute, from the model itself or from a file in ``folder``."""
-    if proto.data_location != TensorProto.EXTERNAL:
-        return tensor_from_proto(proto, what)
-    entries = {entry.key: entry.value for entry in proto.external_data}
-    if folder is None:
-        raise ModelError(f"{what} lies in an external file, and a model in memory has no folder to look in",
-                         hint="load the model by its path, or with onnx.load, which reads external data")  # fmt: skip
-    path = _external_path(folder, entries.get("location", ""), what)
-    elements = shape_elements(tuple(proto.dims), what)
-    size = elements * dtype_of(proto.data_type, what).itemsize
-    try:
-        offset = int(entries.get("offset", "0"))
-        length = int(entries.get("length", str(size)))
-    except ValueError:
-        raise ModelError(f"{what} gives an offset or length that is not a number") from None
-    if length != size or offset < 0 or size > MAX_CONSTANT_BYTES:
-        raise ModelError(f"{what} needs {size} bytes, its external data has offset {offset} and length {length}")
-    with path.open("rb") as file:
-        available = os.fstat(file.fileno()).st_size
-        if offset + size > available:
-            raise ModelError(f"{what} needs bytes {offset} to {offset + size} of {path.name!r}, which has {available}")
-        file.seek(offset)
-        data = file.read(size)
-    inline = TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name, raw_data=data)
-    return tensor_from_proto(inline, what)
-
-
-def _external_path(folder: Path, location: str, what: str) -> Path:
-    """The file that ``location`` names, which must lie in the model's folder after all links are followed."""
-    if not location or "\0" in location:
-        raise ModelError(f"{what} lies in an external file but does not name it")
-    if Path(location).is_absolute() or ".." in Path(location.replace("\\", "/")).parts:
-        raise ModelError(f"{what} asks for the file {location!r}, which is outside the model's folder")
-    path = (folder / location).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ModelError(f"{what} asks for the file {location!r}, a link that leads outside the model's folder")
-    try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        regular = False
-    if not regular:
-        raise ModelError(f"{what} asks for the file {location!r}, which is not in the model's folder")
-    return path
-
-
-def embed_external_data(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
-    """The model as one message; tensors in external files become part of it, read with the same care."""
-    if isinstance(source, onnx.ModelProto):
-        return source
-    model = _parse(Path(source))
-    folder = Path(source).resolve().parent
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            value = read_tensor(tensor, folder, f"initializer {tensor.name!r}")
-            tensor.CopyFrom(onnx.numpy_helper.from_array(tensor_to_numpy(value), tensor.name))
-    return model

@@ -10,24 +10,23 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import AttributeProto, numpy_helper
+from onnx import AttributeProto
 
 from ....errors import ModelError, OpweaveError, UnsupportedOperator
 from ...runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
 from .control import inline_control
+from .external import read_tensor
 from .fallback import fall_back, is_known, planned_only
 from .fold import as_sequence, check_outputs, fold
 from .functions import body_of, instantiate
 from .graph import Recorder, untraced
 from .lowering import LOWERINGS
 from .node import CannotLower, Literal, Lowered, Lowering, Node, Value
-from .reading import SourceModel, captured_names, read_tensor
-from .types import PACKED_DTYPES, type_name
+from .operands import Definition, check_packed, describe, from_definition, packed_name
+from .reading import SourceModel, captured_names
 
 __all__ = ["Definition", "Interpreter", "Scope"]
 
-#: What a user registers for an operator: a function of torch tensors (``None`` where absent) and attributes.
-Definition = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
 
 _MAX_DEPTH = 48
 _EXAMPLE_ELEMENTS = 4096
@@ -35,8 +34,6 @@ _EXAMPLE_ELEMENTS = 4096
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-#: Only move elements, so they work on narrow types as on any other.
-_KEEP_PACKED = frozenset({"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Flatten"})
 _BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, OverflowError, ArithmeticError, AssertionError)
 
 
@@ -84,7 +81,7 @@ class Interpreter:
         with untraced():
             for proto in graph.initializer:
                 constant = read_tensor(proto, self.source.folder, f"initializer {proto.name!r}")
-                values[proto.name] = Value(proto.name, None, constant, packed=_packed(proto))
+                values[proto.name] = Value(proto.name, None, constant, packed=packed_name(proto))
         scope = Scope(values, self.source.opsets)
         self.run_nodes(self.source.nodes, scope)
         return tuple(self._output(scope.values[info.name]) for info in graph.output)
@@ -103,10 +100,10 @@ class Interpreter:
         assert self._recorder is not None
         for proto in nodes:
             node = self._node(proto, scope)
-            packed = _check_packed(node)
+            narrow = check_packed(node)
             values = self._interpret(node, scope)
-            if packed:
-                values = [None if value is None else replace(value, packed=packed) for value in values]
+            if narrow:
+                values = [None if value is None else replace(value, packed=narrow) for value in values]
             used = [name for name in proto.output if name]
             if len(values) < len(proto.output) and any(proto.output[len(values) :]):
                 raise ModelError(f"{node} has {len(used)} outputs, the operator gives {len(values)}")
@@ -167,7 +164,7 @@ class Interpreter:
         except OpweaveError:
             raise
         except _BROKEN as error:
-            given = ", ".join(_describe(value) for value in node.inputs)
+            given = ", ".join(describe(value) for value in node.inputs)
             message = str(error).strip().splitlines()
             raise ModelError(f"{node} does not fit its inputs {given}: {message[0] if message else error!r}") from error
 
@@ -181,14 +178,14 @@ class Interpreter:
         if "value" in node.attributes:
             with untraced():
                 proto = node.attributes["value"].t
-                return Value("", None, read_tensor(proto, self.source.folder, str(node)), packed=_packed(proto))
+                return Value("", None, read_tensor(proto, self.source.folder, str(node)), packed=packed_name(proto))
         raise UnsupportedOperator(f"{node} is a constant of a kind that opweave does not read (string or sparse)")
 
     def _lowering(self, node: Node) -> Lowering | None:
         domain, op_type = node.proto.domain, node.op_type
         definition = self.definitions.get(f"{domain}::{op_type}") or self.definitions.get(op_type)
         if definition is not None:
-            return _from_definition(definition)
+            return from_definition(definition)
         return LOWERINGS.get(op_type if domain in ("", "ai.onnx") else f"{domain}::{op_type}")
 
     def _fold(self, node: Node) -> Sequence[Value | None]:
@@ -290,55 +287,3 @@ _CONSTANT_ATTRIBUTES: Mapping[str, Callable[[AttributeProto], Any]] = {
     "value_int": lambda attribute: np.int64(attribute.i),
     "value_ints": lambda attribute: np.array(attribute.ints, np.int64),
 }
-
-
-def _packed(proto: onnx.TensorProto) -> str:
-    return type_name(proto.data_type) if proto.data_type in PACKED_DTYPES else ""
-
-
-def _check_packed(node: Node) -> str:
-    """The narrow type that the node's outputs keep; UnsupportedOperator where the node would compute with one."""
-    names = {index: value.packed for index, value in enumerate(node.inputs) if value is not None and value.packed}
-    if not names:
-        return ""
-    if node.op_type in _KEEP_PACKED and 0 in names:
-        return names[0]
-    if node.op_type == "DequantizeLinear" or (node.op_type in ("Cast", "CastLike") and 1 not in names):
-        return ""
-    raise UnsupportedOperator(
-        f"{node} computes with {next(iter(names.values()))}, which opweave only stores, moves and dequantises"
-    )
-
-
-def _describe(value: Value | None) -> str:
-    if value is None or value.sequence is not None:
-        return "absent" if value is None else "sequence"
-    return f"{value.name}: {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-
-
-def _from_definition(definition: Definition) -> Lowering:
-    """A user's function of tensors and attributes in the form of a lowering."""
-
-    def lower(node: Node) -> Lowered | Sequence[Lowered]:
-        tensors = [node.optional(index) for index in range(len(node.inputs))]
-        attributes = {name: _plain(attribute) for name, attribute in node.attributes.items()}
-        try:
-            return definition(*tensors, **attributes)  # type: ignore[return-value]
-        except TypeError as error:
-            raise ModelError(
-                f"the definition given for {node.op_type} does not take the node's inputs and attributes: {error}",
-                hint=f"it is called with {len(tensors)} tensors and the attributes {sorted(attributes)}",
-            ) from error
-
-    return lower
-
-
-def _plain(attribute: AttributeProto) -> Any:
-    """An attribute's value as plain Python: a one-element tensor is a number, a longer one a numpy array."""
-    value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, onnx.TensorProto):
-        array = numpy_helper.to_array(value)
-        return array.item() if array.size == 1 else array
-    return list(value) if attribute.type in (AttributeProto.INTS, AttributeProto.FLOATS) else value

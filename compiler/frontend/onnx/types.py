@@ -65,7 +65,7 @@ _ONNX_TYPES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 def type_name(code: int) -> str:
     """The name of an ONNX element type, such as ``FLOAT``, for messages."""
     try:
-        return str(TensorProto.DataType.Name(code))  # type: ignore[arg-type]
+        return str(TensorProto.DataType.Name(code))
     except ValueError:
         return f"element type {code}"
 
@@ -103,6 +103,17 @@ def shape_elements(shape: tuple[int, ...], what: str) -> int:
     return elements
 
 
+def bits_of(code: int, what: str) -> int:
+    """How many bits one element of ONNX type ``code`` takes in a file."""
+    narrow = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(type_name(code))
+    if narrow is not None:
+        return narrow
+    try:
+        return int(onnx.helper.tensor_dtype_to_np_dtype(code).itemsize * 8)
+    except KeyError:
+        raise ModelError(f"{what} has {type_name(code)}, which onnx does not know") from None
+
+
 def _stored_elements(proto: onnx.TensorProto, elements: int, bits: int) -> int:
     """How many elements ``proto`` really stores, without allocating anything."""
     if proto.HasField("raw_data"):
@@ -120,13 +131,7 @@ def array_from_proto(proto: onnx.TensorProto, what: str) -> np.ndarray:
     elements = shape_elements(tuple(proto.dims), what)
     if proto.data_type == TensorProto.STRING:
         raise UnsupportedOperator(f"{what} has element type STRING, which opweave does not compute with")
-    name = type_name(proto.data_type)
-    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(name)
-    if bits is None:
-        try:
-            bits = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize * 8
-        except KeyError:
-            raise ModelError(f"{what} has {name}, which onnx does not know") from None
+    name, bits = type_name(proto.data_type), bits_of(proto.data_type, what)
     stored = _stored_elements(proto, elements, bits)
     if stored != elements:
         raise ModelError(f"{what} has shape {list(proto.dims)} of {name} but stores {stored} elements, not {elements}")

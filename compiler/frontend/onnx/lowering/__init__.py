@@ -10,12 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..node import Lowering
-from . import convolution, elementwise, layout, linear, quantization, recurrent, reduction, resize, sampling
+from . import (
+    activation,
+    convolution,
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    quantization,
+    recurrent,
+    reduction,
+    resize,
+    sampling,
+)
 
 __all__ = ["LOWERINGS"]
 
 LOWERINGS: Mapping[str, Lowering] = {
+    **activation.TABLE,
     **elementwise.TABLE,
+    **indexing.TABLE,
     **layout.TABLE,
     **convolution.TABLE,
     **reduction.TABLE,

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..node import CannotLower, Lowered, Lowering, Node
+from .aten import aten, aten_all
 
-__all__ = ["TABLE", "Window", "convolve"]
+__all__ = ["TABLE", "Window", "convolve", "window_of"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ def convolve(
     padding = window.before if window.symmetric else (0,) * rank
     if not window.symmetric:
         x = pad_spatial(x, window, 0)
-    return torch.ops.aten.convolution.default(
-        x, weight, bias, window.strides, padding, window.dilations, False, [0] * rank, groups
-    )
+    return aten("convolution", x, weight, bias, window.strides, padding, window.dilations, False, [0] * rank, groups)
 
 
 def _conv(node: Node) -> Lowered:
@@ -111,8 +110,8 @@ def _conv_transpose(node: Node) -> Lowered:
         and min(before, default=0) >= 0
         and all(e < max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True))
     ):
-        return torch.ops.aten.convolution.default(x, weight, bias, strides, before, dilations, True, extra, groups)
-    y = torch.ops.aten.convolution.default(x, weight, bias, strides, [0] * rank, dilations, True, [0] * rank, groups)
+        return aten("convolution", x, weight, bias, strides, before, dilations, True, extra, groups)
+    y = aten("convolution", x, weight, bias, strides, [0] * rank, dilations, True, [0] * rank, groups)
     crop = [width for dim in reversed(range(rank)) for width in (-before[dim], extra[dim] - after[dim])]
     if any(width > 0 for width in crop) and bias is not None:
         raise CannotLower("output padding beyond the bias")
@@ -166,8 +165,8 @@ def _max_pool(node: Node) -> Sequence[Lowered]:
     if rank == 1:
         data = data.unsqueeze(2)
         kernel, strides, padding, dilations = (1, *kernel), (1, *strides), (0, *padding), (1, *dilations)
-    pool = torch.ops.aten.max_pool3d_with_indices if rank == 3 else torch.ops.aten.max_pool2d_with_indices
-    values, indices = pool.default(data, kernel, strides, padding, dilations, ceil)
+    pool = "max_pool3d_with_indices" if rank == 3 else "max_pool2d_with_indices"
+    values, indices = aten_all(pool, data, kernel, strides, padding, dilations, ceil)
     if rank == 1:
         values, indices = values.squeeze(2), indices.squeeze(2)
     values = values if dtype.is_floating_point else values.to(dtype)
@@ -206,17 +205,17 @@ def _average_pool(node: Node) -> Lowered:
     window = window_of(node, node.integers("kernel_shape"), x.shape[2:])
     ceil, include_pad = node.flag("ceil_mode"), node.flag("count_include_pad")
     half = all(2 * pad <= kernel for pad, kernel in zip(window.before, window.kernel, strict=True))
-    pool = torch.ops.aten.avg_pool3d if rank == 3 else torch.ops.aten.avg_pool2d
+    pool = "avg_pool3d" if rank == 3 else "avg_pool2d"
     dense = set(window.dilations) <= {1} and rank > 1
     if dense and window.symmetric and half:
-        return pool.default(x, window.kernel, window.strides, window.before, ceil, include_pad)
+        return aten(pool, x, window.kernel, window.strides, window.before, ceil, include_pad)
     if dense and include_pad and not ceil:
-        return pool.default(pad_spatial(x, window, 0), window.kernel, window.strides)
+        return aten(pool, pad_spatial(x, window, 0), window.kernel, window.strides)
     counts = np.maximum(_coverage(x, window, ceil, include_pad), 1)
     window = _grow(x, window, ceil)
     if dense:
         padded = pad_spatial(x, window, 0)
-        sums = pool.default(padded, window.kernel, window.strides, [0] * rank, False, True, 1)
+        sums = aten(pool, padded, window.kernel, window.strides, [0] * rank, False, True, 1)
     else:
         sums = _sum_pool(x, window, node)
     return sums / node.literal(counts.astype(np.float32), "window_sizes").to(x.dtype)
@@ -241,7 +240,7 @@ def _lp_pool(node: Node) -> Lowered:
 
 def _global_lp_pool(node: Node) -> Lowered:
     x = node.tensor(0)
-    return torch.linalg.vector_norm(x, node.integer("p", 2), list(range(2, x.dim())), keepdim=True)
+    return aten("linalg_vector_norm", x, node.integer("p", 2), list(range(2, x.dim())), True)
 
 
 TABLE: Mapping[str, Lowering] = {

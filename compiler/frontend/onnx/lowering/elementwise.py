@@ -1,4 +1,4 @@
-"""Operators that compute each element by itself: arithmetic, comparison, logic, activations, casts."""
+"""Operators that compute each element by itself: arithmetic, comparison, logic, casts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 
 from ..node import CannotLower, Lowered, Lowering, Node
 from ..types import dtype_of
 
-__all__ = ["TABLE", "cast", "narrow", "widen"]
+__all__ = ["TABLE", "cast", "narrow", "unary", "widen"]
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 Binary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -31,7 +30,8 @@ def narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _unary(function: Unary) -> Lowering:
+def unary(function: Unary) -> Lowering:
+    """The lowering of a function of one tensor."""
     return lambda node: narrow(function(widen(node.tensor(0))), node.value(0).dtype)
 
 
@@ -205,66 +205,8 @@ def _where(node: Node) -> Lowered:
     return narrow(torch.where(node.tensor(0), widen(chosen), widen(other)), chosen.dtype)
 
 
-def _prelu(node: Node) -> Lowered:
-    x, slope = node.tensor(0), node.tensor(1)
-    if not x.is_floating_point():
-        return narrow(torch.where(widen(x) > 0, widen(x), widen(x) * widen(slope)), x.dtype)
-    channels_only = x.dim() >= 2 and slope.dim() == x.dim() - 1 and slope.numel() == x.shape[1] == slope.shape[0]
-    if slope.numel() == 1 or (channels_only and slope.shape[1:].numel() == 1):
-        return torch.ops.aten._prelu_kernel.default(x, slope.reshape([1, -1] + [1] * (x.dim() - 2))) if x.dim() >= 2 \
-            else torch.where(x > 0, x, x * slope)  # fmt: skip
-    return torch.where(x > 0, x, x * slope)
-
-
-def _gelu(node: Node) -> Lowered:
-    return F.gelu(node.tensor(0), approximate=node.string("approximate", "none"))
-
-
-def _hard_sigmoid(node: Node) -> Lowered:
-    alpha, beta = node.number("alpha", 0.2), node.number("beta", 0.5)
-    return torch.clamp(node.tensor(0) * alpha + beta, 0.0, 1.0)
-
-
-def _selu(node: Node) -> Lowered:
-    alpha, gamma = node.number("alpha", 1.6732632423543772), node.number("gamma", 1.0507009873554805)
-    return torch.ops.aten.elu.default(node.tensor(0), alpha, gamma)
-
-
-def _celu(node: Node) -> Lowered:
-    return F.celu(node.tensor(0), node.number("alpha", 1.0))
-
-
-def _shrink(node: Node) -> Lowered:
-    x, bias, bound = node.tensor(0), node.number("bias", 0.0), node.number("lambd", 0.5)
-    wide = x if x.is_floating_point() else widen(x).to(torch.float64)
-    zero = torch.zeros_like(wide)
-    return torch.where(wide < -bound, wide + bias, torch.where(wide > bound, wide - bias, zero)).to(x.dtype)
-
-
-def _thresholded_relu(node: Node) -> Lowered:
-    x, alpha = node.tensor(0), node.number("alpha", 1.0)
-    return torch.where(x > alpha, x, torch.zeros_like(x))
-
-
-def _swish(node: Node) -> Lowered:
-    x, alpha = node.tensor(0), node.number("alpha", 1.0)
-    return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(x * alpha)
-
-
-def _softsign(x: torch.Tensor) -> torch.Tensor:
-    return x / (torch.abs(x) + 1)
-
-
 def _reciprocal(x: torch.Tensor) -> torch.Tensor:
     return torch.reciprocal(x)
-
-
-def _relu(node: Node) -> Lowered:
-    return torch.relu(node.tensor(0))
-
-
-def _microsoft_gelu(node: Node) -> Lowered:
-    return F.gelu(node.tensor(0))
 
 
 _UNARY: Mapping[str, Unary] = {
@@ -272,12 +214,11 @@ _UNARY: Mapping[str, Unary] = {
     "Ceil": torch.ceil, "Floor": torch.floor, "Round": torch.round, "Sin": torch.sin, "Cos": torch.cos,
     "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos, "Atan": torch.atan, "Sinh": torch.sinh,
     "Cosh": torch.cosh, "Tanh": torch.tanh, "Asinh": torch.asinh, "Acosh": torch.acosh, "Atanh": torch.atanh,
-    "Erf": torch.erf, "Sigmoid": torch.sigmoid, "Reciprocal": _reciprocal, "Softsign": _softsign,
-    "HardSwish": F.hardswish, "Mish": F.mish, "BitwiseNot": torch.bitwise_not,
+    "Erf": torch.erf, "Sigmoid": torch.sigmoid, "Reciprocal": _reciprocal, "BitwiseNot": torch.bitwise_not,
 }  # fmt: skip
 
 TABLE: Mapping[str, Lowering] = {
-    **{name: _unary(function) for name, function in _UNARY.items()},
+    **{name: unary(function) for name, function in _UNARY.items()},
     "Not": _predicate(torch.logical_not),
     "IsNaN": _is_nan,
     "IsInf": _is_inf,
@@ -308,17 +249,4 @@ TABLE: Mapping[str, Lowering] = {
     "CastLike": _cast_like,
     "BitCast": _bit_cast,
     "Where": _where,
-    "Relu": _relu,
-    "LeakyRelu": lambda node: F.leaky_relu(node.tensor(0), node.number("alpha", 0.01)),
-    "Elu": lambda node: F.elu(node.tensor(0), node.number("alpha", 1.0)),
-    "Softplus": lambda node: F.softplus(node.tensor(0)),
-    "PRelu": _prelu,
-    "Gelu": _gelu,
-    "com.microsoft::Gelu": _microsoft_gelu,
-    "HardSigmoid": _hard_sigmoid,
-    "Selu": _selu,
-    "Celu": _celu,
-    "Shrink": _shrink,
-    "ThresholdedRelu": _thresholded_relu,
-    "Swish": _swish,
 }

@@ -1,4 +1,4 @@
-"""Operators that move or select elements without computing: shapes, slices, joins, gathers, pads."""
+"""Operators that move elements without computing: shapes, slices, joins, pads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import torch
 
 from ..node import CannotLower, Lowered, Lowering, Node
 from ..types import MAX_CONSTANT_BYTES, array_from_proto, dtype_of, shape_elements
+from .aten import aten
 from .elementwise import narrow, widen
 
-__all__ = ["TABLE", "index_dimension"]
-
-
-def index_dimension(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """``x`` with the elements ``index`` (int64, of any rank, negative from the end) along ``dim``."""
-    return torch.ops.aten.index.Tensor(x, [None] * dim + [index])
+__all__ = ["TABLE"]
 
 
 def _identity(node: Node) -> Lowered:
@@ -123,80 +119,22 @@ def _slice(node: Node) -> Lowered:
             raise ValueError("a step is 0")
         begin, stop, _ = slice(start, end, step).indices(size)
         if step > 0:
-            x = torch.ops.aten.slice.Tensor(x, dim, begin, max(stop, begin), step)
+            x = aten("slice.Tensor", x, dim, begin, max(stop, begin), step)
         else:  # ATen steps forwards only
             flipped = torch.flip(x, [dim])
-            x = torch.ops.aten.slice.Tensor(
-                flipped, dim, size - 1 - begin, max(size - 1 - stop, size - 1 - begin), -step
-            )
+            x = aten("slice.Tensor", flipped, dim, size - 1 - begin, max(size - 1 - stop, size - 1 - begin), -step)
     return x
 
 
-def _gather(node: Node) -> Lowered:
-    x = node.tensor(0)
-    axis = node.axis(node.integer("axis", 0), x.dim())
-    index = node.value(1)
-    if node.is_constant(1) and not index.shape and -x.shape[axis] <= node.scalar(1) < x.shape[axis]:
-        return torch.select(x, axis, int(node.scalar(1)))
-    return index_dimension(x, axis, node.tensor(1).to(torch.int64))
-
-
-def _wrapped(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Indices with negative ones counted from the end."""
-    index = index.to(torch.int64)
-    return torch.where(index < 0, index + size, index)
-
-
-def _gather_elements(node: Node) -> Lowered:
-    x = node.tensor(0)
-    axis = node.axis(node.integer("axis", 0), x.dim())
-    return torch.gather(x, axis, _wrapped(node.tensor(1), x.shape[axis]))
-
-
-def _gather_nd(node: Node) -> Lowered:
-    x, indices, batch = node.tensor(0), node.tensor(1).to(torch.int64), node.integer("batch_dims", 0)
-    depth = indices.shape[-1]
-    selectors: list[torch.Tensor] = []
-    for dim in range(batch):
-        sizes = [1] * (indices.dim() - 1)
-        sizes[dim] = x.shape[dim]
-        selectors.append(node.literal(np.arange(x.shape[dim]).reshape(sizes), "batch_index"))
-    selectors += [torch.select(indices, -1, position) for position in range(depth)]
-    return torch.ops.aten.index.Tensor(x, selectors) if selectors else x.clone()
-
-
-def _scatter_elements(node: Node) -> Lowered:
-    x, index, updates = node.tensor(0), node.tensor(1), node.tensor(2)
-    axis = node.axis(node.integer("axis", 0), x.dim())
-    index = _wrapped(index, x.shape[axis])
-    reduction = node.string("reduction", "none")
-    if reduction == "none":
-        return torch.scatter(x, axis, index, updates)
-    names = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
-    return torch.scatter_reduce(x, axis, index, updates, names[reduction])
-
-
-def _scatter_nd(node: Node) -> Lowered:
-    x, indices, updates = node.tensor(0), node.tensor(1).to(torch.int64), node.tensor(2)
-    reduction = node.string("reduction", "none")
-    depth = indices.shape[-1]
-    selectors = [torch.select(indices, -1, position) for position in range(depth)]
-    if reduction in ("none", "add"):
-        return torch.ops.aten.index_put.default(x, selectors, updates, reduction == "add")
-    names = {"mul": "prod", "max": "amax", "min": "amin"}
-    rows, width = math.prod(x.shape[:depth]), math.prod(x.shape[depth:])
-    flat = torch.zeros_like(selectors[0])
-    for position, selector in enumerate(selectors):
-        flat = flat * x.shape[position] + _wrapped(selector, x.shape[position])
-    flat = flat.reshape(-1, 1).expand(-1, width)
-    result = torch.scatter_reduce(x.reshape(rows, width), 0, flat, updates.reshape(-1, width), names[reduction])
-    return result.reshape(x.shape)
+def _broadcast(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
+    """The shape to which both shapes broadcast; torch.broadcast_shapes does not take sizes beyond memory."""
+    return np.broadcast_shapes(tuple(left), tuple(right))
 
 
 def _expand(node: Node) -> Lowered:
     x, sizes = node.tensor(0), node.int_list(1)
     shape_elements(tuple(sizes), str(node))
-    return torch.broadcast_to(x, torch.broadcast_shapes(x.shape, sizes))
+    return torch.broadcast_to(x, _broadcast(x.shape, sizes))
 
 
 def _tile(node: Node) -> Lowered:
@@ -236,7 +174,7 @@ def _range(node: Node) -> Lowered:
     count = max(0, math.ceil((limit.item() - start.item()) / delta.item()))
     if count * start.itemsize > MAX_CONSTANT_BYTES:
         raise ValueError(f"a range of {count} elements has more than {MAX_CONSTANT_BYTES} bytes")
-    return (start + np.arange(count, dtype=start.dtype) * delta).astype(start.dtype)
+    return np.asarray(start + np.arange(count, dtype=start.dtype) * delta, start.dtype)
 
 
 def _pad_index(mode: str, before: int, size: int, after: int) -> np.ndarray:
@@ -296,18 +234,6 @@ def _trilu(node: Node) -> Lowered:
     return narrow(function(widen(x), diagonal), x.dtype)
 
 
-def _one_hot(node: Node) -> Lowered:
-    indices, values = node.tensor(0), node.tensor(2)
-    depth, axis = int(node.scalar(1)), node.axis(node.integer("axis", -1), indices.dim() + 1)
-    shape_elements((*indices.shape, depth), str(node))
-    positions = indices.to(torch.int64).unsqueeze(axis)
-    positions = torch.where(positions < 0, positions + depth, positions)
-    sizes = [1] * (indices.dim() + 1)
-    sizes[axis] = depth
-    hot = positions == node.literal(np.arange(depth).reshape(sizes), "classes")
-    return torch.where(hot, torch.select(values, 0, 1), torch.select(values, 0, 0))
-
-
 def _eye_like(node: Node) -> Lowered:
     value = node.value(0)
     dtype = dtype_of(node.integer("dtype"), str(node)) if node.given("dtype") else value.dtype
@@ -319,11 +245,24 @@ def _eye_like(node: Node) -> Lowered:
 
 
 TABLE: Mapping[str, Lowering] = {
-    "Identity": _identity, "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze,
-    "Transpose": _transpose, "Concat": _concat, "Split": _split, "Slice": _slice, "Gather": _gather,
-    "GatherElements": _gather_elements, "GatherND": _gather_nd, "ScatterElements": _scatter_elements,
-    "Scatter": _scatter_elements, "ScatterND": _scatter_nd, "Expand": _expand, "Tile": _tile, "Shape": _shape,
-    "Size": _size, "ConstantOfShape": _constant_of_shape, "Range": _range, "Pad": _pad,
-    "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth, "Trilu": _trilu, "OneHot": _one_hot,
+    "Identity": _identity,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Transpose": _transpose,
+    "Concat": _concat,
+    "Split": _split,
+    "Slice": _slice,
+    "Expand": _expand,
+    "Tile": _tile,
+    "Shape": _shape,
+    "Size": _size,
+    "ConstantOfShape": _constant_of_shape,
+    "Range": _range,
+    "Pad": _pad,
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
+    "Trilu": _trilu,
     "EyeLike": _eye_like,
-}  # fmt: skip
+}

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..node import CannotLower, Lowered, Lowering, Node
-from .elementwise import narrow, widen
 from ..types import dtype_of
+from .aten import aten, aten_all
+from .elementwise import narrow, widen
 
 __all__ = ["TABLE"]
 
@@ -50,14 +51,21 @@ def _batch_norm(node: Node) -> Sequence[Lowered]:
     if not node.flag("training_mode"):
         if any(node.wants(index) for index in range(1, 5)):
             raise CannotLower("BatchNormalization in the training mode of opset 13 and before")
-        result = torch.ops.aten._native_batch_norm_legit_no_training.default(
-            x, scale.to(x.dtype), bias.to(x.dtype), mean.to(x.dtype), variance.to(x.dtype), 0.1, epsilon
+        result = aten_all(
+            "_native_batch_norm_legit_no_training",
+            x,
+            scale.to(x.dtype),
+            bias.to(x.dtype),
+            mean.to(x.dtype),
+            variance.to(x.dtype),
+            0.1,
+            epsilon,
         )
         return [result[0]]
     dims = [dim for dim in range(x.dim()) if dim != 1]
     found_variance, found_mean = torch.var_mean(x, dims, correction=0)
-    normalised = torch.ops.aten._native_batch_norm_legit_no_training.default(
-        x, scale, bias, found_mean, found_variance, 0.1, epsilon
+    normalised = aten_all(
+        "_native_batch_norm_legit_no_training", x, scale, bias, found_mean, found_variance, 0.1, epsilon
     )
     running_mean = mean * momentum + found_mean * (1 - momentum)
     running_variance = variance * momentum + found_variance * (1 - momentum)
@@ -66,8 +74,16 @@ def _batch_norm(node: Node) -> Sequence[Lowered]:
 
 def _instance_norm(node: Node) -> Lowered:
     x, scale, bias = node.tensor(0), node.tensor(1), node.tensor(2)
-    return torch.ops.aten.native_group_norm.default(
-        x, scale, bias, x.shape[0], x.shape[1], math.prod(x.shape[2:]), x.shape[1], node.number("epsilon", 1e-5)
+    return aten_all(
+        "native_group_norm",
+        x,
+        scale,
+        bias,
+        x.shape[0],
+        x.shape[1],
+        math.prod(x.shape[2:]),
+        x.shape[1],
+        node.number("epsilon", 1e-5),
     )[0]
 
 
@@ -78,7 +94,7 @@ def _group_norm(node: Node) -> Lowered:
         each = x.shape[1] // groups
         scale, bias = scale.repeat_interleave(each), bias.repeat_interleave(each)
     rest = math.prod(x.shape[2:])
-    return torch.ops.aten.native_group_norm.default(x, scale, bias, x.shape[0], x.shape[1], rest, groups, epsilon)[0]
+    return aten_all("native_group_norm", x, scale, bias, x.shape[0], x.shape[1], rest, groups, epsilon)[0]
 
 
 def _layer_norm(node: Node) -> Sequence[Lowered]:
@@ -87,9 +103,7 @@ def _layer_norm(node: Node) -> Sequence[Lowered]:
     sizes = list(x.shape[axis:])
     epsilon = node.number("epsilon", 1e-5)
     fits = list(scale.shape) == sizes and (bias is None or list(bias.shape) == sizes)
-    y, mean, inverse = torch.ops.aten.native_layer_norm.default(
-        x, sizes, scale if fits else None, bias if fits else None, epsilon
-    )
+    y, mean, inverse = aten_all("native_layer_norm", x, sizes, scale if fits else None, bias if fits else None, epsilon)
     if not fits:
         y = y * scale if bias is None else y * scale + bias
     outputs: list[Lowered] = [y]
@@ -116,7 +130,7 @@ def _lrn(node: Node) -> Lowered:
     rest = math.prod(x.shape[2:])
     squares = torch.square(x).reshape(n, 1, c, rest)
     padded = torch.constant_pad_nd(squares, [0, 0, (size - 1) // 2, size // 2])
-    means = torch.ops.aten.avg_pool2d.default(padded, [size, 1], [1, 1]).reshape(x.shape)
+    means = aten("avg_pool2d", padded, [size, 1], [1, 1]).reshape(x.shape)
     return x / torch.pow(means * alpha + bias, beta)
 
 

@@ -57,10 +57,7 @@ def _dequantize(node: Node) -> Lowered:
     x, scale, zero = node.tensor(0), node.tensor(1), node.optional(2)
     spread = _spread(scale, node, x)
     to = dtype_of(node.integer("output_dtype"), str(node)) if node.integer("output_dtype", 0) else scale.dtype
-    if x.dtype.is_floating_point:
-        wide = x.to(scale.dtype)
-    else:
-        wide = x.to(torch.int32)
+    wide = x.to(scale.dtype if x.dtype.is_floating_point else torch.int32)
     if zero is not None:
         wide = wide - _spread(zero, node, x).to(wide.dtype)
     result = wide.to(scale.dtype) * spread

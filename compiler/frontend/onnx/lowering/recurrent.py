@@ -112,9 +112,10 @@ def _run(node: Node, cell: Cell, x: torch.Tensor, state: State, step: Step, *, r
 def _cell(node: Node, direction: int, defaults: Sequence[str]) -> Cell:
     bias = node.optional(3)
     halves = (None, None) if bias is None else tuple(torch.chunk(bias[direction], 2, 0))
-    peepholes = node.optional(7) if node.op_type == "LSTM" else None
-    return Cell(node.tensor(1)[direction], node.tensor(2)[direction], halves[0], halves[1],
-                None if peepholes is None else peepholes[direction], _activations(node, defaults, direction))  # fmt: skip
+    given = node.optional(7) if node.op_type == "LSTM" else None
+    peepholes = None if given is None else given[direction]
+    activations = _activations(node, defaults, direction)
+    return Cell(node.tensor(1)[direction], node.tensor(2)[direction], halves[0], halves[1], peepholes, activations)
 
 
 def _recurrent(step: Step, defaults: Sequence[str], states: int) -> Lowering:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..node import CannotLower, Lowered, Lowering, Node
+from .aten import aten
 from .elementwise import narrow, widen
 
 __all__ = ["TABLE"]
@@ -78,7 +79,7 @@ def _l1(x: torch.Tensor, dims: list[int], keep: bool) -> torch.Tensor:
 
 def _l2(x: torch.Tensor, dims: list[int], keep: bool) -> torch.Tensor:
     if x.is_floating_point():
-        return torch.linalg.vector_norm(x, 2, dims, keepdim=keep)
+        return aten("linalg_vector_norm", x, 2, dims, keep)
     return torch.sqrt(torch.sum(torch.square(x.to(torch.float64)), dims, keepdim=keep))
 
 

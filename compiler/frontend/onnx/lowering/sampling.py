@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 
 from ..node import CannotLower, Lowered, Lowering, Node
 from ..types import dtype_of
+from .aten import aten
 
 __all__ = ["TABLE"]
 
@@ -55,7 +56,8 @@ def _col2im(node: Node) -> Lowered:
     pads = node.integers("pads", [0] * 2 * rank)
     if rank != 2 or pads[:rank] != pads[rank:]:
         raise CannotLower("Col2Im outside two dimensions with symmetric padding")
-    return F.fold(x, image, block, node.integers("dilations", [1, 1]), pads[:rank], node.integers("strides", [1, 1]))
+    dilations, strides = node.integers("dilations", [1, 1]), node.integers("strides", [1, 1])
+    return aten("col2im", x, image, block, dilations, pads[:rank], strides)
 
 
 def _fourier(length: int, bins: int, *, inverse: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +118,7 @@ def _stft(node: Node) -> Lowered:
         raise ValueError(f"frames of {length} samples every {step} over {signal.shape[1]}")
     frames = (signal.shape[1] - length) // step + 1
     index = np.arange(frames)[:, None] * step + np.arange(length)
-    framed = torch.ops.aten.index.Tensor(signal, [None, node.literal(index, "frames")])
+    framed = aten("index.Tensor", signal, [None, node.literal(index, "frames")])
     if window is not None:
         framed = framed * window.reshape(1, 1, -1, 1)
     bins = length // 2 + 1 if node.flag("onesided", True) else length
@@ -138,7 +140,7 @@ def _max_unpool(node: Node) -> Lowered:
 
 
 def _det(node: Node) -> Lowered:
-    return torch.linalg.det(node.tensor(0))
+    return aten("linalg_det", node.tensor(0))
 
 
 def _window(coefficients: tuple[float, ...]) -> Lowering:
