@@ -27,7 +27,7 @@ PROVERS = {
     "lp": "an LP relaxation",
     "cp": "constraint programming",
     "exhaustive": "exhaustive search",
-    "analytic": "an analytic bound",
+    "analytic": "an analytic argument",
 }
 LEVELS = {
     "order": "order decided",
@@ -129,12 +129,10 @@ def _proofs(facts: Digest) -> Iterator[str]:
 
 
 def _proof(c: CertificateFacts) -> Iterator[str]:
-    objective = OBJECTIVES[c.objective]
+    yield f"{c.pass_name}: {OBJECTIVES[c.objective]} {format_count(c.value)} B, bound {format_count(c.bound)} B"
     quality = "optimal" if c.gap == 0 else f"gap {format_percent(c.gap)}"
-    value = f"{objective} {format_count(c.value)} B, bound {format_count(c.bound)} B"
-    yield f"{c.pass_name}: {value}: {quality} {SCOPES[c.scope]}"
-    remark = "" if c.stands else "; superseded: later passes changed the plan"
-    yield f"  (bound by {PROVERS[c.proved_by]}{remark})"
+    remark = "" if c.stands else "; of the plan before later passes"
+    yield f"  {quality} {SCOPES[c.scope]}, by {PROVERS[c.proved_by]}{remark}"
 
 
 def _time(facts: Digest) -> Iterator[str]:
@@ -182,7 +180,7 @@ def _buffers(facts: Digest) -> Iterator[str]:
     if len(most) > _MOST_BUFFERS:
         rest = sum(row.additional_bytes for row in most[_MOST_BUFFERS:])
         lines.append(f"{format_bytes(rest):>11}  {plural(len(most) - _MOST_BUFFERS, 'other')}")
-    yield from _topic("spilled", lines)
+    yield from _topic("additional", lines)
 
 
 def _buffer(row: MovedBuffer) -> str:

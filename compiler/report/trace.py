@@ -7,6 +7,7 @@ each load to the first operator that uses what it brought. ``ts`` and ``dur`` ar
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,15 +93,19 @@ class _Tracer:
                 arguments |= {"inputs": op.inputs, "outputs": op.outputs, "flops": op.flops, "call": op.body}
             arguments["offset_bytes"] = self._offsets(bar)
             name = bar.subject if bar.kind == "run" else f"{bar.kind} {bar.subject}"
-            begin, duration = _microseconds(bar.start_s), _microseconds((bar.finish_s or 0.0) - (bar.start_s or 0.0))
-            event = {"ph": "X", "name": name, "cat": bar.kind, "ts": begin, "dur": duration}
+            begin, end = _nanoseconds(bar.start_s), _nanoseconds(bar.finish_s)
+            times = {"ts": _microseconds(begin), "dur": _microseconds(end - begin)}
+            event = {"ph": "X", "name": name, "cat": bar.kind, **times}
             events.append({**event, "pid": _PROCESS, "tid": self.thread[bar.engine], "args": arguments})
         return events
 
     def counter(self) -> list[_Event]:
         """The bytes held in the scratchpad, at every change."""
         shared: _Event = {"ph": "C", "pid": _PROCESS, "name": f"bytes held in {self.plan.machine.scratchpad}"}
-        return [{**shared, "ts": _microseconds(t), "args": {"bytes": held}} for t, held in live_over_time(self.plan)]
+        return [
+            {**shared, "ts": _microseconds(_nanoseconds(t)), "args": {"bytes": held}}
+            for t, held in live_over_time(self.plan)
+        ]
 
     def arrows(self) -> list[_Event]:
         """From each load to the first operator that uses the buffer."""
@@ -119,10 +124,11 @@ class _Tracer:
     def _arrow(self, load: Bar, run: Bar) -> tuple[_Event, _Event]:
         shared = {"pid": _PROCESS, "name": "operand", "cat": "operand", "id": load.step}
         # A flow binds to the slice around its time; the middle of the load lies inside it even after rounding.
-        middle = ((load.start_s or 0.0) + (load.finish_s or 0.0)) / 2
+        middle = _microseconds(_nanoseconds(((load.start_s or 0.0) + (load.finish_s or 0.0)) / 2))
+        begin = _microseconds(_nanoseconds(run.start_s))
         return (
-            {"ph": "s", "tid": self.thread[load.engine], "ts": _microseconds(middle), **shared},
-            {"ph": "f", "bp": "e", "tid": self.thread[run.engine], "ts": _microseconds(run.start_s), **shared},
+            {"ph": "s", "tid": self.thread[load.engine], "ts": middle, **shared},
+            {"ph": "f", "bp": "e", "tid": self.thread[run.engine], "ts": begin, **shared},
         )
 
     def _offsets(self, bar: Bar) -> dict[str, int]:
@@ -143,5 +149,16 @@ def _metadata(tid: int, kind: str, **arguments: object) -> _Event:
     return {"ph": "M", "pid": _PROCESS, "tid": tid, "name": kind, "args": arguments}
 
 
-def _microseconds(seconds: float | None) -> float:
-    return round((seconds or 0.0) * 1e6, 6)
+def _nanoseconds(seconds: float | None) -> int:
+    return round((seconds or 0.0) * 1e9)
+
+
+def _microseconds(nanoseconds: int) -> float:
+    """The least number of microseconds that a reader who multiplies by 1000 and truncates takes for ``nanoseconds``.
+
+    Perfetto does so, and drops a slice that begins a nanosecond before the one in front of it ends.
+    """
+    value = nanoseconds / 1000
+    while int(value * 1000) < nanoseconds:
+        value = math.nextafter(value, math.inf)
+    return value

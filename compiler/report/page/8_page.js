@@ -62,7 +62,7 @@ function makePasses() {
   const numbers = new Set([1, 3, 4]);
   const head = element("tr", {}, ...names.map((name, i) => element("th", { scope: "col", class: numbers.has(i) ? "number" : "" }, name)));
   const rows = data.passes.map(({ name, seconds, note, certificate: c }) => {
-    const remark = [c && !c.stands ? "superseded by a later pass" : "", note].filter(Boolean).join("; ");
+    const remark = [c && !c.stands ? "of the plan before later passes" : "", note].filter(Boolean).join("; ");
     const cells = [name, seconds.toFixed(2), "", "", "", "", "", remark];
     if (c) cells.splice(2, 5, words.objectives[c.objective], formatExact(c.value), formatExact(c.bound), gapCell(c), words.scopes[c.scope]);
     return element("tr", {}, ...cells.map((cell, i) => element("td", { class: numbers.has(i) ? "number" : "" }, cell)));

@@ -138,7 +138,7 @@ def test_the_page_says_what_was_proven(tmp_path: Path) -> None:
     assert f"({value:,} B)" in text
     assert f"({value - value // 8:,} B)" in text
     assert "12.5 % by integer programming over every residency of this order" in text
-    assert "superseded by a later pass; searched everything" in text
+    assert "of the plan before later passes; searched everything" in text
     assert "verified" in text
 
 

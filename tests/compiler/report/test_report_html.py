@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,10 @@ def test_a_wrong_plan_still_has_a_page(tmp_path: Path) -> None:
     assert [(f["fault"], f["message"], f["step"]) for f in faults] == [
         (f.fault.value, f.message, f.step) for f in verify(faulty()).faults
     ]
+
+
+def test_text_trace_and_page_load_no_heavy_module() -> None:
+    """The command line imports them at every start; matplotlib comes with the first picture."""
+    code = "import sys, opweave.compiler.report, opweave.compiler.report.text; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.decode().split()
+    assert not {"matplotlib", "numpy", "torch", "ortools", "onnx", "highspy"} & set(loaded)

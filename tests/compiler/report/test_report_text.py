@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
 
-from opweave.compiler.report.text import summary, summary_dict
+from opweave.compiler.plan import Certificate, PassRecord
+from opweave.compiler.report.text import OBJECTIVES, PROVERS, SCOPES, summary, summary_dict
 from opweave.compiler.simulate import timeline_summary
 from opweave.compiler.verify import verify
-from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, faulty, hostile, recorded, spilling
+from tests.compiler.report.report_plans import (
+    HOSTILE_NAME,
+    at_every_level,
+    decided,
+    faulty,
+    hostile,
+    recorded,
+    spilling,
+)
 from tests.graphs.build import all_graphs
 
 
@@ -30,19 +40,30 @@ def test_the_summary_names_what_moved_most() -> None:
     extra = {t.buffer: t.total_bytes - t.compulsory_bytes for t in verify(plan).traffic}
     listed = [row["buffer"] for row in summary_dict(plan)["moved"]]
     assert [extra[name] for name in listed] == sorted(extra.values(), reverse=True)
-    assert f"  {listed[0]} (" in summary(plan).partition("spilled")[2]
+    assert f"  {listed[0]} (" in summary(plan).partition("\nadditional ")[2]
 
 
 def test_certificates_are_put_into_words() -> None:
     plan = recorded()
     text = summary(plan)
     value = verify(plan).additional_bytes
-    assert f"residency/ilp: additional traffic {value:,} B, bound {value - value // 8:,} B: gap 12.5 %" in text
-    assert "over every residency of this order" in text
-    assert "bound by integer programming)" in text
-    assert "optimal over every order, residency and placement of the graph" in text
-    assert "superseded" in text.partition("residency/ilp")[0]
-    assert "superseded" not in text.partition("residency/ilp")[2]
+    assert f"residency/ilp: additional traffic {value:,} B, bound {value - value // 8:,} B\n" in text
+    assert "gap 12.5 % over every residency of this order, by integer programming\n" in text
+    assert (
+        "optimal over every order, residency and placement of the graph, by exhaustive search; of the plan bef" in text
+    )
+
+
+def test_every_certificate_there_can_be_has_words() -> None:
+    kinds = {name: set(get_args(hint)) for name, hint in get_type_hints(Certificate).items() if get_args(hint)}
+    assert kinds == {"objective": set(OBJECTIVES), "proved_by": set(PROVERS), "scope": set(SCOPES)}
+    plan = decided(all_graphs()["chain"])
+    for objective in kinds["objective"]:
+        counted = getattr(verify(plan), objective.replace("additional_traffic", "additional"))
+        stands = Certificate(objective, counted, counted, "lp", "address")
+        differs = Certificate(objective, counted + 1, 0, "lp", "address")
+        recorded = msgspec.structs.replace(plan, passes=(PassRecord("p", 0, stands), PassRecord("q", 0, differs)))
+        assert [c["stands"] for c in summary_dict(recorded)["certificates"]] == [True, False]
 
 
 def test_passes_and_imported_operators_are_listed() -> None:
