@@ -13,6 +13,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from ...errors import OptionError
 from ..plan import Plan
 from ..verify import Verification, verify
 from .payload import payload
@@ -35,11 +36,21 @@ def write_report(plan: Plan, folder: str | Path) -> dict[str, Path]:
 
     Always ``index.html``, ``memory_map.png``, ``timeline.png``, ``live_bytes.png`` and ``traffic.png``; ``trace.json``
     for a plan that has times.
+
+    Raises:
+        OptionError: the folder cannot be made or written to.
     """
+    try:
+        return _write_all(plan, Path(folder))
+    except OSError as error:
+        raise OptionError(
+            f"cannot write the report to {str(folder)!r}: {error.strerror}", hint="name a folder that can be written to"
+        ) from error
+
+
+def _write_all(plan: Plan, target: Path) -> dict[str, Path]:
     from . import pictures  # matplotlib takes a while to import
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     counted = verify(plan)
     names = ("index.html", "trace.json", "memory_map.png", "timeline.png", "live_bytes.png", "traffic.png")
     paths = {name: target / name for name in names}

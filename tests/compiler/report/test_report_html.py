@@ -15,6 +15,7 @@ import pytest
 from opweave.compiler.plan import Plan
 from opweave.compiler.report import write_html, write_report
 from opweave.compiler.verify import verify
+from opweave.errors import OptionError
 from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, decided, faulty, hostile, spilling
 from tests.graphs.build import all_graphs
 
@@ -129,3 +130,9 @@ def test_text_trace_and_page_load_no_heavy_module() -> None:
     code = "import sys, opweave.compiler.report, opweave.compiler.report.text; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.decode().split()
     assert not {"matplotlib", "numpy", "torch", "ortools", "onnx", "highspy"} & set(loaded)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OptionError, match=r"cannot write the report to .*file"):
+        write_report(spilling(), tmp_path / "file" / "report")
