@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["bind_arguments", "functional_form", "is_check", "is_random", "replace_tensors", "tensors_in"]
+__all__ = ["bind_arguments", "functional_form", "is_check", "is_random", "positional", "replace_tensors", "tensors_in"]
 
 _CHECKS = frozenset(
     {
@@ -45,6 +45,18 @@ def bind_arguments(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: M
     bound.update({p.name: value for p, value in zip(parameters, args, strict=False)})
     bound.update(kwargs)
     return bound
+
+
+def positional(
+    target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with every argument in its place that may stand in one: ``args[i]`` is the schema's ``i``-th."""
+    places = [p for p in target._schema.arguments if not p.kwarg_only]
+    named = [index for index, p in enumerate(places) if p.name in kwargs]
+    values, rest = list(args), dict(kwargs)
+    for p in places[len(args) : max(named, default=-1) + 1]:
+        values.append(rest.pop(p.name) if p.name in rest else p.default_value)
+    return tuple(values), rest
 
 
 def functional_form(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

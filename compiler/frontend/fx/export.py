@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def from_module(
     except Exception as error:  # torch.export raises errors of many kinds, of its own and of the model
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
-            f"torch.export cannot trace model {name!r}: {lines[0].strip()}",
+            f"torch.export cannot trace model {name!r}: {lines[0].strip():.300}",
             hint="call torch.export.export on the model yourself for the full explanation; control flow and shapes "
             "that depend on values must be removed",
         ) from error
@@ -76,8 +77,7 @@ def from_exported(program: ExportedProgram, *, name: str = "exported") -> Import
         UnsupportedOperator: as for ``from_graph_module``.
     """
     if any(_has_autocast(m) for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        with _without_torchs_own_warnings():
             program = program.run_decompositions({})  # spells out the casts of autocast regions
     weights: dict[str, torch.Tensor] = {}
     roles: dict[str, Role] = {}
@@ -101,6 +101,15 @@ def from_exported(program: ExportedProgram, *, name: str = "exported") -> Import
     converted = convert(program.graph_module, name, inputs, weights, roles, literals, updated=updated)
     calls = _Calls(program, converted, literals)
     return ImportedGraph(converted.graph, converted.weights, converted.input_names, calls.flatten, calls.unflatten)
+
+
+@contextmanager
+def _without_torchs_own_warnings() -> Iterator[None]:
+    """Without what torch.export warns of in torch itself: its pytree classes, and how recurrent layers keep weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", category=UserWarning, message=r"The tensor attr\w* self\._flat_weights")
+        yield
 
 
 def _has_autocast(module: torch.fx.GraphModule) -> bool:

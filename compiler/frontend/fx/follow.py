@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from ....errors import ModelError, UnsupportedOperator
 from ...graph import Role
-from ..aten import functional_form, is_check, is_random, tensors_in
+from ..aten import functional_form, is_check, is_random, positional, tensors_in
 from .recorder import Call, Recorder
 from .sources import check_plain, place_weights
 
@@ -88,7 +88,7 @@ class Follower:
                 return None
             if target.namespace not in _NAMESPACES:
                 raise UnsupportedOperator(f"node {node.name!r} calls {target}, which has no lowering here")
-            call = Call(target, _on_cpu(args), _on_cpu(dict(kwargs)), node)
+            call = Call(target, *positional(target, _on_cpu(args), _on_cpu(dict(kwargs))), node)
             return self._operator(call, self._recorder.label(node))
         if isinstance(target, torch._ops.HigherOrderOperator):
             if str(target) == "wrap_with_set_grad_enabled":  # (enabled, body, *operands): no gradients here anyway

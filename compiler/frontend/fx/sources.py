@@ -31,6 +31,8 @@ def fake_input(mode: FakeTensorMode, name: str, value: Any) -> torch.Tensor:
     Raises:
         ModelError: the input is no plain tensor, or one of its sizes is not known.
     """
+    if value is None:
+        raise ModelError(f"input {name!r} has no example tensor", hint='its placeholder must carry one in meta["val"]')
     if not isinstance(value, torch.Tensor):
         raise ModelError(
             f"input {name!r} is a {type(value).__name__}, not a tensor",

@@ -104,6 +104,12 @@ def test_placeholders_without_a_value_are_named() -> None:
         from_graph_module(build(lambda g, x: x), name="graph", input_names=["x", "y"], weights={})
 
 
+def test_inputs_without_an_example_are_named() -> None:
+    module = torch.fx.symbolic_trace(nn.ReLU())
+    with pytest.raises(ModelError, match=r"(?s)input 'x' has no example.*hint: .*meta"):
+        from_graph_module(module, name="graph", input_names=["x"], weights={})
+
+
 def test_calls_of_another_structure_are_refused() -> None:
     model = Lambda(lambda m, x, *, scale, more: x * scale + more["a"])
     imported = from_module(model, (torch.ones(2),), {"scale": 2, "more": {"a": torch.ones(2)}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,3 +94,24 @@ def test_custom_operators_return_lists() -> None:
     assert imported.graph.tensor["a"].buffer == op.outputs[1]
     assert imported.graph.tensor["a"].offset_bytes == 24
     assert imported.graph.outputs == ("a", "b")
+
+
+def test_arguments_given_by_name_are_understood() -> None:
+    graph = torch.fx.Graph()
+    x, mean, variance = (graph.placeholder(name) for name in ("x", "mean", "variance"))
+    x.meta["val"] = torch.empty(5, 3)
+    options: dict[str, Any] = {"weight": None, "bias": None, "running_mean": mean, "running_var": variance}
+    options |= {"training": True, "momentum": 0.5, "eps": 0.0, "cudnn_enabled": False}
+    normalised = graph.call_function(torch.ops.aten.batch_norm.default, (x,), options)
+    graph.call_function(torch.ops.aten.add_.Tensor, (), {"other": 1, "self": mean, "alpha": 2})
+    graph.output(normalised)
+    imported = from_graph_module(
+        torch.fx.GraphModule(nn.Module(), graph),
+        name="net",
+        input_names=["x"],
+        weights={"mean": torch.zeros(3), "variance": torch.ones(3)},
+    )
+    value = torch.randn(5, 3)
+    result, updated = interpret(imported, (value,))
+    torch.testing.assert_close(updated["mean"], value.mean(0) / 2 + 2)
+    torch.testing.assert_close(result, (value - value.mean(0)) / value.std(0, correction=0))
