@@ -151,9 +151,12 @@ function goToStep(step) {
 
 function zoomToSelection() {
   if (selection.step >= 0) zoomTo(view.scale.barBegin[selection.step], view.scale.barEnd[selection.step], 6);
-  else if (selection.buffer >= 0 && residencesOf[selection.buffer].length) {
-    const all = residencesOf[selection.buffer];
-    zoomTo(Math.min(...all.map((r) => view.scale.boxBegin[r])), Math.max(...all.map((r) => view.scale.boxEnd[r])), 0.25);
+  else if (selection.buffer >= 0) {
+    const stays = residencesOf[selection.buffer];
+    const uses = touching[selection.buffer]; // all there is to see of a buffer that is streamed
+    const begins = [...stays.map((r) => view.scale.boxBegin[r]), ...uses.map((step) => view.scale.barBegin[step])];
+    const ends = [...stays.map((r) => view.scale.boxEnd[r]), ...uses.map((step) => view.scale.barEnd[step])];
+    if (begins.length) zoomTo(begins.reduce((x, y) => Math.min(x, y)), ends.reduce((x, y) => Math.max(x, y)), 0.25);
   }
   showSelected();
   redraw();
