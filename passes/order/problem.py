@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...compiler.pipeline import Decision
 from ...compiler.plan import Certificate, Plan
 
-__all__ = ["OrderProblem", "decide", "depths"]
+__all__ = ["Eviction", "OrderProblem", "decide", "depths"]
+
+
+class Eviction(NamedTuple):
+    """A buffer leaves before ``step`` and is back for ``next_use``, both positions in the order; moves ``nbytes``."""
+
+    step: int
+    next_use: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -84,32 +93,40 @@ class OrderProblem:
         return peak
 
     def spill_bytes(self, order: Sequence[int]) -> int:
-        """Additional traffic of ``order`` in bytes, under the better of two eviction rules at ``capacity``.
+        """Additional traffic of ``order`` in bytes: that of its ``evictions``."""
+        return sum(eviction.nbytes for eviction in self.evictions(order))
+
+    def evictions(self, order: Sequence[int]) -> list[Eviction]:
+        """What has to leave a scratchpad of ``capacity`` and come back, under the better of two eviction rules.
 
         The rules are furthest next use (Belady) and least cost for the room made. Both account exactly for what is
-        clean, what must be stored first, and outputs that are stored anyway, so this is an upper bound on the
-        least additional traffic of the order.
+        clean, what must be stored first, and outputs that are stored anyway, so their traffic is an upper bound on
+        the least additional traffic of the order.
         """
         uses: list[list[int]] = [[] for _ in self.users]
         for step, op in enumerate(order):
             for buffer in self.touches[op]:
                 uses[buffer].append(step)
         furthest = self._evict(order, uses, by_cost=False)
-        return min(furthest, self._evict(order, uses, by_cost=True)) if furthest else 0
+        if not furthest:
+            return furthest
+        return min(furthest, self._evict(order, uses, by_cost=True), key=lambda es: sum(e.nbytes for e in es))
 
-    def _evict(self, order: Sequence[int], uses: list[list[int]], *, by_cost: bool) -> int:
+    def _evict(self, order: Sequence[int], uses: list[list[int]], *, by_cost: bool) -> list[Eviction]:
         cursor = [0] * len(uses)  # index into uses of each buffer's next use
         clean = list(self.is_source)
         resident: set[int] = set()
-        used = traffic = 0
-        for op in order:
+        evictions: list[Eviction] = []
+        used = 0
+        for step, op in enumerate(order):
             touched = self.touches[op]
             missing = [b for b in touched if b not in resident]
             need = used + sum(self.footprint[b] for b in missing)
             if need > self.capacity:
                 candidates = {b: uses[b][cursor[b]] for b in resident.difference(touched)}
                 for victim in self._victims(candidates, need - self.capacity, clean, by_cost=by_cost):
-                    traffic += self.nbytes[victim] * (1 if clean[victim] else 2)
+                    moved = self.nbytes[victim] * (1 if clean[victim] else 2)
+                    evictions.append(Eviction(step, candidates[victim], moved))
                     clean[victim] = True
                     need -= self.footprint[victim]
                     resident.discard(victim)
@@ -122,7 +139,7 @@ class OrderProblem:
                 if cursor[buffer] == len(uses[buffer]):
                     resident.discard(buffer)
                     used -= self.footprint[buffer]
-        return traffic
+        return evictions
 
     def _victims(self, candidates: dict[int, int], deficit: int, clean: list[bool], *, by_cost: bool) -> list[int]:
         if not by_cost:
