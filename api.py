@@ -37,6 +37,8 @@ __all__ = ["CompiledModel", "Options", "compile", "fit", "hardware", "load_plan"
 #: What a frontend reads: a path to an ``.onnx`` model or to an operator graph ``.json``, an ``onnx.ModelProto``,
 #: a ``torch.export.ExportedProgram``, or an ``nn.Module`` with example inputs.
 Model = Any
+#: Example inputs in order, or by name.
+Inputs = Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Options:
 
 def compile(  # the name users expect, as in torch.compile; shadows the builtin only here
     model: Model,
-    inputs: Sequence[Any] | None = None,
+    inputs: Inputs | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
@@ -93,7 +95,8 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
 ) -> CompiledModel:
     """Read ``model``, plan it for a machine, verify the plan, and return it ready to be called.
 
-    ``inputs`` are example tensors: needed for an ``nn.Module``, and binding symbolic dimensions of an ONNX model.
+    ``inputs`` are example tensors, in order or by name: needed for an ``nn.Module``, and binding symbolic dimensions
+    of an ONNX model.
     ``options`` are the fields of ``Options``. Setting ``stop`` ends planning early with the best plan so far.
 
     Raises:
@@ -112,7 +115,7 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
 
 def fit(
     model: Model,
-    inputs: Sequence[Any] | None = None,
+    inputs: Inputs | None = None,
     *,
     points: int = 9,
     on_progress: Callable[[Progress], None] | None = None,
@@ -166,7 +169,7 @@ def streamable(graph: Graph) -> tuple[str, ...]:
 
 
 def read_model(
-    model: Model, inputs: Sequence[Any] | None = None, options: Options | None = None
+    model: Model, inputs: Inputs | None = None, options: Options | None = None
 ) -> tuple[ImportedGraph, Source]:
     """Read ``model`` with the frontend its type asks for. Raises ModelError."""
     chosen = options or Options()
@@ -191,13 +194,15 @@ def read_model(
     if isinstance(model, torch.nn.Module):
         if inputs is None:
             raise ModelError("an nn.Module needs example inputs", hint="opweave.compile(module, (x,))")
+        if isinstance(inputs, Mapping):
+            return from_module(model, (), inputs), Source()
         return from_module(model, tuple(inputs)), Source()
     if hasattr(model, "SerializeToString"):
         return _read_onnx(model, inputs, chosen)
     raise ModelError(f"cannot read a {type(model).__name__}; expected a path, ModelProto, ExportedProgram or nn.Module")
 
 
-def _read_onnx(model: Model, inputs: Sequence[Any] | None, options: Options) -> tuple[ImportedGraph, Source]:
+def _read_onnx(model: Model, inputs: Inputs | None, options: Options) -> tuple[ImportedGraph, Source]:
     from .compiler.frontend.onnx.program import read_program
 
     program = read_program(

@@ -24,22 +24,22 @@ __all__ = ["program_of", "read_program"]
 
 def read_program(
     source: str | Path | onnx.ModelProto,
-    inputs: Sequence[Any] | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     dims: Mapping[str, int],
     definitions: Mapping[str, Definition],
     strict: bool = False,
     fill_seed: int | None = None,
 ) -> ImportedGraph:
-    """Read a model for planning. ``inputs`` are example tensors or arrays in order, and bind symbolic dimensions.
+    """Read a model for planning. ``inputs`` are example tensors or arrays, in order or by name; they bind dimensions.
 
     The other arguments, and what is raised, are those of ``load``; OptionError also for too many ``inputs``.
     """
     names = input_names(source)
-    given = [v if isinstance(v, torch.Tensor) else tensor_from_numpy(numpy.asarray(v)) for v in inputs or ()]
-    if len(given) > len(names):
-        raise OptionError(f"{len(given)} example inputs given, the model takes {len(names)}: {', '.join(names)}")
-    examples = dict(zip(names, given, strict=False))
+    if not isinstance(inputs, Mapping) and len(inputs or ()) > len(names):
+        raise OptionError(f"{len(inputs or ())} example inputs given, the model takes {len(names)}: {', '.join(names)}")
+    given = inputs if isinstance(inputs, Mapping) else dict(zip(names, inputs or (), strict=False))
+    examples = {n: v if isinstance(v, torch.Tensor) else tensor_from_numpy(numpy.asarray(v)) for n, v in given.items()}
     imported = load(source, dims=dims, definitions=definitions, strict=strict, fill_seed=fill_seed, examples=examples)
     name = Path(source).stem if isinstance(source, str | Path) else source.graph.name
     return program_of(imported, name or "model")
