@@ -112,6 +112,8 @@ class Follower:
             raise _hidden_write(call, label)
         if call.target._schema.is_mutable:
             return self._in_place(call, label)
+        if call.target is _ATEN.copy.default:
+            call = _copy(call.args[0], call.args[1], call.node)
         try:
             result = _evaluate(call)
         except ModelError:
@@ -134,8 +136,8 @@ class Follower:
             raise _hidden_write(call, label)
         old = call.args[0]
         call = Call(plain, call.args, call.kwargs, call.node)
-        if plain is _ATEN.copy.default and call.args[1].shape == old.shape and call.args[1].dtype == old.dtype:
-            self._recorder.write(Call(_ATEN.clone.default, call.args[1:2], node=call.node), old, label)
+        if plain is _ATEN.copy.default:
+            self._recorder.write(_copy(old, call.args[1], call.node), old, label)
             return old
         result = _evaluate(call)
         if self._recorder.builder.is_placed(result):  # nothing to do, like dropout_ in evaluation
@@ -145,7 +147,7 @@ class Follower:
             raise _hidden_write(call, label)
         if result.dtype != old.dtype:  # float16.add_(float32) computes in float32
             new = self._recorder.create(call, result, f"{label}promoted")
-            call = Call(_ATEN.copy.default, (old, new), node=call.node)
+            call = _copy(old, new, call.node)
         self._recorder.write(call, old, label)
         return old
 
@@ -156,6 +158,14 @@ class Follower:
         result: tuple[torch.Tensor, ...] = _evaluate(call)
         self._recorder.create_and_write(call, result, call.args[3:5], label)
         return result[0] if single else result[:3]
+
+
+def _copy(old: torch.Tensor, new: torch.Tensor, node: torch.fx.Node | None) -> Call:
+    """``new`` in the shape and dtype of ``old``. ``aten.copy`` says the same, but reads ``old`` and all its storage."""
+    expanded = new if new.shape == old.shape else _ATEN.expand.default(new, list(old.shape))
+    if new.dtype == old.dtype:
+        return Call(_ATEN.clone.default, (expanded,), node=node)
+    return Call(_ATEN._to_copy.default, (expanded,), {"dtype": old.dtype}, node)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""A second reading of the graph, independent of the executor: buffers are byte tensors, operators run in order."""
+"""Imported graphs against eager, by two readings of the graph that share nothing but the evaluation of one call.
+
+``interpret`` keeps every buffer and runs operators in program order; ``execute_in_scratchpad`` runs a plan that keeps
+nothing between operators, so that every value goes through planned memory.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,12 @@ from opweave.compiler.frontend.fx import from_module
 from opweave.compiler.frontend.program import ImportedGraph
 from opweave.compiler.graph import Graph, Tensor
 from opweave.compiler.runtime.calls import evaluate
+from opweave.compiler.runtime.scratchpad import execute
+from opweave.compiler.verify import verify
+from tests.graphs.build import machine
+from tests.graphs.plans import keep_nothing
 
-__all__ = ["Lambda", "assert_same", "check", "interpret"]
+__all__ = ["Lambda", "assert_same", "check", "execute_in_scratchpad", "interpret"]
 
 
 class Lambda(nn.Module):
@@ -58,6 +66,21 @@ def interpret(
     return imported.unflatten([_view(memory, graph.tensor[t]).clone() for t in graph.outputs]), updated
 
 
+def execute_in_scratchpad(
+    imported: ImportedGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, torch.Tensor]]:
+    """What ``interpret`` returns, from the scratchpad machine, which is as large as the largest operator needs."""
+    assert imported.flatten is not None
+    assert imported.unflatten is not None
+    graph = imported.graph
+    largest = max((sum(graph.buffers[b].nbytes + 16 for b in touched) for touched in graph.touches), default=0)
+    plan = keep_nothing(graph, machine(largest + 16))
+    assert not verify(plan).faults
+    inputs = dict(zip(imported.input_names, imported.flatten(args, kwargs), strict=True))
+    result = execute(plan, inputs, imported.weights)
+    return imported.unflatten(list(result.outputs)), result.updated
+
+
 def _view(memory: Mapping[str, torch.Tensor], tensor: Tensor) -> torch.Tensor:
     """The tensor's elements in its buffer, as a view."""
     dtype = getattr(torch, tensor.dtype)
@@ -83,11 +106,12 @@ def check(
     kwargs = dict(kwargs or {})
     # Import and interpretation must change neither the module nor the arguments, which eager uses afterwards.
     imported = load(module, copy.deepcopy(args), copy.deepcopy(kwargs))
-    result, updated = interpret(imported, args, kwargs)
+    readings = [interpret(imported, args, kwargs), execute_in_scratchpad(imported, args, kwargs)]
     with torch.no_grad():
         expected = module(*args, **kwargs)
-    assert_same(result, expected)
-    _assert_updates(imported, updated, module, (args, kwargs))
+    for result, updated in readings:
+        assert_same(result, expected)
+        _assert_updates(imported, updated, module, (args, kwargs))
     return imported.graph
 
 
