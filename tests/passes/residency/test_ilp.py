@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, Progress, confirm
 from opweave.compiler.plan import Plan
+from opweave.compiler.verify import verify
 from opweave.errors import OptionError
 from opweave.passes.residency.belady import BeladyResidency
 from opweave.passes.residency.gaps import Cut, Gap, GapProblem, gaps_of_residences
@@ -32,10 +33,14 @@ def budget(seconds: float = 60.0) -> Budget:
     return Budget.of_seconds(seconds, workers=1, deterministic=True)
 
 
-def tight(graph: Graph, *, more_bytes: int = 0, alignment: int = 16, streamed: tuple[str, ...] = ()) -> Plan:
-    """The graph in program order on the least scratchpad that works, rounded up to the alignment, and a bit more."""
-    least = least_capacity(Plan.of_order(graph, machine(1 << 30, alignment), streamed=streamed))
-    capacity = max(1, -(-(least + more_bytes) // alignment)) * alignment
+def tight(graph: Graph, share: float = 0.0, *, alignment: int = 16, streamed: tuple[str, ...] = ()) -> Plan:
+    """The graph in program order on a scratchpad between the least that works (0.0) and the order's peak (1.0).
+
+    It is rounded up to the alignment.
+    """
+    ample = Plan.of_order(graph, machine(1 << 30, alignment), streamed=streamed)
+    least, peak = least_capacity(ample), verify(ample).peak_bytes
+    capacity = max(1, -(-int(least + share * max(0, peak - least)) // alignment)) * alignment
     return Plan.of_order(graph, machine(capacity, alignment), streamed=streamed)
 
 
@@ -47,8 +52,8 @@ def plans(draw: st.DrawFn) -> Plan:
     roles = (Role.WEIGHT, Role.CONSTANT, Role.OPTIMIZER_STATE)
     streamable = [b for b, base in graph.buffers.items() if base.role in roles and b not in written]
     streamed = draw(st.lists(st.sampled_from(streamable), unique=True)) if streamable else []
-    alignment = draw(st.sampled_from((1, 1, 8)))
-    return tight(graph, more_bytes=draw(st.integers(0, 40)), alignment=alignment, streamed=tuple(streamed))
+    share = draw(st.sampled_from((0.0, 0.2, 0.4, 0.6, 0.8)))
+    return tight(graph, share, alignment=draw(st.sampled_from((1, 1, 8))), streamed=tuple(streamed))
 
 
 @settings(max_examples=150, deadline=None)
@@ -74,20 +79,30 @@ def test_every_method_verifies_and_none_beats_the_ilp(plan: Plan) -> None:
     assert max(values) == values[0]
 
 
-@pytest.mark.parametrize("capacity_over_least", [0, 96, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("name", sorted(all_graphs()))
-def test_ilp_is_exact_on_every_small_graph(name: str, capacity_over_least: int) -> None:
-    plan = tight(all_graphs()[name], more_bytes=capacity_over_least)
+def test_ilp_is_exact_on_every_small_graph(name: str, share: float) -> None:
+    plan = tight(all_graphs()[name], share)
     decision = IlpResidency().apply(plan, budget())
     assert decision.certificate is not None
     assert decision.certificate.value == decision.certificate.bound
     confirm("residency/ilp", decision.plan, decision.certificate)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 8, 9])
+def test_ilp_equals_exhaustive_search_where_the_solver_has_work(seed: int, share: float) -> None:
+    plan = tight(training_graph(6, seed), share, alignment=1)
+    decision = IlpResidency().apply(plan, budget())
+    assert decision.certificate is not None
+    assert decision.certificate.value == decision.certificate.bound == least_additional_bytes(plan)
+    assert not decision.note.startswith("0 of")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_ilp_is_never_worse_than_the_heuristics_and_proves_it(seed: int) -> None:
     """Training-shaped graphs need the solver: not everything falls to the reductions."""
-    plan = tight(training_graph(24, seed), more_bytes=3000, alignment=1)
+    plan = tight(training_graph(24, seed), 0.4, alignment=1)
     heuristics = [method.apply(plan, budget()).certificate for method in METHODS[:3]]
     decision = IlpResidency().apply(plan, budget())
     confirm("residency/ilp", decision.plan, decision.certificate)
@@ -98,12 +113,12 @@ def test_ilp_is_never_worse_than_the_heuristics_and_proves_it(seed: int) -> None
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_same_input_same_plan(method: IlpResidency) -> None:
-    plan = tight(training_graph(16), more_bytes=2000)
+    plan = tight(training_graph(16), 0.4)
     assert method.apply(plan, budget()) == method.apply(plan, budget())
 
 
 def test_without_time_the_best_heuristic_is_returned_with_its_gap() -> None:
-    plan = tight(training_graph(24), more_bytes=3000, alignment=1)
+    plan = tight(training_graph(24), 0.4, alignment=1)
     decision = IlpResidency().apply(plan, Budget.of_seconds(0.0))
     confirm("residency/ilp", decision.plan, decision.certificate)
     assert decision.certificate is not None
@@ -121,7 +136,7 @@ def test_stop_is_honoured_and_progress_told() -> None:
         told.append(progress)
         stop.set()
 
-    plan = tight(training_graph(150, 7), more_bytes=20_000, alignment=1)
+    plan = tight(training_graph(150, 7), 0.3, alignment=1)
     begun = Budget.of_seconds(3600.0, listen=listen, stop=stop, workers=1)
     decision = IlpResidency().apply(plan, begun)
     confirm("residency/ilp", decision.plan, decision.certificate)
@@ -133,11 +148,13 @@ def test_stop_is_honoured_and_progress_told() -> None:
 
 
 def test_reserve_leaves_room_and_keeps_a_bound_for_the_full_capacity() -> None:
-    plan = tight(training_graph(24), more_bytes=3000, alignment=1)
+    plan = tight(training_graph(24), 0.4, alignment=1)
     exact = IlpResidency().apply(plan, budget()).certificate
     decision = IlpResidency(reserve_bytes=1500).apply(plan, budget())
     confirm("residency/ilp", decision.plan, decision.certificate)
-    smaller = Plan.of_order(plan.graph, plan.machine.with_scratchpad(least_capacity(plan) + 1500))
+    capacity = plan.machine.scratchpad_memory.capacity_bytes
+    assert capacity - 1500 >= least_capacity(plan)
+    smaller = Plan.of_order(plan.graph, plan.machine.with_scratchpad(capacity - 1500))
     reserved = IlpResidency().apply(smaller, budget()).certificate
     assert exact is not None
     assert reserved is not None

@@ -36,7 +36,7 @@ def test_operator_that_does_not_fit_is_named_with_its_terms(name: str) -> None:
 
 
 def test_long_working_sets_are_summed_up() -> None:
-    with pytest.raises(Infeasible, match="'x12' 112, .* 'x5' 105, 6 more 574"):
+    with pytest.raises(Infeasible, match=r"'x12' 112, .* 'x5' 105, 6 more 574"):
         require_fit(Plan.of_order(wide(13), machine(256, 1)))
 
 
