@@ -11,7 +11,6 @@ import torch
 from onnx import TensorProto
 
 from ....errors import ModelError
-from ...runtime.custom_ops import tensor_to_numpy
 from .types import MAX_CONSTANT_BYTES, bits_of, shape_elements, tensor_from_proto
 
 __all__ = ["embed_external_data", "parse_file", "read_tensor"]
@@ -32,15 +31,21 @@ def parse_file(path: Path) -> onnx.ModelProto:
 
 def read_tensor(proto: onnx.TensorProto, folder: Path | None, what: str) -> torch.Tensor:
     """The value of an initializer or tensor attribute, from the model itself or from a file in ``folder``."""
+    return tensor_from_proto(_inline(proto, folder, what), what)
+
+
+def _inline(proto: onnx.TensorProto, folder: Path | None, what: str) -> onnx.TensorProto:
+    """``proto`` with its data in it; ModelError where the data is not where the model says."""
     if proto.data_location != TensorProto.EXTERNAL:
-        return tensor_from_proto(proto, what)
+        return proto
     entries = {entry.key: entry.value for entry in proto.external_data}
     if folder is None:
-        raise ModelError(f"{what} lies in an external file, and a model in memory has no folder to look in",
-                         hint="load the model by its path, or with onnx.load, which reads external data")  # fmt: skip
+        raise ModelError(
+            f"{what} lies in an external file, and a model in memory has no folder to look in",
+            hint="load the model by its path, or with onnx.load, which reads external data",
+        )
     path = _external_path(folder, entries.get("location", ""), what)
-    elements = shape_elements(tuple(proto.dims), what)
-    size = (elements * bits_of(proto.data_type, what) + 7) // 8
+    size = (shape_elements(tuple(proto.dims), what) * bits_of(proto.data_type, what) + 7) // 8
     try:
         offset = int(entries.get("offset", "0"))
         length = int(entries.get("length", str(size)))
@@ -54,8 +59,7 @@ def read_tensor(proto: onnx.TensorProto, folder: Path | None, what: str) -> torc
             raise ModelError(f"{what} needs bytes {offset} to {offset + size} of {path.name!r}, which has {available}")
         file.seek(offset)
         data = file.read(size)
-    inline = TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name, raw_data=data)
-    return tensor_from_proto(inline, what)
+    return TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name, raw_data=data)
 
 
 def _external_path(folder: Path, location: str, what: str) -> Path:
@@ -83,7 +87,5 @@ def embed_external_data(source: str | Path | onnx.ModelProto) -> onnx.ModelProto
     model = parse_file(Path(source))
     folder = Path(source).resolve().parent
     for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            value = read_tensor(tensor, folder, f"initializer {tensor.name!r}")
-            tensor.CopyFrom(onnx.numpy_helper.from_array(tensor_to_numpy(value), tensor.name))
+        tensor.CopyFrom(_inline(tensor, folder, f"initializer {tensor.name!r}"))
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,12 +55,13 @@ def from_definition(definition: Definition) -> Lowering:
         tensors = [node.optional(index) for index in range(len(node.inputs))]
         attributes = {name: _plain(attribute) for name, attribute in node.attributes.items()}
         try:
-            return definition(*tensors, **attributes)
+            inspect.signature(definition).bind(*tensors, **attributes)
         except TypeError as error:
             raise ModelError(
                 f"the definition given for {node.op_type} does not take the node's inputs and attributes: {error}",
                 hint=f"it is called with {len(tensors)} tensors and the attributes {sorted(attributes)}",
             ) from error
+        return definition(*tensors, **attributes)
 
     return lower
 
