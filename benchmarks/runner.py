@@ -1,0 +1,132 @@
+"""What all benchmarks share: the command line, the long-form rows, where they were measured, and the JSON file.
+
+A benchmark is a module ``bench_<question>.py`` that ends in ``sys.exit(run(...))``. It yields rows; peers, baselines
+and bounds are just other providers. It exits with 0 when it measured, whatever the figures, and with 2 when it could
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from opweave.errors import OpweaveError
+
+__all__ = ["Options", "Row", "print_table", "run"]
+
+PACKAGES = ("opweave", "pulp", "highspy", "ortools", "torch", "onnx", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: ``case`` measured by ``provider``; ``bound`` is the proven limit of ``value``, in the same unit."""
+
+    case: str
+    provider: str
+    metric: str
+    value: float | None
+    unit: str
+    bound: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for; ``data`` is ``None`` when neither ``--data`` nor the default folder is there."""
+
+    quick: bool
+    data: Path | None
+
+
+def run(
+    name: str,
+    question: str,
+    measure: Callable[[Options], Iterable[Row]],
+    *,
+    default_data: Path,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, measure, and write the rows where ``--json`` says. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
+    parser.add_argument("--quick", action="store_true", help="end within a minute on two cores")
+    parser.add_argument("--data", type=Path, help=f"folder of inputs (default: {default_data} where it exists)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parsed = parser.parse_args(arguments)
+    if parsed.data is not None and not parsed.data.is_dir():
+        print(f"{name}: {parsed.data} is not a folder", file=sys.stderr)
+        return 2
+    data = parsed.data or (default_data if default_data.is_dir() else None)
+    try:
+        rows = list(measure(Options(parsed.quick, data)))
+    except OpweaveError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    if not rows:
+        print(f"{name}: nothing to measure in {data}", file=sys.stderr)
+        return 2
+    if parsed.json is not None:
+        parsed.json.parent.mkdir(parents=True, exist_ok=True)
+        parsed.json.write_text(json.dumps(_document(name, rows), indent=1) + "\n")
+    return 0
+
+
+def print_table(head: Sequence[str], lines: Sequence[Sequence[str | float | None]]) -> None:
+    """Print ``lines`` under ``head``: numbers to the right, everything else to the left, ``None`` as a dash."""
+    cells = [[_shown(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    print("  ".join(title.ljust(width) for title, width in zip(head, widths, strict=True)).rstrip())
+    for line, texts in zip(lines, cells, strict=True):
+        columns = zip(line, texts, widths, strict=True)
+        print("  ".join(t.ljust(w) if isinstance(cell, str) else t.rjust(w) for cell, t, w in columns).rstrip())
+
+
+def _shown(cell: str | float | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:,.2f}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def _document(name: str, rows: Sequence[Row]) -> dict[str, object]:
+    return {
+        "benchmark": name,
+        "commit": _commit(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout the benchmark lies in, marked when files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
