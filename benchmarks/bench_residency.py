@@ -1,7 +1,7 @@
 """How much additional traffic does each order and residency method leave, and how much of it is unavoidable?
 
-Operator graphs are planned at two budgets of COSMA (arXiv 2311.18246): ``M_R``, the largest working set of one operator,
-and ``M_H``, midway from there to the peak of the model's own order. Activations only, as there: weights are
+Operator graphs are planned at two budgets of COSMA (arXiv 2311.18246): ``M_R``, the largest working set of one
+operator, and ``M_H``, midway from there to the peak of the model's own order. Activations only, as there: weights are
 streamed. Alignment is 1 byte. Every plan is verified. Bounds are for the order they stand beside.
 
 ``python -m benchmarks.bench_residency [--quick] [--data DIR] [--json FILE]``. Without a folder of operator graphs, a
@@ -60,7 +60,7 @@ class Case:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Plan every case by every order and residency method; prints the table as it goes."""
+    """Plan every case by every order and residency method; prints the table."""
     rows: list[Row] = []
     lines: list[list[str | float | None]] = []
     for case in _cases(options):
@@ -68,18 +68,8 @@ def measure(options: Options) -> Iterator[Row]:
             found = list(_measure(case, order, options))
             rows += found
             lines.append(_line(case, order, found))
-    head = (
-        "network",
-        "M",
-        "KiB",
-        "order",
-        "s",
-        *(f"{_short(r)} KiB" for r in RESIDENCIES),
-        "bound KiB",
-        "gap %",
-        "ilp s",
-    )
-    print_table(head, lines)
+    methods = (f"{_short(residency)} KiB" for residency in RESIDENCIES)
+    print_table(("network", "M", "KiB", "order", "s", *methods, "bound KiB", "gap %", "ilp s"), lines)
     print(_summary(rows))
     yield from rows
 
