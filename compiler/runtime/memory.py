@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy
 import torch
 
 from ...errors import ExecutionError
@@ -27,10 +28,10 @@ class ByteMemory:
 
     def __init__(self, size: int) -> None:
         try:
-            self.bytes = torch.full((size,), POISON, dtype=torch.uint8)
-        except RuntimeError as error:
+            self._array = numpy.full(size, POISON, dtype=numpy.uint8)
+        except MemoryError as error:
             raise ExecutionError(f"cannot allocate a memory of {size} bytes: {error}") from error
-        self._elements: dict[str, torch.Tensor] = {}
+        self.bytes = torch.from_numpy(self._array)
 
     def poison(self, begin: int, nbytes: int) -> None:
         """Overwrite ``nbytes`` bytes from ``begin``: whoever reads them now reads values that show."""
@@ -39,31 +40,24 @@ class ByteMemory:
     def read(self, tensor: Tensor, base: int) -> torch.Tensor:
         """The value of ``tensor`` whose buffer lies at byte ``base``: shape, strides and dtype as the graph says.
 
-        Shares this memory where the address is a multiple of the element's size, and is a copy elsewhere.
+        Shares this memory where the address is a multiple of the element's size, and is a copy elsewhere. Its storage
+        is its own bytes and no others: operators such as ``slice_scatter`` copy an operand's whole storage.
         """
-        size, begin = DTYPE_BYTES[tensor.dtype], base + tensor.offset_bytes
-        if begin % size == 0:
-            return self._typed(tensor.dtype).as_strided(tensor.shape, tensor.element_strides, begin // size)
-        return self._copied(tensor, base).as_strided(tensor.shape, tensor.element_strides)
+        begin, end = base + tensor.offset_bytes, base + tensor.end_bytes
+        span = self._array[begin:end]
+        if begin % DTYPE_BYTES[tensor.dtype]:
+            span = span.copy()
+        return torch.from_numpy(span).view(TORCH_DTYPE[tensor.dtype]).as_strided(tensor.shape, tensor.element_strides)
 
     def write(self, tensor: Tensor, base: int, value: torch.Tensor) -> None:
         """Write ``value``, of the shape and dtype of ``tensor``, to where ``read`` finds it; no other byte changes."""
         begin, end = base + tensor.offset_bytes, base + tensor.end_bytes
-        if begin % DTYPE_BYTES[tensor.dtype] == 0:
-            self.read(tensor, base).copy_(value)
-            return
-        elements = self._copied(tensor, base)
-        elements.as_strided(tensor.shape, tensor.element_strides).copy_(value)
-        self.bytes[begin:end] = elements.view(torch.uint8)
+        place = self.read(tensor, base).copy_(value)
+        if begin % DTYPE_BYTES[tensor.dtype]:
+            elements = place.as_strided(((end - begin) // place.element_size(),), (1,))
+            self.bytes[begin:end] = elements.view(torch.uint8)
 
-    def _typed(self, dtype: str) -> torch.Tensor:
-        """All whole elements of this memory."""
-        if dtype not in self._elements:
-            whole = len(self.bytes) // DTYPE_BYTES[dtype] * DTYPE_BYTES[dtype]
-            self._elements[dtype] = self.bytes[:whole].view(TORCH_DTYPE[dtype])
-        return self._elements[dtype]
-
-    def _copied(self, tensor: Tensor, base: int) -> torch.Tensor:
-        """A copy of the elements from the first to the last one that ``tensor`` touches."""
-        span = self.bytes[base + tensor.offset_bytes : base + tensor.end_bytes]
-        return span.clone().view(TORCH_DTYPE[tensor.dtype])
+    def holds(self, value: torch.Tensor) -> bool:
+        """Whether the storage of ``value`` lies in this memory."""
+        first = self.bytes.data_ptr()
+        return first <= value.untyped_storage().data_ptr() < first + len(self._array)

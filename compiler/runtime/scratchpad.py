@@ -250,7 +250,7 @@ class ScratchpadMachine:
         if len(results) != len(targets):
             raise ExecutionError(f"step {step}: {user} returned {len(results)} tensors, expected {len(targets)}")
         # A result may be a view of an operand, whose bytes the writing of another result may change.
-        values = [r.clone() if _shares(r, self._arena) else r for r in results]
+        values = [r.clone() if r.layout is torch.strided and self._arena.holds(r) else r for r in results]
         for (tensor, address), value in zip(targets, values, strict=True):
             _check_value(f"step {step}: result {tensor.name!r} of {user} ({op.target})", tensor, value)
             if tensor.nbytes:
@@ -283,9 +283,3 @@ class ScratchpadMachine:
         if tensor.buffer not in self._backing:
             raise ExecutionError(f"output {tensor.name!r} was never stored to backing memory")
         return self._backing[tensor.buffer].read(tensor, 0)
-
-
-def _shares(value: torch.Tensor, memory: ByteMemory) -> bool:
-    return value.layout is torch.strided and (
-        value.untyped_storage().data_ptr() == memory.bytes.untyped_storage().data_ptr()
-    )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.graph import Graph, Op, Role, Tensor
-from opweave.compiler.plan import Load, Plan, Run, Store
+from opweave.compiler.plan import Load, Plan, Residence, Run, Store
 from opweave.compiler.runtime.scratchpad import execute
 from opweave.compiler.verify import verify
 from opweave.errors import ExecutionError
@@ -232,3 +232,22 @@ def test_streaming_what_was_never_stored_is_refused() -> None:
     plan = msgspec.structs.replace(keep_everything(graph), streamed=("a",))
     with pytest.raises(ExecutionError, match="streams buffer 'a', which was never stored"):
         run(plan, random_sources(graph))
+
+
+def test_operators_that_copy_whole_storages_see_their_operand_only() -> None:
+    """slice_scatter clones its operand's storage; in an arena of an odd size that storage must not be the arena."""
+    x = Tensor("x", (2, 2), "float32", Role.INPUT)
+    graph = Graph(
+        "scatter",
+        (x, Tensor("row", (1, 2), "float32", Role.INPUT), Tensor("y", (2, 2), "float32", Role.OUTPUT)),
+        (Op("scatter", ("x", "row"), ("y",), body="aten.slice_scatter.default(%0, %1, 0, 1, 2)"),),
+        ("y",),
+    )
+    plan = Plan(
+        graph,
+        machine().with_scratchpad(65),
+        (Load("x"), Load("row"), Run("scatter"), Store("y")),
+        (Residence("x", "sram", 0, 3, 0), Residence("row", "sram", 1, 3, 16), Residence("y", "sram", 2, 4, 32)),
+    )
+    values = {"x": torch.arange(4.0).view(2, 2), "row": torch.tensor([[7.0, 8.0]])}
+    assert execute(plan, values, {}).outputs[0].tolist() == [[0.0, 1.0], [7.0, 8.0]]
