@@ -34,6 +34,13 @@ _BATCH_NORMS = {
     _ATEN.native_batch_norm.default: False,
     _ATEN._native_batch_norm_legit.default: False,
 }
+#: Calls whose first result another operator gives alone, for the same arguments: without their other results, int64
+#: indices twice the size of the values among them, an operator's working set is smaller.
+_FIRST_RESULT = {
+    _ATEN.max_pool2d_with_indices.default: _ATEN.max_pool2d.default,
+    _ATEN.max_pool3d_with_indices.default: _ATEN.max_pool3d.default,
+    _ATEN.native_layer_norm.default: _ATEN.layer_norm.default,
+}
 
 
 class Follower:
@@ -88,8 +95,10 @@ class Follower:
                 return None
             if target.namespace not in _NAMESPACES:
                 raise UnsupportedOperator(f"node {node.name!r} calls {target}, which has no lowering here")
-            call = Call(target, *positional(target, _on_cpu(args), _on_cpu(dict(kwargs))), node)
-            return self._operator(call, self._recorder.label(node))
+            arguments = positional(target, _on_cpu(args), _on_cpu(dict(kwargs)))
+            if target in _FIRST_RESULT and _uses_first_only(node):
+                return (self._operator(Call(_FIRST_RESULT[target], *arguments, node), self._recorder.label(node)),)
+            return self._operator(Call(target, *arguments, node), self._recorder.label(node))
         if isinstance(target, torch._ops.HigherOrderOperator):
             if str(target) == "wrap_with_set_grad_enabled":  # (enabled, body, *operands): no gradients here anyway
                 return self.run(args[1], args[2:])
@@ -166,6 +175,10 @@ def _copy(old: torch.Tensor, new: torch.Tensor, node: torch.fx.Node | None) -> C
     if new.dtype == old.dtype:
         return Call(_ATEN.clone.default, (expanded,), node=node)
     return Call(_ATEN._to_copy.default, (expanded,), {"dtype": old.dtype}, node)
+
+
+def _uses_first_only(node: torch.fx.Node) -> bool:
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
 
 
 def _on_cpu(value: Any) -> Any:

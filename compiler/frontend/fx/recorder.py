@@ -125,14 +125,14 @@ class Recorder:
         return replace_tensors(result, stored)
 
     def _result_labels(self, node: torch.fx.Node | None, result: Any, label: str) -> list[str]:
-        """A name for each tensor of a result: that of the node that picks it out, where there is one."""
-        if isinstance(result, torch.Tensor):
-            return [label]
+        """A name for each tensor of a result: the wanted one of the node that picks it out, or its position."""
         picked = {u.args[1]: u for u in node.users if u.target is operator.getitem} if node is not None else {}
+        if isinstance(result, torch.Tensor):
+            return [self._wanted.get(picked[0], label) if 0 in picked else label]
         labels: list[str] = []
         for position, item in enumerate(result):
-            user = picked.get(position)
-            base = f"{label}_{position}" if user is None else self.label(user)
+            base = f"{label}_{position}" if position else label
+            base = self._wanted.get(picked[position], base) if position in picked else base
             count = len(list(tensors_in(item)))
             labels.extend([base] if isinstance(item, torch.Tensor) else [f"{base}_{i}" for i in range(count)])
         return labels

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from opweave.compiler.frontend.fx import from_graph_module
+from opweave.compiler.frontend.fx import from_exported, from_graph_module
 from opweave.compiler.graph import Role
 from opweave.compiler.runtime.custom_ops import format_spec
 from tests.compiler.frontend.eager_check import interpret
@@ -115,3 +115,17 @@ def test_arguments_given_by_name_are_understood() -> None:
     result, updated = interpret(imported, (value,))
     torch.testing.assert_close(updated["mean"], value.mean(0) / 2 + 2)
     torch.testing.assert_close(result, (value - value.mean(0)) / value.std(0, correction=0))
+
+
+def test_results_that_nobody_uses_do_not_take_room() -> None:
+    """Decomposed pooling and normalisation return indices and statistics too; only what is used is computed."""
+    module = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.LayerNorm([4, 4]))
+    x = torch.randn(1, 2, 8, 8)
+    program = torch.export.export(module, (x,)).run_decompositions()
+    graph = from_exported(program).graph
+    assert [(op.target, len(op.outputs)) for op in graph.ops] == [
+        ("aten.max_pool2d.default", 1),
+        ("aten.layer_norm.default", 1),
+    ]
+    pooled = torch.export.export(torch.nn.MaxPool2d(2, return_indices=True), (x,)).run_decompositions()
+    assert [len(op.outputs) for op in from_exported(pooled).graph.ops] == [2]
