@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import getitem
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -117,6 +118,7 @@ def test_arguments_given_by_name_are_understood() -> None:
     torch.testing.assert_close(result, (value - value.mean(0)) / value.std(0, correction=0))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch.export's use of its own deprecated class
 def test_results_that_nobody_uses_do_not_take_room() -> None:
     """Decomposed pooling and normalisation return indices and statistics too; only what is used is computed."""
     module = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.LayerNorm([4, 4]))
