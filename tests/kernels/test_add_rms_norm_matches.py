@@ -46,6 +46,25 @@ class LlamaBlock(Block):
         return hidden, self.norm.weight * wide.to(hidden.dtype)
 
 
+class NarrowBlock(Block):
+    """All arithmetic in the tensors' own dtype: every step rounds, the kernel does not."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Block`."""
+        hidden = x + residual
+        return hidden, hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6) * self.norm.weight
+
+
+class LossyBlock(Block):
+    """A normalised value that is rounded to a dtype narrower than the sum's."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Block`."""
+        hidden = x + residual
+        normalized = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return hidden, normalized.to(torch.bfloat16) * self.norm.weight
+
+
 def values_of(graph: Graph, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor's value; for graphs without views."""
     values = dict(sources)
@@ -74,6 +93,14 @@ def test_what_is_matched_is_what_the_kernel_computes(kind: str, dtype: torch.dty
     assert torch.equal(results[0], hidden)
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(results[1], out, rtol=2 * rtol, atol=atol)  # Llama rounds twice
+
+
+@pytest.mark.parametrize(
+    "module", [NarrowBlock(torch.bfloat16), LossyBlock(torch.float32)], ids=["narrow inside", "lossy cast"]
+)
+def test_leaves_other_roundings_alone(module: Block) -> None:
+    x, residual = (torch.zeros(3, 16, dtype=module.norm.weight.dtype) for _ in range(2))
+    assert not found_in(from_exported(torch.export.export(module, (x, residual))).graph)
 
 
 Line = tuple[str, tuple[str, ...], tuple[int, ...]]
@@ -143,13 +170,14 @@ CHANGED: Mapping[str, Line] = MappingProxyType(
         "the mean of columns": ("aten.mean.dim(%0, [0], True)", ("square",), (1, 16)),
         "the epsilon is scaled": ("aten.add.Scalar(%0, 1e-06, 2)", ("mean",), (4, 1)),
         "the epsilon is a tensor": ("aten.add.Tensor(%0, %1)", ("mean", "row"), (4, 16)),
+        "another root": ("aten.rsqrt.default(%1)", ("shifted", "x"), (4, 16)),
         "another tensor is scaled": ("aten.mul.Tensor(%0, %1)", ("x", "root"), (4, 16)),
         "the scale is squared": ("aten.mul.Tensor(%1, %1)", ("hidden", "root"), (4, 1)),
         "the weight is a matrix": ("aten.mul.Tensor(%0, %1)", ("scaled", "x"), (4, 16)),
         "the weight is the result": ("aten.mul.Tensor(%0, %0)", ("scaled",), (4, 16)),
     }
 )
-PLACE = ("hidden",) * 3 + ("square",) * 2 + ("mean",) * 2 + ("shifted",) * 2 + ("scaled",) * 2 + ("y",) * 2
+PLACE = ("hidden",) * 3 + ("square",) * 2 + ("mean",) * 2 + ("shifted",) * 2 + ("root",) + ("scaled",) * 2 + ("y",) * 2
 
 
 @pytest.mark.parametrize(("case", "name"), list(zip(CHANGED, PLACE, strict=True)))
@@ -161,6 +189,7 @@ def test_leaves_other_arithmetic_alone(case: str, name: str) -> None:
     "body",
     [
         "aten.rms_norm.default(%0, [4, 16], %1, 1e-06)",
+        "aten.rms_norm.default(%0, [4], %1, 1e-06)",
         "aten.rms_norm.default(%0, [16], None, 1e-06)",
         "aten.rms_norm.default(%0, [16])",
         "aten.rms_norm.default(%1, [16], %0, 1e-06)",
@@ -193,6 +222,17 @@ def test_the_weight_has_to_be_there_before_the_addition(lines: Mapping[str, Line
 def test_nothing_may_be_written_between(source: str, before: str) -> None:
     assert len(found_in(graph_of(LINES))) == 1
     assert not found_in(graph_of(LINES, updates={source: before}))
+
+
+def test_results_need_row_major_memory_of_their_own() -> None:
+    """A sum that is written over an operand, or laid out by columns, is another kernel's business."""
+    graph = graph_of(WHOLE)
+    for name, operand in (("hidden", "x"), ("y", "residual")):
+        in_place = Tensor(name, (4, 16), "float32", buffer=operand)
+        by_columns = Tensor(name, (4, 16), "float32", strides=(1, 4))
+        for other in (in_place, by_columns):
+            tensors = tuple(other if tensor.name == name else tensor for tensor in graph.tensors)
+            assert not found_in(Graph("rms", tensors, graph.ops, graph.outputs))
 
 
 def test_what_is_written_before_or_after_does_not_matter() -> None:
