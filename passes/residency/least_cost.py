@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -47,22 +48,17 @@ def least_cost(
     stored: Collection[tuple[str, int] | None],
 ) -> Sequence[int]:
     """The cheaper of the cheapest sufficient interval alone, and cheap ones by the byte until there is room."""
-    cost = {i: problem.intervals[i].nbytes * (1 if problem.intervals[i].version in stored else 2) for i in resident}
-
-    def by_rate(i: int) -> tuple[float, int, int]:
-        return cost[i] / problem.intervals[i].nbytes, -problem.intervals[i].end, i
-
+    intervals = problem.intervals
+    cost = {i: intervals[i].nbytes * (1 if intervals[i].version in stored else 2) for i in resident}
+    by_rate = [(cost[i] / intervals[i].nbytes, -intervals[i].end, i) for i in resident]
+    heapq.heapify(by_rate)
     several: list[int] = []
-    for i in sorted(resident, key=by_rate):
-        several.append(i)
-        if _enough(problem, several, shortage):
-            break
-    sufficient = [i for i in resident if _enough(problem, [i], shortage)]
-    single = min(sufficient, key=lambda i: (cost[i], -problem.intervals[i].end, i), default=None)
+    left = list(shortage)
+    while by_rate and max(left) > 0:
+        several.append(heapq.heappop(by_rate)[2])
+        left = [short - size for short, size in zip(left, intervals[several[-1]].sizes, strict=True)]
+    sufficient = [i for i in resident if not any(map(int.__lt__, intervals[i].sizes, shortage))]
+    single = min(sufficient, key=lambda i: (cost[i], -intervals[i].end, i), default=None)
     if single is None or sum(cost[i] for i in several) < cost[single]:
         return several
     return [single]
-
-
-def _enough(problem: GapProblem, victims: Sequence[int], shortage: Sequence[int]) -> bool:
-    return all(sum(problem.intervals[i].sizes[d] for i in victims) >= short for d, short in enumerate(shortage))

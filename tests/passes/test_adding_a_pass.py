@@ -14,8 +14,7 @@ from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Plan
 from opweave.errors import OptionError
 from opweave.passes.registry import make
-from tests.passes.residency.test_ilp import tight
-from tests.passes.residency.training import training_graph
+from tests.passes.residency.training import tight, training_graph
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adding-a-pass.md"
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, Progress, confirm
 from opweave.compiler.plan import Plan
-from opweave.compiler.verify import verify
 from opweave.errors import OptionError
 from opweave.passes.residency.belady import BeladyResidency
 from opweave.passes.residency.gaps import Cut, Gap, GapProblem, gaps_of_residences
@@ -24,24 +23,13 @@ from tests.graphs.build import all_graphs, machine
 from tests.graphs.strategies import graphs
 from tests.passes.residency.crowded import crowded_graphs
 from tests.passes.residency.exhaustive import least_additional_bytes
-from tests.passes.residency.training import training_graph
+from tests.passes.residency.training import tight, training_graph
 
 METHODS = (RefetchResidency(), BeladyResidency(), LeastCostResidency(), IlpResidency())
 
 
 def budget(seconds: float = 60.0) -> Budget:
     return Budget.of_seconds(seconds, workers=1, deterministic=True)
-
-
-def tight(graph: Graph, share: float = 0.0, *, alignment: int = 16, streamed: tuple[str, ...] = ()) -> Plan:
-    """The graph in program order on a scratchpad between the least that works (0.0) and the order's peak (1.0).
-
-    It is rounded up to the alignment.
-    """
-    ample = Plan.of_order(graph, machine(1 << 30, alignment), streamed=streamed)
-    least, peak = least_capacity(ample), verify(ample).peak_bytes
-    capacity = max(1, -(-int(least + share * max(0, peak - least)) // alignment)) * alignment
-    return Plan.of_order(graph, machine(capacity, alignment), streamed=streamed)
 
 
 @st.composite
@@ -77,6 +65,23 @@ def test_every_method_verifies_and_none_beats_the_ilp(plan: Plan) -> None:
         values.append(decision.certificate.value)
     assert values[-1] == min(values)
     assert max(values) == values[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(crowded_graphs(), st.integers(0, 60))
+def test_capacity_may_be_no_multiple_of_the_alignment(graph: Graph, more_bytes: int) -> None:
+    """Then both conditions hold, padded bytes within the padded capacity and plain bytes within the plain one."""
+    least = least_capacity(Plan.of_order(graph, machine(1, 8)))
+    plan = Plan.of_order(graph, machine(least + more_bytes, 8))
+    values = []
+    for method in METHODS:
+        decision = method.apply(plan, budget())
+        confirm(method.name, decision.plan, decision.certificate)
+        assert decision.certificate is not None
+        values.append(decision.certificate.value)
+    assert values[-1] == min(values)
+    padded = Plan.of_order(graph, machine((least + more_bytes + 7) // 8 * 8, 8))
+    assert values[-1] >= least_additional_bytes(padded)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])

@@ -13,8 +13,7 @@ from opweave.passes.residency.formulation import Block, Capacity, reduce
 from opweave.passes.residency.gaps import GapProblem
 from opweave.passes.residency.model import build, objective_unit
 from opweave.passes.residency.search import repair, search_block
-from tests.passes.residency.test_ilp import tight
-from tests.passes.residency.training import training_graph
+from tests.passes.residency.training import tight, training_graph
 
 
 def blocks_of(seed: int, share: float) -> tuple[GapProblem, tuple[Block, ...]]:

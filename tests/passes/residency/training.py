@@ -1,12 +1,19 @@
-"""Graphs shaped like training steps: a chain of random sizes forward, and back again reading what it left."""
+"""Graphs shaped like training steps: a chain of random sizes forward, and back again reading what it left.
+
+``tight`` puts any graph on a scratchpad that is short of room.
+"""
 
 from __future__ import annotations
 
 import random
 
 from opweave.compiler.graph import Graph, Op, Role, Tensor
+from opweave.compiler.plan import Plan
+from opweave.compiler.verify import verify
+from opweave.passes.residency.workset import least_capacity
+from tests.graphs.build import machine
 
-__all__ = ["training_graph"]
+__all__ = ["tight", "training_graph"]
 
 
 def training_graph(layers: int, seed: int = 0) -> Graph:
@@ -27,3 +34,14 @@ def training_graph(layers: int, seed: int = 0) -> Graph:
     for layer in reversed(range(layers)):
         add(f"g{layer}", (f"g{layer + 1}", f"a{layer}", f"a{shortcuts[layer]}"), sizes[f"a{layer}"])
     return Graph("training", tuple(tensors), tuple(ops), ("g0",))
+
+
+def tight(graph: Graph, share: float = 0.0, *, alignment: int = 16, streamed: tuple[str, ...] = ()) -> Plan:
+    """The graph in program order on a scratchpad between the least that works (0.0) and the order's peak (1.0).
+
+    It is rounded up to the alignment.
+    """
+    ample = Plan.of_order(graph, machine(1 << 30, alignment), streamed=streamed)
+    least, peak = least_capacity(ample), verify(ample).peak_bytes
+    capacity = max(1, -(-int(least + share * max(0, peak - least)) // alignment)) * alignment
+    return Plan.of_order(graph, machine(capacity, alignment), streamed=streamed)
