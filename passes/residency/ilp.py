@@ -115,6 +115,6 @@ def _note(problem: GapProblem, reduction: Reduction, results: list[BlockResult],
     note = f"{open_count} of {len(problem.intervals)} gaps open, in {len(reduction.blocks)} blocks"
     if all(result.complete for result in results):
         return note
-    if budget.remaining_s > 0:
+    if budget.deterministic and budget.remaining_s > 0:
         return f"{note}; the search limit came first"
     return f"{note}; the time limit came first" + (", so another run may differ" if budget.deterministic else "")
