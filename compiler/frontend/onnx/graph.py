@@ -10,7 +10,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ....errors import ModelError
+
 __all__ = ["Recorder", "untraced"]
+
+
+#: All weights of one model together; beyond it a model is an attack, or needs another machine than this one.
+MAX_WEIGHT_BYTES = 64 * 2**30
 
 
 def identifier(name: str) -> str:
@@ -42,10 +48,14 @@ class Recorder:
             if node.op == "placeholder":
                 self._last_placeholder = node
         self._labelled: torch.fx.Node = self.graph._root
+        self._bytes = 0
         self.weights: dict[torch.fx.Node, torch.Tensor] = {}
 
     def add_weight(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A placeholder for the constant ``value``, as a fake tensor that tracing follows."""
+        self._bytes += value.numel() * value.dtype.itemsize
+        if self._bytes > MAX_WEIGHT_BYTES:
+            raise ModelError(f"the weights of the model exceed {MAX_WEIGHT_BYTES} bytes (at {name!r})")
         with untraced():
             value = value.contiguous()
         if self._last_placeholder is None:

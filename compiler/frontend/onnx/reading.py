@@ -71,6 +71,7 @@ def read_model(
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError("the file holds no ONNX graph", hint="is it an ONNX model, and was it copied completely?")
     opsets = _opsets(proto.opset_import)
+    _check_names(proto.graph)
     require_tensors(proto.graph)
     _check_graph(proto.graph)
     _check_dims(proto.graph, dims)
@@ -101,6 +102,22 @@ def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
         raise ModelError(f"the model uses opset {version}, supported are {OLDEST_OPSET} to {newest}",
                          hint="convert it with onnx.version_converter")  # fmt: skip
     return opsets
+
+
+def _check_names(root: onnx.GraphProto) -> None:
+    """Names are text: protobuf hands out bytes where a name is not valid UTF-8."""
+    pending = [root]
+    while pending:
+        graph = pending.pop()
+        named = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        names = [entry.name for entry in named]
+        for node in graph.node:
+            names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+            names += [attribute.name for attribute in node.attribute]
+            pending.extend(_subgraphs(node))
+        for name in names:
+            if not isinstance(name, str):
+                raise ModelError(f"a name in the graph is not valid UTF-8: {name!r}")
 
 
 def _check_graph(graph: onnx.GraphProto) -> None:

@@ -30,6 +30,7 @@ __all__ = ["Definition", "Interpreter", "Scope"]
 
 _MAX_DEPTH = 48
 _EXAMPLE_ELEMENTS = 4096
+_DEMAND_ELEMENTS = 2**26
 #: Drawn anew at each run, so never folded into a constant.
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -140,6 +141,8 @@ class Interpreter:
         """The known value of ``value``, noting the example inputs that it relies on."""
         if value.constant is None:
             raise CannotLower(f"needs the value of {value.name!r} while importing")
+        if value.constant.numel() > _DEMAND_ELEMENTS:
+            raise CannotLower(f"needs the {value.constant.numel()} values of {value.name!r} while importing")
         self.specialized.update({name: self.examples[name] for name in value.sources})
         with untraced():
             return tensor_to_numpy(value.constant)

@@ -164,7 +164,8 @@ def _constant_of_shape(node: Node) -> Lowered:
         raise ValueError(f"a constant of shape {sizes} has more than {MAX_CONSTANT_BYTES} bytes")
     if value.size != 1:
         raise ValueError(f"the value has {value.size} elements, expected one")
-    return np.full(sizes, value.reshape(-1)[0], value.dtype)
+    # one element seen from every position: memory is taken only if the tensor turns out to be a weight
+    return node.literal(value.reshape(()), "fill").expand(sizes)
 
 
 def _range(node: Node) -> Lowered:

@@ -87,6 +87,22 @@ def test_constants_that_would_not_fit_in_memory(name: str) -> None:
         load(model)
 
 
+def test_many_large_constants_take_no_memory_until_used() -> None:
+    """Each is within the limit for one, all together are not; none is used."""
+    nodes = [helper.make_node("ConstantOfShape", ["s"], [f"c{index}"]) for index in range(50)]
+    nodes.append(helper.make_node("Relu", ["x"], ["y"]))
+    imported = load(model_of(nodes, {"x": random(2)}, ["y"], constants={"s": np.array([2**20, 2**10], np.int64)}))
+    assert imported.folded == {"ConstantOfShape": 50}
+    assert not imported.weights
+
+
+def test_names_that_are_not_text() -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"], name="@@@@")], {"x": random(2)}, ["y"])
+    broken = onnx.load_model_from_string(model.SerializeToString().replace(b"@@@@", b"@\xff\xfe@"))
+    with pytest.raises(ModelError, match="not valid UTF-8"):
+        load(broken)
+
+
 def test_traced_tensors_have_a_limit_too() -> None:
     sizes = np.array([2**21, 2**21, 2], np.int64)
     model = model_of([helper.make_node("Expand", ["x", "s"], ["y"])], {"x": random(2)}, ["y"], constants={"s": sizes})
