@@ -29,7 +29,7 @@ from .residency.workset import require_fit
 __all__ = ["Planner", "place"]
 
 MAX_CUTS = 50  # conflicts beyond this many are fragmentation in general: a reserve settles it sooner
-RESERVES = (64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
+RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
 
 
 @dataclass(frozen=True)
