@@ -110,7 +110,7 @@ class _Search:
             offsets,
             capacity,
             self.budget,
-            seconds=lambda complete: self._seconds(0.7 if complete else 0.1),
+            seconds=lambda complete: self._seconds(0.9 if complete else 0.15),
         )
 
     def minimize(self) -> None:

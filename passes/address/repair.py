@@ -25,7 +25,7 @@ def fit_by_repair(
     """Place a component ``items``, now at ``offsets`` (units), within ``capacity`` bytes.
 
     Around the first item that ends too high, a window of steps is cleared and its items are placed anew between
-    those that stay; while that fails, the window doubles, in the end to the whole component, which makes the method
+    those that stay; while that fails, the window grows, in the end to the whole component, which makes the method
     complete. Items of one window that cannot be placed even by themselves prove that nothing can.
 
     Returns:
@@ -49,8 +49,8 @@ def fit_by_repair(
         if alone.verdict is Verdict.PLACED:
             place.update(zip(cleared, alone.offsets, strict=True))
             window = SMALLEST_WINDOW
-        else:
-            window *= 2
+        else:  # a window too hard to decide says that the difficulty is not a local one
+            window = 2 * window if alone.verdict is Verdict.IMPOSSIBLE else len(first_steps) * 2
     return Answer(Verdict.PLACED, tuple(place[i] for i in items)), []
 
 
