@@ -131,6 +131,8 @@ def measure(options: Options) -> Iterator[Row]:
             over = f"{arena / bound - 1:+.1%}"
             capacity = plan.machine.scratchpad_memory.capacity_bytes
             lines.append((case.name, len(case.boxes), capacity, method, "yes" if fits else "no", arena, over, taken))
+    if not count:
+        return
     print_table(("case", "buffers", "capacity", "method", "fits", "arena", "over bound", "seconds"), lines)
     summary = ", ".join(f"{method} {fitting[method]}" for method in METHODS)
     print(f"address: cases that fit, of {count}: {summary}; at most {seconds:g} s each")
