@@ -289,12 +289,13 @@ def _plan_imported(imported: ImportedModel) -> Executable:
     from .compiler.frontend.onnx.program import program_of
     from .compiler.runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
     from .passes.planner import Planner
-    from .passes.residency.workset import least_capacity
+    from .passes.residency.workset import aligned_bytes, least_capacity
 
     options = Options(time_limit=5.0)
     program = program_of(imported, "model")
     plan = _empty_plan(program, Source(), options.target(), options)
-    capacity = max(least_capacity(plan), plan.machine.scratchpad_memory.alignment_bytes)
+    alignment = plan.machine.scratchpad_memory.alignment_bytes
+    capacity = max(aligned_bytes(least_capacity(plan), alignment), alignment)
     plan = msgspec.structs.replace(plan, machine=plan.machine.with_scratchpad(capacity))
     planner = Planner("order/given", "residency/least_cost", "address/first_fit")
     model = CompiledModel(simulate(planner.plan(plan, _budget(options, None, None))), program)

@@ -19,6 +19,7 @@ import msgspec
 
 from ..compiler.pipeline import Budget, Pass, confirm, run_pass
 from ..compiler.plan import Certificate, PassRecord, Plan
+from .address.exact import ExactPlacement
 from .address.placement import PlacementError
 from .registry import make
 from .residency.gaps import Cut, gaps_of_residences
@@ -83,7 +84,10 @@ def _place_with_room(plan: Plan, address: Pass, budget: Budget, proven: Certific
         except PlacementError:
             continue
     resident, _ = _reside(RefetchResidency(), plan, budget, proven, "nothing that keeps more could be placed in time")
-    return run_pass(address, resident, budget)
+    try:
+        return run_pass(address, resident, budget)
+    except PlacementError:
+        return run_pass(ExactPlacement(), resident, budget)  # a capacity between two multiples of the alignment
 
 
 def _reside(
