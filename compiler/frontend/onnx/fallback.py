@@ -101,8 +101,11 @@ def fall_back(
     specs = [inferred.get(name) or declared.get(name) for name in used]
     encoded = base64.b64encode(single.SerializeToString(deterministic=True)).decode("ascii")
     examples = _example_values(node, given, encoded, len(used), specs)
-    if examples:
-        specs = [format_spec(value.shape, value.dtype) for value in examples]
+    shown = [format_spec(value.shape, value.dtype) for value in examples]
+    if examples and shown != [inferred.get(name) for name in used]:
+        specs = list(shown)
+        for value in given.values():
+            node.demand(value)  # the shape was read off these values, so the graph is specialised to them
     for name, spec in zip(used, specs, strict=True):
         if spec is None:
             raise UnsupportedOperator(

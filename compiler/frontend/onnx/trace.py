@@ -245,7 +245,10 @@ class Interpreter:
                     values.append(Value("", None, tensor_from_numpy(np.asarray(result))))
             else:
                 example = examples[index] if index < len(examples) else None
-                values.append(Value("", result, example, sources if example is not None else frozenset()))
+                if example is not None and not sources:  # computed from constants, if not by a lowering
+                    values.append(Value("", None, example))
+                else:
+                    values.append(Value("", result, example, sources if example is not None else frozenset()))
         return values
 
     def _example_outputs(self, node: Node, lowering: Lowering) -> Sequence[torch.Tensor | None]:

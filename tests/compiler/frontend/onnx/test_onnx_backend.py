@@ -60,6 +60,15 @@ def test_values_that_decide_shapes_are_imported_again() -> None:
     assert prepared.imported is imported, "nothing that matters changed"
 
 
+def test_values_that_decide_how_many_results_there_are() -> None:
+    """NonZero finds another number of elements in other values of the same shape."""
+    model = model_of([helper.make_node("NonZero", ["x"], ["y"])], {"x": random(4)}, ["y"])
+    prepared = OpweaveBackend.prepare(model)
+    for values in ([0, 1, 0, 2], [0, 0, 0, 3], [1, 1, 1, 1]):
+        x = np.array(values, np.float32)
+        np.testing.assert_array_equal(prepared.run([x])[0], np.array(np.nonzero(x)))
+
+
 def test_planner_is_used() -> None:
     seen: list[ImportedModel] = []
 

@@ -45,6 +45,17 @@ def test_another_shape_than_planned_is_an_error() -> None:
         run(imported, {"x": np.full(4, -1, np.float32)})
 
 
+def test_reference_on_constants_runs_while_importing() -> None:
+    """NonZero of a constant shape: its result is a weight, and later nodes may need its value."""
+    nodes = [helper.make_node("NonZero", ["c"], ["i"]), helper.make_node("Expand", ["x", "i2"], ["y"])]
+    nodes.insert(1, helper.make_node("Reshape", ["i", "flat"], ["i2"]))
+    constants = {"c": np.array([0, 0, 5, 0, 7], np.float32), "flat": np.array([-1], np.int64)}
+    imported = load(model_of(nodes, {"x": random(1, 1)}, ["y"], constants=constants))
+    assert imported.fallbacks == {"NonZero": 1}
+    assert not [node for node in imported.module.graph.nodes if node.target == custom_ops.onnx_node]
+    assert run(imported, {"x": random(1, 1)})[0].shape == (2, 4)
+
+
 def test_strict_refuses_and_names() -> None:
     with pytest.raises(UnsupportedOperator, match="no lowering for Unique"):
         load(model_of(UNIQUE, {"x": random(4)}, [declared("y", [3])]), strict=True)
