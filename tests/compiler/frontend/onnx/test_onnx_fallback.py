@@ -12,7 +12,7 @@ from opweave.compiler.frontend.onnx import load
 from opweave.compiler.runtime import custom_ops
 from opweave.errors import ExecutionError, ModelError, UnsupportedOperator
 
-from .onnx_check import assert_same, declared, model_of, random, run, run_onnxruntime
+from .onnx_check import Array, assert_same, declared, model_of, random, run, run_onnxruntime
 
 UNIQUE = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Unique", ["r"], ["y"])]
 REQUANT = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("RequantShift", ["r", "m", "a"], ["y"], name="q",
@@ -49,7 +49,7 @@ def test_reference_on_constants_runs_while_importing() -> None:
     """NonZero of a constant shape: its result is a weight, and later nodes may need its value."""
     nodes = [helper.make_node("NonZero", ["c"], ["i"]), helper.make_node("Expand", ["x", "i2"], ["y"])]
     nodes.insert(1, helper.make_node("Reshape", ["i", "flat"], ["i2"]))
-    constants = {"c": np.array([0, 0, 5, 0, 7], np.float32), "flat": np.array([-1], np.int64)}
+    constants: dict[str, Array] = {"c": np.array([0, 0, 5, 0, 7], np.float32), "flat": np.array([-1], np.int64)}
     imported = load(model_of(nodes, {"x": random(1, 1)}, ["y"], constants=constants))
     assert imported.fallbacks == {"NonZero": 1}
     assert not [node for node in imported.module.graph.nodes if node.target == custom_ops.onnx_node]
