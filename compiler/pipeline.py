@@ -1,7 +1,7 @@
-"""Passes and the pipeline that runs them: verified after every pass, each with its seconds and its certificate.
+"""Passes and how they are run: verified after every one, each with its seconds and its certificate.
 
 A pass is a frozen dataclass whose fields are its options. It takes a plan and returns a plan that has decided one
-thing more. The pipeline times it, lets the verifier recount the result, and refuses a pass whose reported objective
+thing more. ``run_pass`` times it, lets the verifier recount the result, and refuses a pass whose reported objective
 the recount does not confirm.
 """
 
@@ -19,7 +19,7 @@ from ..errors import InternalError
 from .plan import Certificate, PassRecord, Plan
 from .verify import Verification, verify
 
-__all__ = ["Budget", "Decision", "Pass", "Pipeline", "Progress", "confirm", "run_pass"]
+__all__ = ["Budget", "Decision", "Pass", "Progress", "confirm", "run_pass"]
 
 
 @dataclass(frozen=True)
@@ -98,26 +98,13 @@ class Pass(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """Runs passes in turn; every pass gets an equal share of the time the ones before it left."""
-
-    passes: tuple[Pass, ...]
-
-    def run(self, plan: Plan, budget: Budget) -> Plan:
-        """Run all passes on ``plan``.
-
-        Raises:
-            Infeasible: a pass found that nothing fits.
-            InternalError: a pass made a plan that does not verify, or reported an objective the recount refutes.
-        """
-        for position, step in enumerate(self.passes):
-            plan = run_pass(step, plan, budget.share(1 / (len(self.passes) - position)))
-        return plan
-
-
 def run_pass(step: Pass, plan: Plan, budget: Budget) -> Plan:
-    """Run one pass, verify what it made, and record its seconds and certificate. Raises as ``Pipeline.run``."""
+    """Run one pass, verify what it made, and record its seconds and certificate.
+
+    Raises:
+        Infeasible: the pass found that nothing fits.
+        InternalError: it made a plan that does not verify, or reported an objective that the recount refutes.
+    """
     begin = time.monotonic()
     decision = step.apply(plan, budget)
     record = PassRecord(step.name, time.monotonic() - begin, decision.certificate, decision.note)
