@@ -15,8 +15,8 @@ from ...runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
 from .fallback import type_proto
 from .model import ImportedModel, load
 from .node import Value
-from .reading import require_tensors
 from .types import stored_dtype_of
+from .wellformed import require_tensors
 
 __all__ = ["Executable", "OpweaveBackend", "OpweaveRep", "Planner", "run_eagerly"]
 

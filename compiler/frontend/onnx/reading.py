@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
-from onnx import AttributeProto
 
-from ....errors import ModelError, OptionError, UnsupportedOperator
+from ....errors import ModelError, OptionError
 from .external import parse_file
 from .types import TORCH_DTYPES, shape_elements, stored_dtype_of
+from .wellformed import check_graph, check_names, in_order, require_tensors
 
-__all__ = [
-    "InputSpec",
-    "SourceModel",
-    "captured_names",
-    "input_names",
-    "read_model",
-    "require_tensors",
-]
+__all__ = ["InputSpec", "SourceModel", "input_names", "read_model"]
 
 OLDEST_OPSET = 7
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -71,13 +63,14 @@ def read_model(
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError("the file holds no ONNX graph", hint="is it an ONNX model, and was it copied completely?")
     opsets = _opsets(proto.opset_import)
-    _check_names(proto.graph)
+    check_names(proto.graph)
     require_tensors(proto.graph)
-    _check_graph(proto.graph)
+    check_graph(proto.graph)
     _check_dims(proto.graph, dims)
+    dims = _bind_by_examples(proto.graph, dims, examples)
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = tuple(_input_spec(info, dims, examples) for info in proto.graph.input if info.name not in initializers)
-    return SourceModel(proto, folder, inputs, _in_order(proto.graph), opsets, _declared(proto.graph, dims))
+    return SourceModel(proto, folder, inputs, in_order(proto.graph), opsets, _declared(proto.graph, dims))
 
 
 def input_names(source: str | Path | onnx.ModelProto) -> tuple[str, ...]:
@@ -104,120 +97,6 @@ def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     return opsets
 
 
-def _check_names(root: onnx.GraphProto) -> None:
-    """Names are text: protobuf hands out bytes where a name is not valid UTF-8."""
-    pending = [root]
-    while pending:
-        graph = pending.pop()
-        named = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-        names = [entry.name for entry in named]
-        for node in graph.node:
-            names += [node.name, node.op_type, node.domain, *node.input, *node.output]
-            names += [attribute.name for attribute in node.attribute]
-            pending.extend(_subgraphs(node))
-        for name in names:
-            if not isinstance(name, str):
-                raise ModelError(f"a name in the graph is not valid UTF-8: {name!r}")
-
-
-def _check_graph(graph: onnx.GraphProto) -> None:
-    """Every value has one name and one maker, and whatever is used is made."""
-    if graph.sparse_initializer:
-        raise UnsupportedOperator("the model stores sparse initializers, which opweave does not read")
-    known = _unique((info.name for info in graph.input), "graph input")
-    known |= _unique((tensor.name for tensor in graph.initializer), "initializer")
-    for index, node in enumerate(graph.node):
-        for name in node.output:
-            if name and name in known:
-                raise ModelError(f"{_where(node, index)} makes {name!r} a second time; ONNX values are assigned once")
-            known.update([name] if name else [])
-    for index, node in enumerate(graph.node):
-        for name in (*node.input, *captured_names(node)):
-            if name and name not in known:
-                raise ModelError(
-                    f"{_where(node, index)} uses {name!r}, which no node makes and which is no input or initializer"
-                )
-    for info in graph.output:
-        if info.name not in known:
-            raise ModelError(f"graph output {info.name!r} is made by no node")
-
-
-def _unique(names: Iterator[str], what: str) -> set[str]:
-    found: set[str] = set()
-    for name in names:
-        if not name or name in found:
-            raise ModelError(f"{what} {name!r} is declared twice" if name else f"one {what} has no name")
-        found.add(name)
-    return found
-
-
-def _where(node: onnx.NodeProto, index: int) -> str:
-    return f"node {node.name or index!r} ({node.op_type})"
-
-
-def _in_order(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, ...]:
-    """The nodes so that each comes after what it uses, otherwise in the model's order; ModelError if there is a cycle.
-
-    ONNX asks for topological order, but exporters are known that do not keep it.
-    """
-    maker = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
-    missing: list[int] = []
-    users: dict[int, list[int]] = {}
-    for index, node in enumerate(graph.node):
-        makers = {maker[name] for name in (*node.input, *captured_names(node)) if name in maker}
-        missing.append(len(makers))
-        for other in makers:
-            users.setdefault(other, []).append(index)
-    ready = [index for index, count in enumerate(missing) if count == 0]
-    heapq.heapify(ready)
-    order: list[int] = []
-    while ready:
-        index = heapq.heappop(ready)
-        order.append(index)
-        for user in users.get(index, ()):
-            missing[user] -= 1
-            if missing[user] == 0:
-                heapq.heappush(ready, user)
-    if len(order) < len(graph.node):
-        stuck = next(index for index, count in enumerate(missing) if count > 0)
-        raise ModelError(f"the graph is cyclic: {_where(graph.node[stuck], stuck)} depends on its own result")
-    return tuple(graph.node[index] for index in order)
-
-
-def captured_names(node: onnx.NodeProto) -> list[str]:
-    """Names that the node's subgraphs use from outside, each once, found without recursion."""
-    found: dict[str, None] = {}
-    pending = [(graph, frozenset[str]()) for graph in _subgraphs(node)]
-    while pending:
-        graph, outer = pending.pop()
-        local = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer} | outer
-        for inner in graph.node:
-            found.update((name, None) for name in inner.input if name and name not in local)
-            local.update(inner.output)
-            pending.extend((subgraph, frozenset(local)) for subgraph in _subgraphs(inner))
-        found.update((info.name, None) for info in graph.output if info.name not in local)
-    return list(found)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def require_tensors(graph: onnx.GraphProto) -> None:
-    """UnsupportedOperator if an input or output of the graph is a sequence, an optional, a map or of no type."""
-    initializers = {tensor.name for tensor in graph.initializer}
-    for what, infos in (("input", graph.input), ("output", graph.output)):
-        for info in infos:
-            kind = info.type.WhichOneof("value")
-            untyped_output = what == "output" and kind is None
-            if kind != "tensor_type" and info.name not in initializers and not untyped_output:
-                described = (kind or "value of no type").removesuffix("_type")
-                raise UnsupportedOperator(f"graph {what} {info.name!r} is of kind {described}, not a tensor")
-
-
 def _dimension_names(graph: onnx.GraphProto) -> list[str]:
     names = {
         dim.dim_param
@@ -242,6 +121,34 @@ def _check_dims(graph: onnx.GraphProto, dims: Mapping[str, int]) -> None:
             raise OptionError(f"the model has no dimension {name!r}", hint=f"its dimensions are: {known}")
         if size < 0:
             raise OptionError(f"dimension {name!r} is set to {size}; a size is at least 0")
+
+
+def _bind_by_examples(
+    graph: onnx.GraphProto, dims: Mapping[str, int], examples: Mapping[str, torch.Tensor]
+) -> dict[str, int]:
+    """``dims`` and what the examples add; OptionError where an example contradicts the model, ``dims`` or another."""
+    bound = dict(dims)
+    initializers = {tensor.name for tensor in graph.initializer}
+    names = [info.name for info in graph.input if info.name not in initializers]
+    for name in examples:
+        if name not in names:
+            raise OptionError(f"the model has no input {name!r}", hint=f"its inputs are: {', '.join(names) or 'none'}")
+    for info in graph.input:
+        example, declared = examples.get(info.name), info.type.tensor_type
+        if example is None or not declared.HasField("shape"):
+            continue
+        sizes = declared.shape.dim
+        expected = [bound.get(dim.dim_param, dim.dim_param) if dim.dim_param else dim.dim_value for dim in sizes]
+        fits = len(sizes) == example.dim() and all(
+            not dim.WhichOneof("value") or wanted == size or isinstance(wanted, str)
+            for dim, wanted, size in zip(sizes, expected, example.shape, strict=True)
+        )
+        if not fits:
+            raise OptionError(
+                f"the example for input {info.name!r} has shape {list(example.shape)}, the model takes {expected}"
+            )
+        bound.update({dim.dim_param: size for dim, size in zip(sizes, example.shape, strict=True) if dim.dim_param})
+    return bound
 
 
 def _input_spec(info: onnx.ValueInfoProto, dims: Mapping[str, int], examples: Mapping[str, torch.Tensor]) -> InputSpec:

@@ -23,7 +23,8 @@ from .graph import Recorder, untraced
 from .lowering import LOWERINGS
 from .node import CannotLower, Literal, Lowered, Lowering, Node, Value
 from .operands import Definition, check_packed, describe, from_definition, packed_name
-from .reading import SourceModel, captured_names
+from .reading import SourceModel
+from .wellformed import captured_names
 
 __all__ = ["Definition", "Interpreter", "Scope"]
 

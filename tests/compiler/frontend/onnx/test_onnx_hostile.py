@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from opweave.compiler.frontend.onnx import load
@@ -154,6 +155,23 @@ def test_unknown_dimension_lists_the_known() -> None:
     assert load(model, dims={"n": 2, "m": 3}).input_specs[0].shape == (2, 3)
     with pytest.raises(OptionError, match="at least 0"):
         load(model, dims={"n": -2, "m": 3})
+
+
+def test_examples_bind_dimensions_and_must_agree() -> None:
+    model = parsed("g (float[n, 3] x, float[n] z) => (float[n, 3] y) { y = Relu(x) }")
+    examples = {"x": torch.zeros(2, 3)}
+    assert [spec.shape for spec in load(model, examples=examples).input_specs] == [(2, 3), (2,)]
+    for wrong in (torch.zeros(2, 4), torch.zeros(2, 3, 1)):
+        with pytest.raises(OptionError, match=r"example for input 'x' has shape .* the model takes"):
+            load(model, examples={"x": wrong})
+    with pytest.raises(OptionError, match=r"'z' has shape \[5\], the model takes \[2\]"):
+        load(model, examples={**examples, "z": torch.zeros(5)})
+    with pytest.raises(OptionError, match=r"the model takes \[7, 3\]"):
+        load(model, examples=examples, dims={"n": 7})
+    with pytest.raises(OptionError, match=r"float64, expected torch.float32"):
+        load(model, examples={"x": torch.zeros(2, 3, dtype=torch.float64)})
+    with pytest.raises(OptionError, match="no input 'w'"):
+        load(model, examples={"w": torch.zeros(2)})
 
 
 def test_dimension_without_a_name() -> None:
