@@ -24,9 +24,10 @@ def fit_by_repair(
 ) -> tuple[Answer, list[int]]:
     """Place a component ``items``, now at ``offsets`` (units), within ``capacity`` bytes.
 
-    Around the first item that ends too high, a window of steps is cleared and its items are placed anew between
-    those that stay; while that fails, the window grows, in the end to the whole component, which makes the method
-    complete. Items of one window that cannot be placed even by themselves prove that nothing can.
+    The whole is asked first, briefly. Then, around the first item that ends too high, a window of steps is cleared
+    and its items are placed anew between those that stay; while that fails, the window grows, in the end to the whole
+    component, which makes the method complete. Items of one window that cannot be placed even by themselves prove
+    that nothing can.
 
     Returns:
         The answer for all of ``items``, and the items of the last window: a conflict if the verdict is IMPOSSIBLE.
@@ -35,6 +36,10 @@ def fit_by_repair(
     place = dict(zip(items, offsets, strict=True))
     first_steps = sorted({packing.begins[i] for i in items})
     window = SMALLEST_WINDOW
+    if len(first_steps) > 4 * window:
+        whole = fit_by_constraints(packing, items, capacity, budget, seconds=seconds(False))
+        if whole.verdict is Verdict.PLACED:
+            return whole, []
     while high := [i for i in items if place[i] > packing.highest_offset(i, capacity)]:
         cleared = _cleared(packing, items, first_steps, high[0], window)
         complete = len(cleared) == len(items)
@@ -43,14 +48,18 @@ def fit_by_repair(
             return Answer(alone.verdict), cleared
         if complete:
             return alone, cleared
+        if alone.verdict is Verdict.UNKNOWN:  # too hard by itself: the difficulty is not where the window ends
+            window = 2 * len(first_steps)
+            continue
         fixed = _neighbours(packing, cleared, place, capacity)
-        if alone.verdict is Verdict.PLACED and fixed:
-            alone = fit_by_constraints(packing, cleared, capacity, budget, seconds=seconds(complete), fixed=fixed)
-        if alone.verdict is Verdict.PLACED:
-            place.update(zip(cleared, alone.offsets, strict=True))
+        between = alone
+        if fixed:
+            between = fit_by_constraints(packing, cleared, capacity, budget, seconds=seconds(False), fixed=fixed)
+        if between.verdict is Verdict.PLACED:
+            place.update(zip(cleared, between.offsets, strict=True))
             window = SMALLEST_WINDOW
-        else:  # a window too hard to decide says that the difficulty is not a local one
-            window = 2 * window if alone.verdict is Verdict.IMPOSSIBLE else len(first_steps) * 2
+        else:
+            window *= 2
     return Answer(Verdict.PLACED, tuple(place[i] for i in items)), []
 
 
