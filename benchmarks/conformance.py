@@ -1,7 +1,8 @@
 """Does opweave compute what ONNX says? The node cases of onnx itself, each with its expected outputs.
 
 ``python -m benchmarks.conformance [--filter RE] [--json FILE] [--list] [--limit N] [--without-onnxruntime]`` runs every
-case of ``onnx.backend.test.case.node.collect_testcases`` through opweave and through onnxruntime. Dtypes and shapes are
+case of ``onnx.backend.test.case.node.collect_testcases`` through opweave (imported, planned for the least scratchpad
+that works, verified, executed in it) and through onnxruntime. Dtypes and shapes are
 compared strictly, values to the case's tolerance (16-bit results to two units in the last place). A case passes
 natively if every node went through opweave's own lowerings, by fallback if onnx's reference implementation computed at
 least one. A wrong answer is ``failed``, never ``unsupported``. The exit status is 1 if opweave failed a case, 2 if
@@ -25,7 +26,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from opweave.errors import OpweaveError
+import opweave
+from opweave.errors import InternalError, OpweaveError, VerificationError
 
 #: Two units in the last place, for 16-bit results: what onnx's own runner allows bfloat16.
 TWO_ULPS = {"bfloat16": 2.0**-6, "float16": 2.0**-9}
@@ -51,19 +53,22 @@ class Unsupported(Exception):
 
 
 def execute(model: onnx.ModelProto, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[str]]:
-    """Run ``model`` with opweave; the outputs, and the operators that went through the reference implementation."""
-    from opweave.compiler.frontend.onnx.backend import OpweaveBackend
+    """Plan ``model`` for the least scratchpad, verify the plan, and execute it there byte for byte.
 
-    prepared = OpweaveBackend.prepare(model)
+    Returns the outputs, and the operators that went through the reference implementation.
+    """
+    prepared = opweave.onnx_backend.prepare(model)
     outputs = prepared.run(inputs)
     assert prepared.imported is not None
     return outputs, sorted(prepared.imported.fallbacks)
 
 
 def with_opweave(model: onnx.ModelProto, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[str]]:
-    """As ``execute``, with opweave's deliberate errors turned into ``Unsupported``."""
+    """As ``execute``, with opweave's refusals turned into ``Unsupported``; contradictions of its own are failures."""
     try:
         return execute(model, inputs)
+    except (InternalError, VerificationError):
+        raise
     except OpweaveError as error:
         raise Unsupported(f"{error.code}: {error.message}") from error
 

@@ -90,7 +90,19 @@ def _evaluator(node: str) -> Any:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    return ReferenceEvaluator(onnx.load_model_from_string(base64.b64decode(node)))
+    model = onnx.load_model_from_string(base64.b64decode(node))
+    if _names_a_file(model):
+        # A plan may come from a stranger: the reference implementation would open whatever path the node names.
+        raise ExecutionError("an ONNX node holds a tensor that lies in an external file; plans carry no file names")
+    return ReferenceEvaluator(model)
+
+
+def _names_a_file(message: Any) -> bool:
+    """Whether a protobuf message, or one inside it, is a tensor with external data."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        return bool(message.external_data) or message.data_location != 0
+    parts = (value for field, value in message.ListFields() if field.message_type is not None)
+    return any(_names_a_file(part) for value in parts for part in ([value] if hasattr(value, "ListFields") else value))
 
 
 def evaluate_reference(inputs: Sequence[torch.Tensor], op_type: str, node: str) -> list[torch.Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -195,3 +198,19 @@ def test_declared_type_of_an_opaque_output() -> None:
     (call,) = [node for node in load(model).module.graph.nodes if node.target == custom_ops.opaque]
     assert call.args[1] == "vendor::Thing"
     assert [(tuple(v.shape), v.dtype) for v in call.meta["val"]] == [((5,), torch.int8)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_node_from_a_stranger_opens_no_file(nested: bool, tmp_path: Path) -> None:
+    """A plan's ONNX node may not name a file, neither in an attribute nor in a graph inside it."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    tensor = TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=str(secret))
+    node = helper.make_node("Constant", [], ["y"], value=tensor)
+    if nested:
+        branch = helper.make_graph([node], "branch", [], [onnx.ValueInfoProto(name="y")])
+        node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    model = helper.make_model(helper.make_graph([node], "g", [], [onnx.ValueInfoProto(name="y")]))
+    with pytest.raises(ExecutionError, match="external file"):
+        custom_ops.evaluate_reference([], "Constant", base64.b64encode(model.SerializeToString()).decode())
