@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -84,6 +85,7 @@ def _default(field: dataclasses.Field[Any]) -> object:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
+@functools.cache  # what lies under passes/ does not change while a process runs
 def _methods() -> dict[str, str]:
     """Full module name of each pass, by its path name."""
     package = importlib.import_module(__package__ or "")
@@ -121,6 +123,7 @@ def _defines_apply(node: ast.ClassDef) -> bool:
     return any(isinstance(item, ast.FunctionDef) and item.name == "apply" for item in node.body)
 
 
+@functools.cache
 def _class_of(name: str) -> type[Any]:
     methods = _methods()
     if name not in methods:
