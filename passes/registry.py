@@ -85,7 +85,6 @@ def _default(field: dataclasses.Field[Any]) -> object:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-@functools.cache  # what lies under passes/ does not change while a process runs
 def _methods() -> dict[str, str]:
     """Full module name of each pass, by its path name."""
     package = importlib.import_module(__package__ or "")
@@ -105,11 +104,15 @@ def _method_classes(roots: Iterable[str], folder: str, module: str) -> Iterator[
     for root in roots:
         source = Path(root) / folder / f"{module}.py"
         if source.is_file():
-            tree = ast.parse(source.read_bytes())
-            public = _public_names(tree)
-            for node in tree.body:
-                if isinstance(node, ast.ClassDef) and node.name in public and _defines_apply(node):
-                    yield node.name
+            yield from _classes_in(source)
+
+
+@functools.cache  # parsing every pass takes longer than making one, and sources stay as they are while a process runs
+def _classes_in(source: Path) -> tuple[str, ...]:
+    tree = ast.parse(source.read_bytes())
+    public = _public_names(tree)
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    return tuple(node.name for node in classes if node.name in public and _defines_apply(node))
 
 
 def _public_names(tree: ast.Module) -> frozenset[str]:
@@ -123,7 +126,6 @@ def _defines_apply(node: ast.ClassDef) -> bool:
     return any(isinstance(item, ast.FunctionDef) and item.name == "apply" for item in node.body)
 
 
-@functools.cache
 def _class_of(name: str) -> type[Any]:
     methods = _methods()
     if name not in methods:
