@@ -70,15 +70,18 @@ def place(plan: Plan, residency: Pass, address: Pass, budget: Budget) -> Plan:
             if not cut.gaps or cut in cuts:
                 break
             cuts += (cut,)
-    return _place_with_room(plan, address, budget, proven)
+    return _place_with_room(plan, address, budget, proven, cuts)
 
 
-def _place_with_room(plan: Plan, address: Pass, budget: Budget, proven: Certificate | None) -> Plan:
+def _place_with_room(
+    plan: Plan, address: Pass, budget: Budget, proven: Certificate | None, cuts: tuple[Cut, ...]
+) -> Plan:
+    """``cuts`` stay in force: without them the master may move less than what they have proven it must."""
     capacity = plan.machine.scratchpad_memory.capacity_bytes
     for part in RESERVES:
         reserve = capacity // part
         note = f"{reserve:,} bytes held back for fragmentation"
-        resident, _ = _reside(IlpResidency(reserve_bytes=reserve), plan, budget.share(0.3), proven, note)
+        resident, _ = _reside(IlpResidency(cuts, reserve), plan, budget.share(0.3), proven, note)
         try:
             return run_pass(address, resident, budget.share(0.3))
         except PlacementError:

@@ -120,6 +120,29 @@ def test_addresses_that_give_up_still_end_in_a_plan(residency: str, limit: int) 
     assert certificate.value == result.additional_bytes > certificate.bound
 
 
+@dataclass(frozen=True)
+class GivingUp:
+    """Proves that the residency without cuts has no placement, and gives up on the first one with a cut."""
+
+    @property
+    def name(self) -> str:
+        return "address/giving_up"
+
+    def apply(self, plan: Plan, budget: Budget) -> Decision:
+        if plan.passes[-1].note.endswith("1 placement cuts"):
+            raise PlacementError("no", conflict=(), proven=False, required_bytes=1, available_bytes=0)
+        return ExactPlacement().apply(plan, budget)
+
+
+def test_what_cuts_have_proven_stays_proven_when_addresses_give_up() -> None:
+    """The residencies tried then, with little held back, must not be those that the cuts have excluded."""
+    plan = fragmenting()
+    placed = place(plan, IlpResidency(), GivingUp(), Budget.of_seconds(20))
+    certificate = next(c for c in placed.certificates if c.objective == "additional_traffic_bytes")
+    assert verify(placed).faults == ()
+    assert certificate.value >= best_placeable(plan) >= certificate.bound > 0
+
+
 def test_the_planner_names_what_it_lacks() -> None:
     plan = fragmenting()
     small = Plan.of_order(plan.graph, machine().with_scratchpad(16))
