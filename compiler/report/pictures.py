@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from ..plan import Plan
-from ..verify import Verification, verify
+from ..verify import BufferTraffic, Verification, verify
 from . import view
 from .figure import Rectangle, bytes_axis, fill, legend, new_figure, plain, remark, save, steps_axis, time_axis
 from .palette import BOUND_COLOUR, CAPACITY_COLOUR, CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
@@ -99,19 +99,19 @@ def live_bytes(plan: Plan, path: str | Path) -> None:
 
 
 def traffic(plan: Plan, path: str | Path, verification: Verification | None = None) -> None:
-    """Off-chip bytes of the tensors that move most, split into compulsory and additional, by the verifier's count."""
+    """Off-chip bytes by tensor, compulsory and additional, by the verifier's count; those beyond need come first."""
     counted = verification or verify(plan)
-    most = [t for t in counted.traffic if t.total_bytes][:_MOST_BUFFERS]
+    most = _most_moved(counted)
     figure, axes = _figure("Off-chip traffic by tensor", plan, 260 + 26 * max(len(most), 4))
     rows = range(len(most))
     compulsory = [min(t.compulsory_bytes, t.total_bytes) for t in most]
     additional = [t.total_bytes - c for t, c in zip(most, compulsory, strict=True)]
     axes.barh(rows, compulsory, color=TRAFFIC_COLOURS["compulsory"], height=0.72)
     axes.barh(rows, additional, left=compulsory, color=TRAFFIC_COLOURS["additional"], height=0.72)
-    axes.set_yticks(rows, [plain(t.buffer, 44) for t in most], fontsize=9, parse_math=False)
+    axes.set_yticks(rows, [plain(t.buffer) for t in most], fontsize=9, parse_math=False)
     axes.set_ylim(max(len(most), 4) - 0.4, -0.6)
     bytes_axis(axes, max((t.total_bytes for t in most), default=1), vertical=False)
-    axes.set_xlabel(f"bytes moved; the {len(most)} of {len(counted.traffic):,} tensors that move most")
+    axes.set_xlabel(f"bytes moved; {len(most)} of {len(counted.traffic):,} tensors, most additional bytes first")
     totals = {"compulsory": counted.compulsory_bytes, "additional": counted.additional_bytes}
     legend(
         axes,
@@ -120,6 +120,13 @@ def traffic(plan: Plan, path: str | Path, verification: Verification | None = No
     if not most:
         remark(axes, "nothing is moved" if plan.residences is not None else "no residences are decided")
     save(figure, Path(path))
+
+
+def _most_moved(counted: Verification) -> list[BufferTraffic]:
+    """The rows worth a bar, by additional, then by all traffic: large weights must not crowd out what is spilled."""
+    moved = [row for row in counted.traffic if row.total_bytes]
+    moved.sort(key=lambda row: (row.compulsory_bytes - row.total_bytes, -row.total_bytes, row.buffer))
+    return moved[:_MOST_BUFFERS]
 
 
 def traffic_curve(points: Iterable[CurvePoint], path: str | Path, title: str = "") -> None:

@@ -2,8 +2,8 @@
 const PAGE_ROWS = 50;
 
 // `columns` are { name, value(row), show(row), number }; `rows` any values; `text(row)` is what the filter looks in.
-function makeTable(place, { columns, rows, sort, text, filterName, empty, key = [] }) {
-  const state = { sort, ascending: !columns[sort].number, filter: "", limit: PAGE_ROWS };
+function makeTable(place, { columns, rows, sort, text, filterName, empty, ascending = !columns[sort].number, key = [] }) {
+  const state = { sort, ascending, filter: "", limit: PAGE_ROWS };
   const head = element("tr");
   const body = element("tbody");
   const counter = element("span", { class: "quiet" });
@@ -101,7 +101,7 @@ function makeOperators() {
     columns.push({ name: "of latency", number: true, value: takes, show: (s) => formatPercent(takes(s) / (scaleOf("time").full || 1)) });
   }
   const text = (s) => `${ops.name[op(s)]} ${ops.body[op(s)]} ${ops.origin[op(s)]}`;
-  const settings = { columns, rows, sort: 0, text, filterName: "search operators", empty: "no operators" };
+  const settings = { columns, rows, sort: 0, ascending: true, text, filterName: "search operators", empty: "no operators" };
   drawn.operators = makeTable(byId("operators"), settings);
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from opweave.compiler.graph import Graph
-from opweave.compiler.plan import Plan
+from opweave.compiler.plan import Plan, Run
 from opweave.compiler.report import view, write_html
 from opweave.compiler.verify import verify
 from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, dense, faulty, hostile, recorded, spilling
@@ -140,6 +140,13 @@ def test_the_page_says_what_was_proven(tmp_path: Path) -> None:
     assert "12.5 % by integer programming over every residency of this order" in text
     assert "of the plan before later passes; searched everything" in text
     assert "verified" in text
+
+
+def test_operators_are_listed_in_the_order_they_run(tmp_path: Path) -> None:
+    plan = spilling()
+    table = document_of(plan, tmp_path).partition('id="operators"')[2]
+    steps = [int(text) for text in re.findall(r'<tr><td class="number">(\d+)</td>', table)]
+    assert steps == [step for step, instruction in enumerate(plan.instructions) if isinstance(instruction, Run)]
 
 
 def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib import image
 from opweave.compiler.plan import Plan
 from opweave.compiler.report import pictures, view
 from opweave.compiler.report.palette import CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
-from opweave.compiler.verify import verify
+from opweave.compiler.verify import BufferTraffic, verify
 from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
 from tests.graphs.build import all_graphs
 
@@ -86,13 +86,27 @@ def test_the_traffic_picture_splits_in_the_verifiers_proportion(tmp_path: Path) 
     assert area(pixels(tmp_path / "some.png"), TRAFFIC_COLOURS["additional"]) > 10 * only_legend
 
 
+def test_weights_do_not_crowd_spilled_tensors_out_of_the_traffic_picture(tmp_path: Path) -> None:
+    """Thirty large weights are read once each; the one small tensor that moves twice still has its bar."""
+    weights = [BufferTraffic(f"w{i:02}", 9000, 0, 0, 9000) for i in range(30)]
+    rows = (*weights, BufferTraffic("spilled", 500, 500, 0, 0))
+    plan = spilling()
+    counted = dataclasses.replace(verify(plan), traffic=rows)
+    pictures.traffic(plan, tmp_path / "traffic.png", counted)
+    pictures.traffic(plan, tmp_path / "without.png", dataclasses.replace(counted, traffic=tuple(weights)))
+    shown, legend_alone = (
+        area(pixels(tmp_path / f"{name}.png"), TRAFFIC_COLOURS["additional"]) for name in ("traffic", "without")
+    )
+    assert shown > legend_alone
+
+
 def test_the_same_plan_gives_the_same_picture(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         pictures.memory_map(spilling(), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Point:
     """One size and what it costs."""
 
