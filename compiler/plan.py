@@ -206,7 +206,10 @@ class Plan(msgspec.Struct, frozen=True):
             data = Path(path).read_bytes()
         except OSError as error:
             raise PlanError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
-        return cls.from_json(data)
+        try:
+            return cls.from_json(data)
+        except PlanError as error:
+            raise PlanError(f"cannot read plan {str(path)!r}: {error.message}", hint=error.hint) from error
 
 
 class _Header(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...compiler.graph import Role
 from ...compiler.plan import Plan
 from ...errors import Infeasible
 
@@ -50,8 +51,17 @@ def require_fit(plan: Plan) -> None:
         f"has {memory.capacity_bytes}{others}; its working set is {_terms(plan, worst)}",
         required_bytes=required,
         available_bytes=memory.capacity_bytes,
-        hint=f"the least scratchpad that works for this model is {required} bytes; streaming weights may lower it",
+        hint=f"the least scratchpad that works for this model is {required} bytes{_alternative(plan, worst)}",
     )
+
+
+def _alternative(plan: Plan, op: int) -> str:
+    """What else would help ``op``: streaming, where its working set holds weights that nobody writes."""
+    graph = plan.graph
+    written = {buffer for buffers in graph.writes for buffer in buffers}
+    roles = {graph.buffers[name].role for name, _ in _working_set(plan, op) if name not in written}
+    streamable = any(role.is_source and role is not Role.INPUT for role in roles)
+    return "; streaming weights may lower it" if streamable else ""
 
 
 def _least_bytes(plan: Plan, op: int) -> int:

@@ -72,6 +72,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Plan.load(tmp_path / "missing.json")
     with pytest.raises(PlanError, match="cannot read plan"):
         Plan.load(tmp_path)
+    (tmp_path / "half.json").write_text('{"schema_version": 1, ')
+    with pytest.raises(PlanError, match=r"cannot read plan '.*half\.json': not a plan"):
+        Plan.load(tmp_path / "half.json")
 
 
 def changed(*path: str | int, to: Any) -> bytes:

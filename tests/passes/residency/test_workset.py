@@ -32,7 +32,20 @@ def test_operator_that_does_not_fit_is_named_with_its_terms(name: str) -> None:
     assert (failure.value.required_bytes, failure.value.available_bytes) == (388, 256)
     for part in ("'join'", "388", "256", "'sram'", "'x2' 102, 'x1' 101, 'x0' 100, 'y' 64"):
         assert part in failure.value.message
-    assert "388 bytes" in failure.value.hint
+    assert failure.value.hint == "the least scratchpad that works for this model is 388 bytes"
+
+
+def test_streaming_is_advised_only_where_there_is_a_weight_to_stream() -> None:
+    tensors = (
+        Tensor("x", (10,), "int8", Role.INPUT),
+        Tensor("w", (90,), "int8", Role.WEIGHT),
+        Tensor("y", (5,), "int8"),
+    )
+    graph = Graph("dense", tensors, (Op("dense", ("x", "w"), ("y",)),), ("y",))
+    for streamed, advised in (((), True), (("w",), False)):
+        with pytest.raises(Infeasible) as failure:
+            require_fit(Plan.of_order(graph, machine(14, 1), streamed=streamed))
+        assert ("streaming weights may lower it" in failure.value.hint) == advised
 
 
 def test_long_working_sets_are_summed_up() -> None:
