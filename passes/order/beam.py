@@ -65,7 +65,7 @@ class BeamOrder:
             best.offer(
                 improve(problem, best.order, patience=patience, seed=budget.seed, halted=halted, found=best.tell)
             )
-        note = f"estimated {best.spill} additional bytes, {best.given} in the given order"
+        note = f"estimated {best.spill:,} additional bytes, {best.given:,} in the given order"
         return decide(plan, problem, best.order, note=note)
 
     def _widest(self, operators: int) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ...compiler.pipeline import Decision
 from ...compiler.plan import Certificate, Plan
+from ..residency.workset import aligned_bytes
 
 __all__ = ["Eviction", "OrderProblem", "decide", "depths"]
 
@@ -60,7 +61,7 @@ class OrderProblem:
                     final_writer[index[name]] = op
         alignment = plan.machine.scratchpad_memory.alignment_bytes
         nbytes = tuple(graph.buffers[name].nbytes for name in names)
-        footprint = tuple(-(-size // alignment) * alignment for size in nbytes)
+        footprint = tuple(aligned_bytes(size, alignment) for size in nbytes)
         largest = max((sum(footprint[b] for b in buffers) for buffers in touches), default=0)
         return cls(
             capacity=max(plan.machine.scratchpad_memory.capacity_bytes, largest),
@@ -103,6 +104,8 @@ class OrderProblem:
         clean, what must be stored first, and outputs that are stored anyway, so their traffic is an upper bound on
         the least additional traffic of the order.
         """
+        # The walk of residency/eviction.py decides better, on a problem built for one order. A search asks about
+        # thousands of orders, and building that problem alone takes several times as long as both walks here.
         uses: list[list[int]] = [[] for _ in self.users]
         for step, op in enumerate(order):
             for buffer in self.touches[op]:
