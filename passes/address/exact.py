@@ -10,7 +10,7 @@ from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Plan
 from ...errors import OptionError
 from .conflict import reduced
-from .gaps import PRIORITIES, best_of
+from .gaps import PRIORITIES, best_of, stacked
 from .no_overlap import Answer, Verdict
 from .packing import Packing
 from .placement import check_fullest_step, no_placement, placed
@@ -74,14 +74,14 @@ class _Search:
     begin: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
-        """Place everything by the better of first fit and best fit, whatever the arena."""
+        """Place everything by the better of first fit and best fit, or side by side, whatever the arena."""
         self.offsets = [0] * len(self.packing.items)
         self.components = self.packing.components()
         for items in self.components:
             found = best_of(self.packing, items, PRIORITIES)
             if self.packing.arena_bytes(items, found) > self.packing.capacity or self.options.minimize:
-                other = best_of(self.packing, items, PRIORITIES, tightest=True)
-                found = min(found, other, key=lambda offsets: self.packing.arena_bytes(items, offsets))
+                others = best_of(self.packing, items, PRIORITIES, tightest=True), stacked(self.packing, items)
+                found = min(found, *others, key=lambda offsets: self.packing.arena_bytes(items, offsets))
             self._keep(items, found)
         self._tell()
 

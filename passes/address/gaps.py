@@ -9,7 +9,7 @@ import numpy as np
 
 from .packing import Packing
 
-__all__ = ["PRIORITIES", "best_of", "place_in_order"]
+__all__ = ["PRIORITIES", "best_of", "place_in_order", "stacked"]
 
 #: What an order of placing sorts by, largest first; ties by begin, then index.
 PRIORITIES: Mapping[str, Callable[[Packing, int], tuple[int, ...]]] = MappingProxyType(
@@ -20,6 +20,15 @@ PRIORITIES: Mapping[str, Callable[[Packing, int], tuple[int, ...]]] = MappingPro
         "begin": lambda p, i: (-p.begins[i], p.units[i]),
     }
 )
+
+
+def stacked(packing: Packing, items: Sequence[int]) -> list[int]:
+    """Offsets of ``items`` in units, the most padded placed last.
+
+    Where all are resident at one step, it so comes to lie on top, and the arena is ``together_bytes``: the least.
+    """
+    padding = [packing.units[i] * packing.alignment - packing.nbytes[i] for i in items]
+    return place_in_order(packing, items, sorted(range(len(items)), key=lambda k: padding[k]))
 
 
 def best_of(packing: Packing, items: Sequence[int], orders: Iterable[str], *, tightest: bool = False) -> list[int]:
