@@ -259,7 +259,7 @@ def source_model(path: str | Path) -> str:
     source = Plan.load(path).source
     if not source.path:
         raise PlanError(f"plan {str(path)!r} was not made from a file", hint="load_plan(path, model) takes any model")
-    if not Path(source.path).exists():
+    if not Path(source.path).is_file():  # a plan from a stranger may name a device, which has no end
         raise PlanError(f"the plan's model {source.path!r} is not there", hint="say where it is: --model PATH")
     if _sha256(Path(source.path)) != source.sha256:
         raise PlanError(f"the plan's model {source.path!r} has changed since", hint="compile it again")

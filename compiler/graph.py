@@ -46,6 +46,7 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     }
 )
 
+MAX_DIMENSIONS = 64  # PyTorch's and NumPy's own limit
 MAX_BUFFER_BYTES = 1 << 50  # above any memory in sight: a larger tensor is a malformed or hostile model
 
 
@@ -108,6 +109,8 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
             msgspec.structs.force_setattr(self, "buffer", self.name)
         if self.dtype not in DTYPE_BYTES:
             raise ModelError(f"tensor {self.name!r} has dtype {self.dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise ModelError(f"tensor {self.name!r} has {len(self.shape)} dimensions, more than {MAX_DIMENSIONS}")
         if any(extent < 0 for extent in self.shape) or self.nbytes > MAX_BUFFER_BYTES:
             raise ModelError(f"tensor {self.name!r} has shape {list(self.shape)}, outside 0 to 2**50 bytes")
 
@@ -265,6 +268,8 @@ def _check_program_order(graph: Graph) -> None:
     produced: set[str] = set()
     operator_outputs = {name for op in graph.ops for name in op.outputs}
     for op in graph.ops:
+        if not 0 <= op.flops < 1 << 63:  # what a plan's JSON can hold
+            raise ModelError(f"operator {op.name!r} has {op.flops} flops, outside 0 to 2**63 - 1")
         for name in op.inputs:
             tensor = _known(graph, name, f"operator {op.name!r}")
             if not (name in produced if name in operator_outputs else tensor.buffer in live):

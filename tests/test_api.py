@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import opweave
+from opweave.api import source_model
 from opweave.compiler.plan import Plan
 from opweave.errors import ExecutionError, Infeasible, ModelError, OptionError, PlanError, VerificationError
 
@@ -103,6 +104,15 @@ def test_a_saved_plan_is_bound_to_its_model(tmp_path: Path) -> None:
     other.graph.node[1].op_type = "Sub"
     with pytest.raises(PlanError, match="not the one"):
         opweave.load_plan(tmp_path / "plan.json", other)
+
+
+def test_a_plan_made_from_a_device_is_refused(tmp_path: Path) -> None:
+    """A plan from a stranger may say that its model is ``/dev/zero``, whose bytes never end."""
+    plan = opweave.compile(relu_model(), dims={"n": 3}).plan
+    source = msgspec.structs.replace(plan.source, path="/dev/zero", sha256="0")
+    msgspec.structs.replace(plan, source=source).save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="is not there"):
+        source_model(tmp_path / "plan.json")
 
 
 def test_a_plan_with_faults_is_not_loaded(tmp_path: Path) -> None:

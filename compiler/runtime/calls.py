@@ -33,8 +33,8 @@ _SYMBOLS: Mapping[str, Any] = MappingProxyType(
 )
 _NUMBERS = MappingProxyType({"inf": math.inf, "nan": math.nan})
 _NAMESPACES = ("aten", "opweave", "prims")
-#: Functional by their schema, and yet they reach files or the terminal.
-_REFUSED = frozenset({"aten.from_file", "aten._print"})
+#: Functional by their schema, and yet they reach files or the terminal, or write their running statistics.
+_REFUSED = frozenset({"aten.from_file", "aten._print", "aten.batch_norm_update_stats"})
 #: Write their running statistics, which their schema does not say, when this argument is true.
 _TRAINING_FLAG: Mapping[str, str] = MappingProxyType(
     {
@@ -269,6 +269,8 @@ def _bind(value: Any, operands: Sequence[torch.Tensor], call: Call) -> Any:
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
     if isinstance(result, torch.Tensor):
+        if result.is_nested or result._is_zerotensor():
+            raise ExecutionError(f"it returns a {type(result).__name__} without plain elements")
         yield result
     elif isinstance(result, list | tuple):
         for item in result:

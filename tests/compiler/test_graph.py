@@ -122,6 +122,9 @@ RELU = Op("relu", ("x",), ("y",), body="aten.relu.default(%0)")
 CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "names a tensor twice: x": lambda: graph([X, X], [], "x"),
     "names an operator twice: relu": lambda: graph([X, tensor("y")], [RELU, RELU], "y"),
+    "operator 'o' has -1 flops": lambda: graph([X], [Op("o", ("x",), (), flops=-1)], "x"),
+    "outside 0 to 2**63 - 1": lambda: graph([X], [Op("o", ("x",), (), flops=1 << 63)], "x"),
+    "tensor 'd' has 100000 dimensions": lambda: tensor("d", *[1 << 60] * 100_000),
     "tensor 'v' lies in buffer 'gone'": lambda: graph([X, tensor("v", buffer="gone")], [], "v"),
     "tensor 'u' lies in buffer 'v'": lambda: graph([X, tensor("v", buffer="x"), tensor("u", buffer="v")], [], "u"),
     "tensor 'v' covers bytes [12, 20) of buffer 'x', which has 16": lambda: alias_of_x(offset_bytes=12),

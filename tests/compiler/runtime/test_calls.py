@@ -148,6 +148,7 @@ def test_an_empty_body_can_only_be_planned() -> None:
         ("os.system.default", "namespace 'os'"),
         ("aten.from_file.default", "beyond its operands"),
         ("aten._print.default", "beyond its operands"),
+        ("aten.batch_norm_update_stats.default", "beyond its operands"),
         ("aten.save.default", "beyond its operands"),
         ("aten.set_data.default", "writes its operands"),
         ("aten.add_.Tensor", "writes its operands"),
@@ -196,6 +197,16 @@ def test_what_torch_rejects_names_the_operator_and_its_operands() -> None:
         evaluate("aten.mm.default(%0, %1)", [torch.ones(2, 3), torch.ones(2, 3)])
     with pytest.raises(ExecutionError, match="%1 but the operator has 1"):
         evaluate("aten.mm.default(%0, %1)", [torch.ones(2, 3)])
+
+
+@pytest.mark.parametrize(
+    "body", ["aten._nested_tensor_from_tensor_list.default([%0])", "aten._efficientzerotensor.default([4])"]
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_tensors_without_elements_of_their_own_are_refused(body: str) -> None:
+    """They have no shape or no storage, and asking for it raises whatever torch likes."""
+    with pytest.raises(ExecutionError, match="without plain elements"):
+        evaluate(body, [torch.ones(4)])
 
 
 def test_running_statistics_are_not_written_behind_the_graphs_back() -> None:
