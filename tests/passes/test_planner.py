@@ -121,7 +121,7 @@ def test_addresses_that_give_up_still_end_in_a_plan(residency: str, limit: int) 
 
 
 def test_a_stop_in_a_scratchpad_between_two_multiples_of_the_alignment_still_gives_a_plan() -> None:
-    """One byte on top of two: they fit 8 bytes only with the most padded region on top, and no time to search for it."""
+    """One byte on top of two: 8 bytes hold them only with the most padded on top, and no time to search for that."""
     tensors = (Tensor("x", (1,), "int8", Role.INPUT), Tensor("y", (2,), "int8"), Tensor("x1", (1,), "int8", buffer="x"))
     ops = (Op("f", ("x",), ("y",)), Op("g", ("x",), ("x1",)))
     plan = Plan.of_order(Graph("odd", tensors, ops, ("x1",)), machine(8, 7))
