@@ -19,9 +19,10 @@ import msgspec
 
 from ..compiler.pipeline import Budget, Pass, confirm, run_pass
 from ..compiler.plan import Certificate, PassRecord, Plan
+from ..errors import OptionError
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
-from .registry import make
+from .registry import make, names
 from .residency.gaps import Cut, gaps_of_residences
 from .residency.ilp import IlpResidency
 from .residency.refetch import RefetchResidency
@@ -35,18 +36,28 @@ RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fr
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans with one pass for each decision, named as the registry names them, options in parentheses."""
+    """Plans with one pass for each decision, named as the registry names them, options in parentheses.
+
+    Raises:
+        OptionError: a pass is unknown, an option of it is, or it takes another decision.
+    """
 
     order: str = "order/beam"
     residency: str = "residency/ilp"
     address: str = "address/exact"
+
+    def __post_init__(self) -> None:
+        for decision in ("order", "residency", "address"):
+            name = make(getattr(self, decision)).name
+            if name.partition("/")[0] != decision:
+                known = ", ".join(known for known in names() if known.startswith(f"{decision}/"))
+                raise OptionError(f"pass {name!r} does not decide {decision}", hint=f"those that do are {known}")
 
     def plan(self, plan: Plan, budget: Budget) -> Plan:
         """Decide order, residency and addresses of ``plan``.
 
         Raises:
             Infeasible: some operator's working set alone exceeds the scratchpad; names it and the least that works.
-            OptionError: a pass is unknown or an option of it is.
         """
         order, residency, address = make(self.order), make(self.residency), make(self.address)
         require_fit(plan)

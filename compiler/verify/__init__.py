@@ -101,8 +101,9 @@ def _within_steps(plan: Plan, residences: tuple[Residence, ...]) -> tuple[Reside
 
 
 def _level(plan: Plan) -> Level:
-    if is_timed(plan):
-        return "timed"
+    """How far the decisions go without a gap; an order may be simulated, but its bytes have no place yet."""
     if plan.residences is None:
         return "order"
-    return "address" if all(r.offset is not None for r in plan.residences) else "residency"
+    if any(r.offset is None for r in plan.residences):
+        return "residency"
+    return "timed" if is_timed(plan) else "address"

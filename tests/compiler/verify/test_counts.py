@@ -96,6 +96,9 @@ def test_levels() -> None:
     assert verify(without_offsets(plan)).level == "residency"
     assert verify(plan).level == "address"
     assert verify(simulate(plan)).level == "timed"
+    # times do not stand in for bytes that have no place
+    assert verify(simulate(without_offsets(plan))).level == "residency"
+    assert verify(simulate(Plan.of_order(plan.graph, plan.machine))).level == "order"
 
 
 def test_plan_of_nothing() -> None:
