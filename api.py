@@ -67,6 +67,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.weights not in ("streamed", "resident"):
             raise OptionError(f"weights is {self.weights!r}; allowed are 'streamed' and 'resident'")
+        for name in ("order", "residency", "address"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; a pass is given by name, such as 'order/beam'")
+        if not isinstance(self.scratchpad, int | str | None) or isinstance(self.scratchpad, bool):
+            raise OptionError(f"scratchpad is {self.scratchpad!r}; give whole bytes, or text such as '1MiB'")
+        if not isinstance(self.time_limit, int | float):
+            raise OptionError(f"time_limit is {self.time_limit!r}; it is a number of seconds")
         if not self.time_limit > 0:
             raise OptionError(f"time_limit is {self.time_limit} s; it must be above 0")
 
@@ -192,6 +199,8 @@ def read_model(
     if isinstance(model, torch.export.ExportedProgram):
         return from_exported(model), Source()
     if isinstance(model, torch.nn.Module):
+        if isinstance(inputs, torch.Tensor):
+            raise OptionError("inputs is one tensor; it takes all of them, in order or by name", hint="write (x,)")
         if inputs is None:
             raise ModelError("an nn.Module needs example inputs", hint="opweave.compile(module, (x,))")
         if isinstance(inputs, Mapping):
@@ -255,15 +264,22 @@ def load_plan(path: str | Path, model: Model | None = None, **options: Any) -> C
 
 
 def source_model(path: str | Path) -> str:
-    """Path of the model file a saved plan was made from, checked to be unchanged. Raises PlanError."""
+    """Path of the model file a saved plan was made from, checked to be unchanged. Raises PlanError.
+
+    A model that is not where it was is looked for beside the plan.
+    """
     source = Plan.load(path).source
     if not source.path:
         raise PlanError(f"plan {str(path)!r} was not made from a file", hint="load_plan(path, model) takes any model")
-    if not Path(source.path).is_file():  # a plan from a stranger may name a device, which has no end
+    beside = Path(path).parent  # a relative path is the compiling user's; plan and model may have moved together
+    places = (Path(source.path), beside / source.path, beside / Path(source.path).name)
+    found = [place for place in places if place.is_file()]
+    if not found:
         raise PlanError(f"the plan's model {source.path!r} is not there", hint="say where it is: --model PATH")
-    if _sha256(Path(source.path)) != source.sha256:
-        raise PlanError(f"the plan's model {source.path!r} has changed since", hint="compile it again")
-    return source.path
+    for place in found:
+        if _sha256(place) == source.sha256:
+            return str(place)
+    raise PlanError(f"the plan's model {str(found[0])!r} has changed since", hint="compile it again")
 
 
 def __getattr__(name: str) -> object:

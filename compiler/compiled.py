@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledModel"]
 
+_NO_BODIES = "an operator graph without bodies can be planned, not executed"
+
 
 @dataclass(frozen=True)
 class CompiledModel:
@@ -41,15 +43,17 @@ class CompiledModel:
             ExecutionError: an input has the wrong shape or dtype, or an operator has no executable definition.
         """
         import numpy
+        import torch.utils._pytree as pytree
 
         from .runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
 
         program = self._program()
         if program.flatten is None or program.unflatten is None:
-            raise ExecutionError("an operator graph without bodies can be planned, not executed")
-        as_numpy = any(isinstance(value, numpy.ndarray) for value in args)
-        given = [tensor_from_numpy(v) if isinstance(v, numpy.ndarray) else v for v in args]
-        values = program.flatten(tuple(given), kwargs)
+            raise ExecutionError(_NO_BODIES)
+        as_numpy = any(isinstance(value, numpy.ndarray) for value in pytree.tree_leaves((args, kwargs)))
+        if as_numpy:
+            args, kwargs = pytree.tree_map_only(numpy.ndarray, tensor_from_numpy, (args, kwargs))
+        values = program.flatten(args, kwargs)
         result = self.execute(values)
         for name, value in zip(program.input_names, values, strict=True):
             if name in result.updated:
@@ -64,6 +68,8 @@ class CompiledModel:
         from .runtime.scratchpad import execute
 
         program = self._program()
+        if program.flatten is None:
+            raise ExecutionError(_NO_BODIES)
         names = program.input_names
         if len(inputs) != len(names):
             raise ExecutionError(f"the model takes {len(names)} tensors ({', '.join(names)}), got {len(inputs)}")
@@ -95,6 +101,11 @@ class CompiledModel:
         self.save(Path(folder) / "plan.json")
         return {"plan.json": Path(folder) / "plan.json", **write_report(self.plan, Path(folder))}
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What the model calls its outputs, in order."""
+        return (self.program.output_names if self.program else ()) or self.plan.graph.outputs
+
     def random_inputs(self, seed: int = 0) -> list[torch.Tensor]:
         """Seeded values for the model's inputs, in call order."""
         from .runtime.reference import random_inputs
@@ -109,4 +120,7 @@ class CompiledModel:
         missing = [name for name in names if name not in arrays]
         if missing:
             raise ExecutionError(f"no input {missing[0]!r}; given are {', '.join(arrays)}, needed {', '.join(names)}")
-        return [tensor_from_numpy(arrays[name]) for name in names]
+        try:
+            return [tensor_from_numpy(arrays[name]) for name in names]
+        except TypeError as error:  # strings, dates, objects
+            raise ExecutionError(f"an input is of no type to compute with: {error}") from error

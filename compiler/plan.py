@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from ..errors import OpweaveError, PlanError
+from ..errors import OptionError, OpweaveError, PlanError
 from ..hw_models.model import HardwareModel
 from .graph import Graph
 
@@ -194,10 +194,13 @@ class Plan(msgspec.Struct, frozen=True):
             raise PlanError(f"not a plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON to ``path``, creating its folder."""
+        """Write the plan as JSON to ``path``, creating its folder. Raises OptionError where that cannot be written."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(self.to_json())
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.to_json())
+        except OSError as error:
+            raise OptionError(f"cannot write plan {str(path)!r}: {error.strerror}", hint="name another file") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

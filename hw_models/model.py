@@ -12,6 +12,9 @@ from ..errors import MachineError
 
 __all__ = ["Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory"]
 
+#: Beyond any machine, and far enough below 2**63 that sums of a few such sizes stay exact in 64 bits.
+LARGEST_MEMORY_BYTES = 2**60
+
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
@@ -87,6 +90,12 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
             names = [thing.name for thing in things]
             if len(set(names)) != len(names):
                 raise MachineError(f"machine {self.name!r} names a {kind} twice: {', '.join(names)}")
+        for memory in self.memories:
+            if memory.capacity_bytes > LARGEST_MEMORY_BYTES:
+                raise MachineError(
+                    f"machine {self.name!r}: memory {memory.name!r} has {memory.capacity_bytes} bytes, "
+                    f"allowed are up to {LARGEST_MEMORY_BYTES} (2**60)"
+                )
         memories = {memory.name for memory in self.memories}
         for field in ("scratchpad", "backing"):
             if getattr(self, field) not in memories:
@@ -134,8 +143,11 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
     def with_scratchpad(self, capacity_bytes: int) -> HardwareModel:
         """The same machine with a scratchpad of ``capacity_bytes``."""
-        if capacity_bytes <= 0:
-            raise MachineError(f"a scratchpad of {capacity_bytes} bytes was asked for; it takes at least 1")
+        if not 0 < capacity_bytes <= LARGEST_MEMORY_BYTES:
+            raise MachineError(
+                f"a scratchpad of {capacity_bytes} bytes was asked for; it takes at least 1, and at most "
+                f"{LARGEST_MEMORY_BYTES} (2**60)"
+            )
         memories = tuple(
             msgspec.structs.replace(m, capacity_bytes=capacity_bytes) if m.name == self.scratchpad else m
             for m in self.memories

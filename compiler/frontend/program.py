@@ -28,6 +28,9 @@ class ImportedGraph:
 
     ``operators`` counts operators by how they were imported and then by type, for example
     ``{"native": {"Conv": 53}, "fallback": {"TfIdfVectorizer": 1}}``; empty where all are native.
+
+    ``output_names`` are what the model calls its outputs, where that can differ from ``graph.outputs``: an output that
+    is another's value, unchanged, is the same tensor in the graph and goes by its name there. Empty: as in the graph.
     """
 
     graph: Graph
@@ -36,3 +39,4 @@ class ImportedGraph:
     flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], list[torch.Tensor]] | None = None
     unflatten: Callable[[list[torch.Tensor]], Any] | None = None
     operators: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    output_names: tuple[str, ...] = ()

@@ -55,7 +55,9 @@ def program_of(imported: ImportedModel, name: str) -> ImportedGraph:
         output_names=imported.output_names,
     )
     ways = {"native": imported.native, "fallback": imported.fallbacks, "opaque": imported.opaque}
-    return _checking(replace(program, operators={w: n for w, n in ways.items() if n}), imported.specialized)
+    operators = {way: counts for way, counts in ways.items() if counts}
+    program = replace(program, operators=operators, output_names=tuple(imported.output_names))
+    return _checking(program, imported.specialized)
 
 
 def _checking(program: ImportedGraph, specialized: Mapping[str, torch.Tensor]) -> ImportedGraph:
