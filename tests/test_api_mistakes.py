@@ -43,7 +43,7 @@ def test_options_of_the_wrong_type_are_named(options: dict[str, Any], word: str)
 def test_one_tensor_is_no_sequence_of_inputs() -> None:
     """Iterating over the tensor would pass its rows as arguments."""
     with pytest.raises(OptionError, match=r"\(x,\)"):
-        api.compile(torch.nn.ReLU(), torch.ones(2, 2))
+        api.compile(torch.nn.ReLU(), torch.ones(2, 2))  # type: ignore[arg-type]  # the mistake under test
 
 
 def test_arrays_may_be_keywords_and_nested() -> None:
