@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .compiler.report.progress import watched
-from .errors import ExecutionError, OptionError, OpweaveError
+from .errors import OptionError, OpweaveError
 
 if TYPE_CHECKING:
     from .api import CompiledModel
@@ -51,7 +51,7 @@ Definitions = Annotated[
     Path | None, typer.Option(help="Python file whose DEFINITIONS maps operator types to functions.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse operators that have no lowering of our own.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def main() -> None:
@@ -136,6 +136,8 @@ def run(
     import numpy
 
     from .api import load_plan, source_model
+    from .compiler.report.words import execution_text
+    from .compiler.runtime.reference import against_onnxruntime, read_inputs
 
     chosen = _fields(locals())
     if target.suffix == ".json":
@@ -143,7 +145,7 @@ def run(
         compiled = load_plan(target, path, definitions=chosen["definitions"])
     else:
         path, (compiled, _) = target, _compile(target, chosen)
-    values = compiled.random_inputs(seed) if inputs is None else compiled.named_inputs(_read_npz(inputs))
+    values = compiled.random_inputs(seed) if inputs is None else compiled.named_inputs(read_inputs(inputs))
     result = compiled.execute(values)
     if outputs is not None:
         arrays: dict[str, Any] = {
@@ -157,53 +159,17 @@ def run(
         "streamed_bytes": result.streamed_bytes,
     }
     if reference:
-        facts |= _compare(compiled, Path(path), values, result.outputs)
+        facts |= against_onnxruntime(compiled.plan, Path(path), values, result.outputs)
     equal = all(c["equal"] for c in facts.get("comparison", ()))
-    _print_json(facts) if as_json else _say(_describe_run(facts))
+    _print_json(facts) if as_json else _say(execution_text(facts))
     return 0 if equal else DIFFERENT
-
-
-def _compare(compiled: CompiledModel, model: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
-    """Outputs against onnxruntime's on the same weights, random ones included; or why there is no such comparison."""
-    import onnx
-
-    from .compiler.frontend.onnx import randomize_weights
-    from .compiler.runtime.reference import compare, run_onnxruntime
-
-    seed = compiled.plan.source.fill_seed
-    try:
-        expected = run_onnxruntime(model if seed is None else randomize_weights(onnx.load(model), seed), inputs)
-    except ExecutionError as error:
-        return {"not_compared": error.message}
-    return {"comparison": [asdict(c) for c in compare(compiled.plan.graph.outputs, outputs, expected)]}
-
-
-def _describe_run(facts: dict[str, Any]) -> str:
-    moved = ", ".join(f"{kind} {facts[kind + '_bytes']:,} bytes" for kind in ("loaded", "stored", "streamed"))
-    lines = [f"executed: {moved}"]
-    lines += [f"output {name}: shape {shape}" for name, shape in facts["outputs"].items()]
-    for c in facts.get("comparison", ()):
-        verdict = "equal to onnxruntime" if c["equal"] else f"DIFFERENT from onnxruntime {c['reason']}"
-        lines.append(f"output {c['name']}: {verdict} (largest error {c['max_error']:.3g}, allowed {c['allowed']:.3g})")
-    if "not_compared" in facts:
-        lines.append(f"NOT compared: {facts['not_compared']}")
-    return "\n".join(lines)
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    import numpy
-
-    try:
-        with numpy.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot read inputs {str(path)!r}: {error}", hint="write them with numpy.savez") from error
 
 
 @app.command()
 def verify(plan: PlanPath, as_json: AsJson = False) -> int:
     """Recount what a plan claims, whoever wrote it: faults, traffic and peak in bytes."""
     from .compiler.plan import Plan
+    from .compiler.report.words import verification_text
     from .compiler.verify import verify as recount
     from .errors import VerificationError
 
@@ -219,11 +185,7 @@ def verify(plan: PlanPath, as_json: AsJson = False) -> int:
     if as_json:
         _print_json(facts)
     else:
-        for fault in verification.faults:
-            _say(f"fault: {fault}")
-        _say(f"{'verified' if verification.ok else 'REFUSED'} at level {verification.level}")
-        for name in ("compulsory_bytes", "additional_bytes", "peak_bytes"):
-            _say(f"{name.replace('_', ' ')}: {facts[name]:,}")
+        _say(verification_text(facts))
     return 0 if verification.ok else VerificationError.exit_code
 
 
@@ -246,6 +208,7 @@ def fit(
 ) -> int:
     """Find the least scratchpad that works, and what each size costs in additional traffic."""
     from .api import fit as fit_model
+    from .compiler.report.words import curve_text
 
     with watched() as (listen, stop):
         curve = fit_model(model, points=points, on_progress=listen, stop=stop, **_fields(locals()))
@@ -259,11 +222,7 @@ def fit(
     if as_json:
         _print_json(facts)
     else:
-        _say(f"{'scratchpad bytes':>18} {'additional bytes':>18} {'bound':>14} {'gap':>7}")
-        for point in curve:
-            _say(
-                f"{point.capacity_bytes:>18,} {point.additional_bytes:>18,} {point.bound_bytes:>14,} {point.gap:>7.1%}"
-            )
+        _say(curve_text(curve))
     return INTERRUPTED if stop.is_set() else 0
 
 
@@ -304,22 +263,11 @@ def hw_show(
     """Show one machine: memories, engines, links, and where its figures come from."""
     import msgspec
 
+    from .compiler.report.words import outline
     from .hw_models.registry import load
 
     facts = json.loads(msgspec.json.encode(load(machine)))
-    _print_json(facts) if as_json else _say(_outline(facts))
-
-
-def _outline(value: Any, indent: int = 0) -> str:
-    pad = "  " * indent
-    if isinstance(value, dict):
-        return "\n".join(
-            f"{pad}{k}:\n{_outline(v, indent + 1)}" if isinstance(v, dict | list) else f"{pad}{k}: {v}"
-            for k, v in value.items()
-        )
-    if isinstance(value, list):
-        return "\n".join(f"{pad}- " + _outline(v, indent + 1).lstrip() for v in value)
-    return f"{pad}{value}"
+    _print_json(facts) if as_json else _say(outline(facts))
 
 
 @app.command()

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import torch
 
-from ...errors import ExecutionError
+from ...errors import ExecutionError, OptionError
 from ..graph import Graph
+from ..plan import Plan
 
 if TYPE_CHECKING:
+    import numpy
     import onnx
 
-__all__ = ["RELATIVE_TOLERANCE", "Comparison", "compare", "random_inputs", "run_onnxruntime"]
+__all__ = [
+    "RELATIVE_TOLERANCE",
+    "Comparison",
+    "against_onnxruntime",
+    "compare",
+    "random_inputs",
+    "read_inputs",
+    "run_onnxruntime",
+]
 
 #: Allowed error relative to the largest reference value: two runtimes sum in different orders, a deep network adds up.
 RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -49,6 +60,17 @@ def random_inputs(graph: Graph, names: Sequence[str], seed: int) -> list[torch.T
     return values
 
 
+def read_inputs(path: Path) -> dict[str, numpy.ndarray[Any, Any]]:
+    """Arrays by name from an ``.npz`` file; nothing in it is unpickled. Raises OptionError."""
+    import numpy
+
+    try:
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, BadZipFile) as error:  # an .npy file is no context; a cut one no zip
+        raise OptionError(f"cannot read inputs {str(path)!r}: {error}", hint="write them with numpy.savez") from error
+
+
 def run_onnxruntime(model: str | Path | onnx.ModelProto, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs of onnxruntime's CPU provider, one thread, on positional ``inputs``.
 
@@ -78,6 +100,25 @@ def compare(
     return tuple(_compare(n, o, e) for n, o, e in zip(names, outputs, expected, strict=True))
 
 
+def against_onnxruntime(
+    plan: Plan, model: Path, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Outputs against onnxruntime's on the same weights, random ones included: ``comparison``, one entry an output.
+
+    Where onnxruntime is missing or does not run the model, ``not_compared`` says why instead.
+    """
+    import onnx
+
+    from ..frontend.onnx import randomize_weights
+
+    seed = plan.source.fill_seed
+    try:
+        expected = run_onnxruntime(model if seed is None else randomize_weights(onnx.load(model), seed), inputs)
+    except ExecutionError as error:
+        return {"not_compared": error.message}
+    return {"comparison": [asdict(c) for c in compare(plan.graph.outputs, outputs, expected)]}
+
+
 def _compare(name: str, output: torch.Tensor, expected: torch.Tensor) -> Comparison:
     if output.shape != expected.shape or output.dtype != expected.dtype:
         got, wanted = (f"{t.dtype} {list(t.shape)}" for t in (output, expected))
@@ -87,7 +128,7 @@ def _compare(name: str, output: torch.Tensor, expected: torch.Tensor) -> Compari
         output, expected, tolerance = torch.view_as_real(output), torch.view_as_real(expected), 1e-4
     got64, wanted64 = output.double(), expected.double()
     finite = torch.isfinite(wanted64)
-    if not torch.equal(got64[~finite].nan_to_num(), wanted64[~finite].nan_to_num()):
+    if not torch.isclose(got64[~finite], wanted64[~finite], rtol=0.0, atol=0.0, equal_nan=True).all():
         return Comparison(name, float("inf"), 0.0, False, "differs where the reference is not finite")
     if not finite.any():
         return Comparison(name, 0.0, 0.0, True)
