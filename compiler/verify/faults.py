@@ -45,6 +45,7 @@ class Fault(StrEnum):
     REGIONS_OVERLAP = "regions overlap"
 
     TIME_MALFORMED = "time malformed"
+    FASTER_THAN_MACHINE = "faster than the machine"
     ENGINE_OVERLAP = "engine runs two instructions at once"
     STARTS_BEFORE_OPERANDS = "starts before its operands"
     STARTS_BEFORE_REGION_FREE = "starts before its region is free"

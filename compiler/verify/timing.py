@@ -1,4 +1,4 @@
-"""Times: well-formed, one instruction at a time on each engine, nothing before what it needs."""
+"""Times: well-formed, no faster than the machine, one instruction an engine at a time, nothing before what it needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import bisect
 import math
 from collections.abc import Iterator
 
-from ..plan import Plan, Residence, Run, Store
+from ...hw_models.cost import op_seconds, transfer_seconds
+from ...hw_models.model import Engine, EngineKind
+from ..graph import DTYPE_BYTES
+from ..plan import Instruction, Plan, Residence, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
 
@@ -33,9 +36,40 @@ def check_times(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> 
         message = f"{name!r} goes from {start} to {finish} s; expected 0 <= start <= finish, both finite"
         yield Finding(Fault.TIME_MALFORMED, message, step)
         spans.append((math.inf, -math.inf))  # waits for nothing, and nothing waits for it
+    yield from _check_durations(plan, facts, spans)
     yield from _check_engines(plan, spans)
     yield from _check_operands(plan, facts, spans)
     yield from _check_regions(plan, facts, residences, spans)
+
+
+def _check_durations(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Finding]:
+    """No instruction takes less time than the machine needs for it; a difference of two moments is rounded."""
+    engines = {engine.name: engine for engine in plan.machine.engines}
+    for step, ((start, finish), instruction) in enumerate(zip(spans, plan.instructions, strict=True)):
+        engine = engines.get(instruction.engine)
+        if engine is None or start == math.inf:
+            continue
+        least = _least_seconds(plan, facts, instruction, engine)
+        if finish - start < least * (1 - 1e-9) - 4 * math.ulp(finish):
+            name = instruction.op if isinstance(instruction, Run) else instruction.buffer
+            message = f"{name!r} takes {finish - start} s, engine {engine.name!r} needs {least} s for it"
+            yield Finding(Fault.FASTER_THAN_MACHINE, message, step)
+
+
+def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: Engine) -> float:
+    """Seconds ``engine`` needs; 0 for what is named as another fault: an unknown name, an engine of the wrong kind."""
+    if not isinstance(instruction, Run):
+        known = engine.kind is EngineKind.COPY and instruction.buffer in facts.nbytes
+        return transfer_seconds(facts.nbytes[instruction.buffer], engine) if known else 0.0
+    if engine.kind is not EngineKind.COMPUTE or instruction.op not in facts.op_index:
+        return 0.0
+    index = facts.op_index[instruction.op]
+    op = plan.graph.ops[index]
+    operands = [plan.graph.tensor[name] for name in dict.fromkeys((*op.inputs, *op.outputs))]
+    local = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] for t in operands if t.buffer not in facts.streamed)
+    streamed = sum(facts.nbytes[buffer] for buffer in facts.reads[index] if buffer in facts.streamed)
+    dtype = operands[0].dtype if operands else "default"
+    return op_seconds(op.flops, dtype, local, streamed, plan.machine, engine)
 
 
 def _check_engines(plan: Plan, spans: _Spans) -> Iterator[Finding]:

@@ -57,6 +57,15 @@ def moved_to(plan: Plan, step: int, other: int, *, behind: bool = False) -> Plan
     return with_times(plan, step, start_s, instruction.finish_s)
 
 
+def shortened(plan: Plan, step: int) -> Plan:
+    """The instruction at ``step`` starts when it did and takes a millionth less time."""
+    instruction = plan.instructions[step]
+    assert instruction.start_s is not None
+    assert instruction.finish_s is not None
+    seconds = (instruction.finish_s - instruction.start_s) * (1 - 1e-6)
+    return with_times(plan, step, instruction.start_s, instruction.start_s + seconds)
+
+
 def without_residence(plan: Plan, buffer: str) -> Plan:
     return msgspec.structs.replace(plan, residences=tuple(r for r in plan.residences or () if r.buffer != buffer))
 
@@ -103,11 +112,10 @@ def overwritten_after_drop() -> Plan:
 
 def fetched_while_stored() -> Plan:
     """On a second copy engine, ``a`` is loaded again while its store is still under way."""
-    two = machine()
-    two = msgspec.structs.replace(
-        two, engines=(*two.engines, Engine("dma2", EngineKind.COPY, bandwidth_bytes_per_s=1.0))
-    )
-    plan = simulate(keep_nothing(GRAPHS["chain"], two))
+    one = machine()
+    dma2 = Engine("dma2", EngineKind.COPY, bandwidth_bytes_per_s=1e12)
+    two = msgspec.structs.replace(one, engines=(*one.engines, dma2))
+    plan = msgspec.structs.replace(simulate(keep_nothing(GRAPHS["chain"], one)), machine=two)
     load = step_of(plan, Load, "a")
     elsewhere = with_instruction(plan, load, msgspec.structs.replace(plan.instructions[load], engine="dma2"))
     assert verify(elsewhere).ok
@@ -172,6 +180,9 @@ BROKEN: tuple[tuple[Fault, Callable[[], Plan]], ...] = (
     (Fault.TIME_MALFORMED, lambda: with_times(TIMED, 0, 1.0, 0.5)),
     (Fault.TIME_MALFORMED, lambda: with_times(TIMED, 0, math.nan, 1.0)),
     (Fault.TIME_MALFORMED, lambda: with_times(TIMED, STEPS - 1, 1.0, math.inf)),
+    (Fault.FASTER_THAN_MACHINE, lambda: shortened(TIMED, 0)),
+    (Fault.FASTER_THAN_MACHINE, lambda: shortened(TIMED, step_of(TIMED, Run, "op0"))),
+    (Fault.FASTER_THAN_MACHINE, lambda: shortened(TIMED, STEPS - 1)),
     (Fault.ENGINE_OVERLAP, lambda: moved_to(TIMED, 1, 0)),
     (Fault.STARTS_BEFORE_OPERANDS, lambda: moved_to(TIMED, step_of(TIMED, Run, "op0"), 0)),
     (Fault.STARTS_BEFORE_OPERANDS, lambda: moved_to(TIMED, STEPS - 1, STEPS - 2)),  # a store before its value
