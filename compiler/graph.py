@@ -88,7 +88,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One value: ``shape`` in elements, laid out in ``buffer`` at ``offset_bytes`` with ``strides`` (elements).
 
     The tensor whose name is its buffer's name is the buffer's *base* and sets its size; all others are aliases:
@@ -133,7 +133,7 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.offset_bytes + (last + 1) * DTYPE_BYTES[self.dtype]
 
 
-class Op(msgspec.Struct, frozen=True, omit_defaults=True):
+class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One schedulable unit; after fusion, one kernel.
 
     ``inputs`` and ``outputs`` name tensors. An output whose buffer already exists is written in place. ``flops``
@@ -156,7 +156,7 @@ class Op(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.body.partition("(")[0]
 
 
-class Graph(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True, omit_defaults=True):
     """Operators in program order over tensors; ``outputs`` are the tensors the model returns.
 
     Raises:

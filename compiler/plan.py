@@ -33,7 +33,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 
-class Run(msgspec.Struct, frozen=True, tag="run", tag_field="do", omit_defaults=True):
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="run", tag_field="do", omit_defaults=True):
     """Execute operator ``op`` on a compute engine; its buffers are resident, or streamed from backing memory."""
 
     op: str
@@ -42,7 +42,7 @@ class Run(msgspec.Struct, frozen=True, tag="run", tag_field="do", omit_defaults=
     finish_s: float | None = None
 
 
-class Load(msgspec.Struct, frozen=True, tag="load", tag_field="do", omit_defaults=True):
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="load", tag_field="do", omit_defaults=True):
     """Copy ``buffer`` from backing memory into the residence that begins at this step."""
 
     buffer: str
@@ -51,7 +51,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", tag_field="do", omit_default
     finish_s: float | None = None
 
 
-class Store(msgspec.Struct, frozen=True, tag="store", tag_field="do", omit_defaults=True):
+class Store(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="store", tag_field="do", omit_defaults=True):
     """Copy ``buffer`` from its residence to backing memory; it stays resident until its residence ends."""
 
     buffer: str
@@ -63,7 +63,7 @@ class Store(msgspec.Struct, frozen=True, tag="store", tag_field="do", omit_defau
 Instruction = Run | Load | Store
 
 
-class Residence(msgspec.Struct, frozen=True, omit_defaults=True):
+class Residence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``buffer`` occupies ``memory`` from byte ``offset`` during steps ``begin`` to ``end - 1``."""
 
     buffer: str
@@ -73,7 +73,7 @@ class Residence(msgspec.Struct, frozen=True, omit_defaults=True):
     offset: int | None = None
 
 
-class Certificate(msgspec.Struct, frozen=True):
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How good a decision is: its ``value``, a proven lower ``bound``, what proved it, and over which choices.
 
     ``scope`` says what the bound ranges over: ``"order"`` is every order, residency and placement of the graph;
@@ -92,7 +92,7 @@ class Certificate(msgspec.Struct, frozen=True):
         return 0.0 if self.value <= self.bound else (self.value - self.bound) / self.value
 
 
-class PassRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+class PassRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one pass did: its path name with options, the seconds it took, what it proved, and a remark for the user."""
 
     name: str
@@ -101,7 +101,7 @@ class PassRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     note: str = ""
 
 
-class Source(msgspec.Struct, frozen=True, omit_defaults=True):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where the model came from, so that a saved plan can be bound to its weights again.
 
     ``sha256`` is of the model file's bytes; ``dims`` bound symbolic dimensions; ``fill_seed`` says that all-equal
@@ -115,7 +115,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     operators: dict[str, dict[str, int]] = {}
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A graph woven onto a machine.
 
     ``streamed`` names weight and constant buffers that operators read directly from backing memory, each read moving

@@ -21,6 +21,7 @@ from .view import Bar, bars, is_timed, live_over_time
 __all__ = ["chrome_trace"]
 
 _PROCESS = 1
+_LATEST_S = 9e9  # readers count nanoseconds in 64 bits; later times are a faulty plan's
 _Event = dict[str, object]
 
 
@@ -150,7 +151,7 @@ def _metadata(tid: int, kind: str, **arguments: object) -> _Event:
 
 
 def _nanoseconds(seconds: float | None) -> int:
-    return round((seconds or 0.0) * 1e9)
+    return round(min(seconds or 0.0, _LATEST_S) * 1e9)
 
 
 def _microseconds(nanoseconds: int) -> float:

@@ -118,6 +118,9 @@ def changed(*path: str | int, to: Any) -> bytes:
         (changed("machine", "scratchpad", to="dram"), "the plan contradicts itself"),
         (changed("machine", "memories", 0, "capacity_bytes", to=0), "capacity_bytes"),
         (changed("machine", "engines", to=[]), "no engine"),
+        (changed("residence", to=[]), "unknown field `residence`"),  # a slip must not pass for "undecided"
+        (changed("instructions", 0, "begin_s", to=0.0), "unknown field `begin_s`"),
+        (changed("graph", "tensors", 0, "bufer", to="x"), "unknown field `bufer`"),
     ],
 )
 def test_malformed_plans_end_in_one_error(data: bytes, message: str) -> None:

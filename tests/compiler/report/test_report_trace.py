@@ -14,6 +14,7 @@ from opweave.compiler.report.trace import chrome_trace
 from opweave.errors import PlanError
 from tests.compiler.report.report_plans import at_every_level, dense, faulty, hostile, spilling
 from tests.graphs.build import all_graphs
+from tests.graphs.edits import with_times
 
 
 def events_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
@@ -82,6 +83,12 @@ def test_every_load_has_an_arrow_to_its_first_user() -> None:
         end = ends[start["id"]]
         assert (end["tid"], end["ts"]) in runs
         assert end["ts"] >= start["ts"]
+
+
+def test_times_beyond_any_clock_still_make_a_trace() -> None:
+    """A faulty plan is drawn too; 1e308 s are more nanoseconds than a float holds."""
+    plan = with_times(spilling(), 0, 1e300, 1e308)
+    assert len(events_of(plan)["X"]) == len(plan.instructions)
 
 
 @pytest.mark.parametrize("level", ["order", "residency", "address"])
