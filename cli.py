@@ -1,29 +1,49 @@
 """The command line: ``opweave compile | run | verify | fit | view | hw | passes``.
 
-Exit codes: 0 done; 1 outputs differ from the reference; 130 stopped by Ctrl-C, with the best plan so far written;
-anything else is the ``exit_code`` of the error (see ``errors.py``): 2 option, 3 model, 4 machine, 5 infeasible,
-6 plan file, 7 verification, 8 execution, 70 internal.
+Exit codes: 0 done; 1 outputs differ from the reference; 130 stopped by Ctrl-C, with the best plan so far written
+unless standard error says "abandoned"; anything else is the ``exit_code`` of the error (see ``errors.py``): 2 option,
+3 model, 4 machine, 5 infeasible, 6 plan file, 7 verification, 8 execution, 70 internal.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from .compiler.report.progress import watched
-from .errors import OptionError, OpweaveError
+from .errors import InternalError, OptionError, OpweaveError
 
 if TYPE_CHECKING:
     from .api import CompiledModel
+    from .passes.fit import FitPoint
+
+
+class _Abandoned(Exception):
+    """Ctrl-C where nothing was there to keep."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Typer ends quietly on Ctrl-C, with an exit code that a command may return as well: here it is told apart."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Abandoned from interrupt
+
 
 app = typer.Typer(
     name="opweave",
+    cls=_Commands,
     help="Weave a model's operators onto an accelerator: order, residency and addresses, proven and executed.",
     no_args_is_help=True,
     add_completion=False,
@@ -38,6 +58,9 @@ DIFFERENT = 1
 ModelPath = Annotated[Path, typer.Argument(help="An .onnx model, or a plain operator graph .json.")]
 PlanPath = Annotated[Path, typer.Argument(help="A plan written by `opweave compile`.")]
 MachineName = Annotated[str, typer.Option("--machine", "-m", help="A name from `opweave hw list`, or a TOML file.")]
+RunMachineName = Annotated[
+    str | None, typer.Option("--machine", "-m", help="For an .onnx model: its machine, 'edge-npu' if left out.")
+]
 Scratchpad = Annotated[
     str | None, typer.Option(help="Scratchpad capacity, such as 1MiB; the machine's own if left out.")
 ]
@@ -51,7 +74,7 @@ Definitions = Annotated[
     Path | None, typer.Option(help="Python file whose DEFINITIONS maps operator types to functions.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse operators that have no lowering of our own.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 def main() -> None:
@@ -60,17 +83,26 @@ def main() -> None:
         code = app(standalone_mode=False)
     except OpweaveError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("opweave: abandoned\n")
-        sys.exit(INTERRUPTED)
-    except Exception as error:  # only the argument parser's own errors are shown this way
+    except (KeyboardInterrupt, _Abandoned):
+        _abandon()
+    except Exception as error:
         if not hasattr(error, "format_message"):
-            raise
+            traceback.print_exc()
+            _fail(InternalError(f"unexpected {type(error).__name__}: {error}", hint="please report this"))
+        if not error.format_message():  # no command was given, and the help has been shown instead
+            sys.exit(OptionError.exit_code)
         _fail(OptionError(error.format_message(), hint="opweave COMMAND --help lists the options"))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: OpweaveError) -> None:
+def _abandon() -> NoReturn:
+    sys.stderr.write("opweave: abandoned\n")
+    if "--json" in sys.argv:
+        _print_json({"error": {"code": "interrupted", "message": "abandoned by Ctrl-C", "hint": ""}})
+    sys.exit(INTERRUPTED)
+
+
+def _fail(error: OpweaveError) -> NoReturn:
     if "--json" in sys.argv:
         _print_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
     else:
@@ -81,7 +113,16 @@ def _fail(error: OpweaveError) -> None:
 
 
 def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can say it: infinities and NaN, which it cannot, become ``None``."""
+    if isinstance(value, dict):
+        return {name: _finite(element) for name, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(text: str) -> None:
@@ -109,6 +150,10 @@ def compile(
 ) -> int:
     """Plan a model for a machine: order, residency, addresses; verified, with bound and gap."""
     chosen = _fields(locals())
+    if output.is_dir():
+        raise OptionError(f"--output {str(output)!r} is a folder", hint="name a file, such as plan.json in it")
+    if report is not None:
+        _make_folder(report)
     compiled, interrupted = _compile(model, chosen)
     compiled.save(output)
     if report is not None:
@@ -122,10 +167,10 @@ def run(
     target: Annotated[Path, typer.Argument(help="A plan .json, or an .onnx model, which is compiled first.")],
     model: Annotated[Path | None, typer.Option(help="The plan's model, when it is not where it was.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Inputs by name, .npz; seeded random ones if left out.")] = None,
-    outputs: Annotated[Path | None, typer.Option(help="Write the outputs to this .npz.")] = None,
+    outputs: Annotated[Path | None, typer.Option(help="Write the outputs to this .npz, bfloat16 as float32.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
     reference: Annotated[bool, typer.Option(help="Compare the outputs with onnxruntime's.")] = True,
-    machine: MachineName = "edge-npu",
+    machine: RunMachineName = None,
     scratchpad: Scratchpad = None,
     dim: Dim = None,
     fill_seed: FillSeed = None,
@@ -133,36 +178,40 @@ def run(
     as_json: AsJson = False,
 ) -> int:
     """Execute a plan in a scratchpad of exactly the machine's size, and compare the outputs with onnxruntime's."""
-    import numpy
-
     from .api import load_plan, source_model
     from .compiler.report.words import execution_text
-    from .compiler.runtime.reference import against_onnxruntime, read_inputs
+    from .compiler.runtime.reference import against_onnxruntime, read_inputs, write_outputs
 
     chosen = _fields(locals())
     if target.suffix == ".json":
+        _refuse("the plan was made with its own", machine=machine, scratchpad=scratchpad, dim=dim, fill_seed=fill_seed)
         path = model or source_model(target)
         compiled = load_plan(target, path, definitions=chosen["definitions"])
     else:
+        _refuse("it says where a plan's model is", model=model)
         path, (compiled, _) = target, _compile(target, chosen)
     values = compiled.random_inputs(seed) if inputs is None else compiled.named_inputs(read_inputs(inputs))
     result = compiled.execute(values)
     if outputs is not None:
-        arrays: dict[str, Any] = {
-            n: v.numpy() for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)
-        }
-        numpy.savez(outputs, **arrays)
+        write_outputs(outputs, dict(zip(compiled.output_names, result.outputs, strict=True)))
     facts: dict[str, Any] = {
-        "outputs": {n: list(v.shape) for n, v in zip(compiled.plan.graph.outputs, result.outputs, strict=True)},
+        "outputs": {n: list(v.shape) for n, v in zip(compiled.output_names, result.outputs, strict=True)},
         "loaded_bytes": result.loaded_bytes,
         "stored_bytes": result.stored_bytes,
         "streamed_bytes": result.streamed_bytes,
     }
     if reference:
-        facts |= against_onnxruntime(compiled.plan, Path(path), values, result.outputs)
+        facts |= against_onnxruntime(compiled, Path(path), values, result.outputs)
     equal = all(c["equal"] for c in facts.get("comparison", ()))
     _print_json(facts) if as_json else _say(execution_text(facts))
     return 0 if equal else DIFFERENT
+
+
+def _refuse(reason: str, **given: object) -> None:
+    """Refuse options that would be ignored."""
+    for name, value in given.items():
+        if value is not None and value != []:
+            raise OptionError(f"--{name.replace('_', '-')} has no effect here: {reason}")
 
 
 @app.command()
@@ -210,20 +259,36 @@ def fit(
     from .api import fit as fit_model
     from .compiler.report.words import curve_text
 
+    if report is not None:
+        _make_folder(report)
     with watched() as (listen, stop):
         curve = fit_model(model, points=points, on_progress=listen, stop=stop, **_fields(locals()))
     facts = [asdict(point) for point in curve]
     if report is not None:
-        from .compiler.report.pictures import traffic_curve
-
-        report.mkdir(parents=True, exist_ok=True)
-        (report / "fit.json").write_text(json.dumps(facts, indent=1))
-        traffic_curve(curve, report / "fit.png")
+        _report_fit(curve, report)
     if as_json:
-        _print_json(facts)
+        _print_json({"points": facts})
     else:
         _say(curve_text(curve))
     return INTERRUPTED if stop.is_set() else 0
+
+
+def _report_fit(curve: Sequence[FitPoint], folder: Path) -> None:
+    from .compiler.report.pictures import traffic_curve
+
+    try:
+        (folder / "fit.json").write_text(json.dumps([asdict(point) for point in curve], indent=1))
+        traffic_curve(curve, folder / "fit.png")
+    except OSError as error:
+        raise OptionError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from error
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder for reports, before the time of planning is spent on what cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write a report to {str(path)!r}: {error.strerror}") from error
 
 
 @app.command()
@@ -249,7 +314,7 @@ def hw_list(as_json: AsJson = False) -> None:
 
     machines = [load(name) for name in names()]
     if as_json:
-        _print_json([{"name": m.name, "description": m.description} for m in machines])
+        _print_json({"machines": [{"name": m.name, "description": m.description} for m in machines]})
         return
     for machine in machines:
         _say(f"{machine.name:<16} {machine.scratchpad_memory.capacity_bytes:>15,} bytes  {machine.description}")
@@ -299,7 +364,7 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_dim(text: str) -> tuple[str, int]:
-    name, _, value = text.partition("=")
+    name, _, value = text.rpartition("=")
     if not name or not value.isdecimal() or int(value) < 1:
         raise OptionError(f"--dim is {text!r}; expected NAME=VALUE with a whole VALUE above 0, such as batch=1")
     return name, int(value)
@@ -315,8 +380,13 @@ def _definitions(path: Path | None) -> dict[str, Callable[..., Any]]:
         found = runpy.run_path(str(path)).get("DEFINITIONS")
     except OSError as error:
         raise OptionError(f"cannot read definitions {str(path)!r}: {error.strerror}") from error
-    if not isinstance(found, dict):
-        raise OptionError(f"{str(path)!r} has no dictionary DEFINITIONS", hint="see docs/adding-an-op.md")
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise OptionError(f"definitions {str(path)!r} end in {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(k, str) and callable(v) for k, v in found.items()):
+        raise OptionError(
+            f"{str(path)!r} has no dictionary DEFINITIONS of functions by operator type",
+            hint="see docs/adding-an-op.md",
+        )
     return found
 
 

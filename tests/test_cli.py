@@ -16,6 +16,7 @@ import pytest
 from benchmarks.networks import darts_cifar
 from onnx import TensorProto, helper, numpy_helper
 
+from opweave import cli
 from opweave.errors import Infeasible, MachineError, ModelError, OptionError, PlanError, VerificationError
 
 
@@ -100,7 +101,9 @@ def test_symbolic_dimension_is_bound_on_the_command_line(tmp_path: Path) -> None
 
 
 def test_fit_is_a_falling_curve(network: Path, tmp_path: Path) -> None:
-    curve = json.loads(opweave("fit", network, "--points", "4", "--time-limit", "8", "--report", tmp_path, "--json"))
+    curve = json.loads(opweave("fit", network, "--points", "4", "--time-limit", "8", "--report", tmp_path, "--json"))[
+        "points"
+    ]
     assert curve[0]["capacity_bytes"] == 24 * 1024
     traffic = [point["additional_bytes"] for point in curve]
     assert traffic == sorted(traffic, reverse=True)
@@ -115,7 +118,7 @@ def test_view_writes_the_page(plan: Path, tmp_path: Path) -> None:
 
 
 def test_machines_and_passes_are_listed() -> None:
-    machines = {machine["name"] for machine in json.loads(opweave("hw", "list", "--json"))}
+    machines = {machine["name"] for machine in json.loads(opweave("hw", "list", "--json"))["machines"]}
     assert "edge-npu" in machines
     assert json.loads(opweave("hw", "show", "edge-npu", "--json"))["memories"]
     assert {"order/beam", "residency/ilp", "address/exact"} <= set(json.loads(opweave("passes", "--json")))
@@ -161,13 +164,18 @@ def test_a_damaged_plan_is_refused(plan: Path, tmp_path: Path) -> None:
         (["compile", "{}", "--time-limit", "-1"], OptionError.exit_code, "time_limit"),
         (["compile", "{}", "--frobnicate"], OptionError.exit_code, "frobnicate"),
         (["frobnicate"], OptionError.exit_code, "frobnicate"),
+        (["compile", "{}", "--report", "{}"], OptionError.exit_code, "report"),
+        (["compile", "{}", "--output", "."], OptionError.exit_code, "folder"),
+        (["fit", "{}", "--report", "{}"], OptionError.exit_code, "report"),
+        (["run", "{}", "--model", "{}"], OptionError.exit_code, "--model"),
+        (["run", "{}", "--outputs", "{}/y.npz", "--no-reference"], OptionError.exit_code, "cannot write outputs"),
         (["hw", "show", "abacus"], MachineError.exit_code, "abacus"),
     ],
 )
 def test_mistakes_end_in_one_clear_error(network: Path, arguments: list[str], code: int, word: str) -> None:
     text = opweave(*(a.format(network) for a in arguments), check=code)
     assert word in text
-    assert text.startswith("error[")
+    assert text.count("error[") == 1
 
 
 def test_interrupting_keeps_the_best_plan(tmp_path: Path) -> None:
@@ -183,3 +191,58 @@ def test_interrupting_keeps_the_best_plan(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     opweave("verify", out)
+
+
+@pytest.mark.parametrize(
+    "source", ["DEFINITIONS = {", "import nowhere", "raise SystemExit", "DEFINITIONS = {'Relu': 3}"]
+)
+def test_definitions_that_cannot_be_had_are_the_users_mistake(network: Path, tmp_path: Path, source: str) -> None:
+    (tmp_path / "definitions.py").write_text(source)
+    text = opweave("compile", network, "--definitions", tmp_path / "definitions.py", check=OptionError.exit_code)
+    assert "definitions.py" in text
+
+
+def test_options_that_a_plan_has_decided_are_refused(plan: Path) -> None:
+    assert "--scratchpad" in opweave("run", plan, "--scratchpad", "1MiB", check=OptionError.exit_code)
+
+
+def test_no_command_shows_the_help_and_no_empty_error() -> None:
+    assert "error[" not in opweave(check=OptionError.exit_code)
+
+
+def test_outputs_numpy_has_no_type_for_are_written(tmp_path: Path) -> None:
+    """Under the model's names, even those that ``numpy.savez`` keeps for itself, and where two are one value."""
+    x, *outputs = (helper.make_tensor_value_info(n, TensorProto.BFLOAT16, [4]) for n in ("x", "file", "same"))
+    nodes = [helper.make_node("Relu", ["x"], ["file"]), helper.make_node("Identity", ["file"], ["same"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], outputs), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    facts = json.loads(opweave("run", tmp_path / "m.onnx", "--outputs", tmp_path / "y.npz", "--json"))
+    assert list(facts["outputs"]) == ["file", "same"]
+    with np.load(tmp_path / "y.npz") as arrays:
+        assert {name: str(array.dtype) for name, array in arrays.items()} == {"file": "float32", "same": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "word"), [(KeyError(1), 70, "internal"), (KeyboardInterrupt(), 130, "interrupted")]
+)
+def test_json_says_every_end(
+    raised: BaseException, code: int, word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody foresaw is reported as a fault of opweave's own, and Ctrl-C is no traceback."""
+
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr("opweave.passes.registry.names", fail)
+    monkeypatch.setattr(sys, "argv", ["opweave", "passes", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == word
+
+
+def test_json_has_no_infinities(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None]}

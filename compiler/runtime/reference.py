@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
 from ...errors import ExecutionError, OptionError
 from ..graph import Graph
-from ..plan import Plan
 
 if TYPE_CHECKING:
     import numpy
     import onnx
+
+    from ..compiled import CompiledModel
 
 __all__ = [
     "RELATIVE_TOLERANCE",
@@ -26,6 +27,7 @@ __all__ = [
     "random_inputs",
     "read_inputs",
     "run_onnxruntime",
+    "write_outputs",
 ]
 
 #: Allowed error relative to the largest reference value: two runtimes sum in different orders, a deep network adds up.
@@ -46,6 +48,8 @@ class Comparison:
 
 def random_inputs(graph: Graph, names: Sequence[str], seed: int) -> list[torch.Tensor]:
     """Seeded values for the graph's inputs: normal for floats, 0 to 7 for integers, coin flips for booleans."""
+    if not -(2**63) <= seed < 2**63:
+        raise OptionError(f"seed is {seed}; it takes whole numbers of 64 bits")
     generator = torch.Generator().manual_seed(seed)
     values: list[torch.Tensor] = []
     for name in names:
@@ -67,8 +71,32 @@ def read_inputs(path: Path) -> dict[str, numpy.ndarray[Any, Any]]:
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, TypeError, BadZipFile) as error:  # an .npy file is no context; a cut one no zip
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        BadZipFile,
+    ) as error:  # an .npy file is no context; a cut one no zip
         raise OptionError(f"cannot read inputs {str(path)!r}: {error}", hint="write them with numpy.savez") from error
+
+
+def write_outputs(path: Path, outputs: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors by name into an ``.npz`` file, where numpy lacks the type (bfloat16, float8) exactly as float32.
+
+    ``numpy.savez`` takes names as keywords, some of which it keeps for itself. Raises OptionError.
+    """
+    import numpy
+
+    native = (torch.float16, torch.float32, torch.float64)
+    try:
+        with ZipFile(path, "w") as archive:
+            for name, value in outputs.items():
+                exact = value.float() if value.is_floating_point() and value.dtype not in native else value
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    numpy.lib.format.write_array(file, exact.numpy(), allow_pickle=False)
+    except OSError as error:
+        raise OptionError(f"cannot write outputs {str(path)!r}: {error.strerror}") from error
 
 
 def run_onnxruntime(model: str | Path | onnx.ModelProto, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -101,7 +129,7 @@ def compare(
 
 
 def against_onnxruntime(
-    plan: Plan, model: Path, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    compiled: CompiledModel, model: Path, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
 ) -> dict[str, Any]:
     """Outputs against onnxruntime's on the same weights, random ones included: ``comparison``, one entry an output.
 
@@ -111,12 +139,12 @@ def against_onnxruntime(
 
     from ..frontend.onnx import randomize_weights
 
-    seed = plan.source.fill_seed
+    seed = compiled.plan.source.fill_seed
     try:
         expected = run_onnxruntime(model if seed is None else randomize_weights(onnx.load(model), seed), inputs)
     except ExecutionError as error:
         return {"not_compared": error.message}
-    return {"comparison": [asdict(c) for c in compare(plan.graph.outputs, outputs, expected)]}
+    return {"comparison": [asdict(c) for c in compare(compiled.output_names, outputs, expected)]}
 
 
 def _compare(name: str, output: torch.Tensor, expected: torch.Tensor) -> Comparison:

@@ -94,7 +94,11 @@ class Follower:
             if is_check(target):
                 return None
             if target.namespace not in _NAMESPACES:
-                raise UnsupportedOperator(f"node {node.name!r} calls {target}, which has no lowering here")
+                raise UnsupportedOperator(
+                    f"node {node.name!r} calls {target}, which has no lowering here",
+                    hint="choose an implementation in plain torch, where the library offers one: for experts of "
+                    'transformers, experts_implementation="batched_mm" in the configuration',
+                )
             arguments = positional(target, _on_cpu(args), _on_cpu(dict(kwargs)))
             if target in _FIRST_RESULT and _uses_first_only(node):
                 return (self._operator(Call(_FIRST_RESULT[target], *arguments, node), self._recorder.label(node)),)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from opweave.compiler.runtime.reference import RELATIVE_TOLERANCE, compare, read_inputs
+from opweave.compiler.graph import Graph
+from opweave.compiler.runtime.reference import RELATIVE_TOLERANCE, compare, random_inputs, read_inputs
 from opweave.errors import OptionError
 
 NAN, INF = float("nan"), float("inf")
@@ -53,11 +54,17 @@ def test_inputs_by_name(tmp_path: Path) -> None:
     assert read_inputs(tmp_path / "x.npz")["x"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["missing.npz", "cut.npz", "array.npy", "text.npz", "objects.npz"])
+@pytest.mark.parametrize("name", ["missing.npz", "cut.npz", "array.npy", "text.npz", "empty.npz", "objects.npz"])
 def test_files_that_hold_no_arrays_by_name_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "text.npz").write_text("x = 1")
+    (tmp_path / "empty.npz").touch()
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
     with pytest.raises(OptionError, match="cannot read inputs"):
         read_inputs(tmp_path / name)
+
+
+def test_seeds_beyond_64_bits_are_refused() -> None:
+    with pytest.raises(OptionError, match="seed"):
+        random_inputs(Graph("empty", (), (), ()), (), 2**64)
