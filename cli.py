@@ -34,7 +34,7 @@ class _Abandoned(Exception):
 class _Commands(typer.core.TyperGroup):
     """Typer ends quietly on Ctrl-C, with an exit code that a command may return as well: here it is told apart."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # typer does not export the class of its contexts
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
