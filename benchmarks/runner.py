@@ -22,7 +22,7 @@ from opweave.errors import OpweaveError
 
 __all__ = ["Options", "Row", "print_table", "run"]
 
-PACKAGES = ("opweave", "pulp", "highspy", "ortools", "torch", "onnx", "numpy")
+PACKAGES = ("opweave", "pulp", "highspy", "ortools", "numba", "torch", "onnx", "numpy")
 
 
 @dataclass(frozen=True)

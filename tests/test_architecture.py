@@ -14,7 +14,7 @@ import opweave
 
 ROOT = Path(opweave.__file__).resolve().parent
 FLOORS = {"errors": 0, "hw_models": 1, "compiler": 2, "passes": 3, "kernels": 3, "api": 4, "cli": 5}
-HEAVY = ("torch", "ortools", "highspy", "matplotlib", "onnx", "pulp", "triton", "transformers")
+HEAVY = ("torch", "ortools", "highspy", "matplotlib", "onnx", "pulp", "triton", "transformers", "numba")
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -25,8 +25,9 @@ class ExactPlacement:
 
     *Given* a plan with residences. *Result*: their offsets; with ``minimize``, in the least arena that could be
     found and proven within the budget. Steps that no residence crosses split the problem. A part that first fit or
-    best fit solves is done; every other is asked of CP-SAT, briefly as a whole, then around what ends too high, in
-    windows of steps that grow to the whole part (``repair.fit_by_repair``, ``no_overlap.fit_by_constraints``).
+    best fit solves is done; every other is asked of CP-SAT and of a search for canonical placements in turn, then of
+    CP-SAT around what ends too high, in windows of steps that grow to the whole part (``repair.fit_by_repair``,
+    ``no_overlap.fit_by_constraints``, ``restarts.fit_by_search``).
     Minimising asks for capacities by bisection between the bytes of the fullest step and the best arena so far.
 
     ``effort`` is the limit of each question in CP-SAT's deterministic seconds, used in deterministic mode only.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from ...compiler.pipeline import Budget
 from .no_overlap import Answer, Verdict, fit_by_constraints
 from .packing import Packing
+from .restarts import fit_by_search
 
 __all__ = ["fit_by_repair"]
 
@@ -24,10 +25,11 @@ def fit_by_repair(
 ) -> tuple[Answer, list[int]]:
     """Place a component ``items``, now at ``offsets`` (units), within ``capacity`` bytes.
 
-    The whole is asked first, briefly. Then, around the first item that ends too high, a window of steps is cleared
-    and its items are placed anew between those that stay; while that fails, the window grows, in the end to the whole
-    component, which makes the method complete. Items of one window that cannot be placed even by themselves prove
-    that nothing can.
+    The whole is asked of CP-SAT and of the search for canonical placements, in turn and briefly at first: what takes
+    one of them long is often quick for the other. Then, around the first item that ends too high, a window of steps is
+    cleared and its items are placed anew between those that stay; while that fails, the window grows, in the end to
+    the whole component, which makes the method complete. Items of one window that cannot be placed even by themselves
+    prove that nothing can.
 
     Returns:
         The answer for all of ``items``, and the items of the last window: a conflict if the verdict is IMPOSSIBLE.
@@ -37,9 +39,16 @@ def fit_by_repair(
     first_steps = sorted({packing.begins[i] for i in items})
     window = SMALLEST_WINDOW
     if len(first_steps) > 4 * window:
-        whole = fit_by_constraints(packing, items, capacity, budget, seconds=seconds(False))
-        if whole.verdict is Verdict.PLACED:
-            return whole, []
+        brief = seconds(False)
+        for ask, limit in (
+            (fit_by_constraints, brief / 4),
+            (fit_by_search, brief / 2),
+            (fit_by_constraints, brief),
+            (fit_by_search, seconds(True) / 2),
+        ):
+            whole = ask(packing, items, capacity, budget, seconds=limit)
+            if whole.verdict is not Verdict.UNKNOWN:
+                return whole, list(items)
     while high := [i for i in items if place[i] > packing.highest_offset(i, capacity)]:
         cleared = _cleared(packing, items, first_steps, high[0], window)
         complete = len(cleared) == len(items)
