@@ -76,9 +76,14 @@ def describe(name: str) -> Description:
     summary = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
     options = tuple(
         Option(field.name, field.type if isinstance(field.type, str) else str(field.type), _default(field))
-        for field in dataclasses.fields(kind)
+        for field in _options(kind)
     )
     return Description(name, summary, options)
+
+
+def _options(kind: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Fields that users may set; the others pass something between passes."""
+    return [field for field in dataclasses.fields(kind) if not field.metadata.get("internal")]
 
 
 def _default(field: dataclasses.Field[Any]) -> object:
@@ -141,7 +146,7 @@ def _class_of(name: str) -> type[Any]:
 
 def _option_types(kind: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {field.name: hints[field.name] for field in _options(kind)}
 
 
 def _did_you_mean(word: str, known: dict[str, Any]) -> str:

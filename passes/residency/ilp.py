@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -38,7 +38,7 @@ class IlpResidency:
     deterministic mode the search is limited by nodes; if the deadline comes first nevertheless, the note says so.
     """
 
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[Cut, ...] = field(default=(), metadata={"internal": True})  # the planner's, for one order
     reserve_bytes: int = 0
 
     def __post_init__(self) -> None:
