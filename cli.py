@@ -20,7 +20,7 @@ import typer
 import typer.core
 
 from .compiler.report.progress import watched
-from .errors import InternalError, OptionError, OpweaveError
+from .errors import ExecutionError, InternalError, OptionError, OpweaveError
 
 if TYPE_CHECKING:
     from .api import CompiledModel
@@ -191,7 +191,12 @@ def run(
         _refuse("it says where a plan's model is", model=model)
         path, (compiled, _) = target, _compile(target, chosen)
     values = compiled.random_inputs(seed) if inputs is None else compiled.named_inputs(read_inputs(inputs))
-    result = compiled.execute(values)
+    try:
+        result = compiled.execute(values)
+    except ExecutionError as error:
+        if inputs is None and not error.hint:
+            error.hint = "the inputs were random, integers from 0 to 7; name real ones with --inputs"
+        raise
     if outputs is not None:
         write_outputs(outputs, dict(zip(compiled.output_names, result.outputs, strict=True)))
     facts: dict[str, Any] = {

@@ -17,7 +17,15 @@ from benchmarks.networks import darts_cifar
 from onnx import TensorProto, helper, numpy_helper
 
 from opweave import cli
-from opweave.errors import Infeasible, MachineError, ModelError, OptionError, PlanError, VerificationError
+from opweave.errors import (
+    ExecutionError,
+    Infeasible,
+    MachineError,
+    ModelError,
+    OptionError,
+    PlanError,
+    VerificationError,
+)
 
 
 def opweave(*arguments: str | Path, check: int = 0) -> str:
@@ -246,3 +254,19 @@ def test_json_says_every_end(
 def test_json_has_no_infinities(capsys: pytest.CaptureFixture[str]) -> None:
     cli._print_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None]}
+
+
+def test_random_indices_out_of_range_point_to_real_inputs(tmp_path: Path) -> None:
+    table = numpy_helper.from_array(np.zeros((2, 4), np.float32), "table")
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "token"], ["y"])],
+        "embedding",
+        [helper.make_tensor_value_info("token", TensorProto.INT64, [6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [6, 4])],
+        [table],
+    )
+    path = tmp_path / "embedding.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    assert "--inputs" in opweave("run", path, check=ExecutionError.exit_code)
+    np.savez(tmp_path / "x.npz", token=np.array([0, 1, 0, 1, 0, 1]))
+    assert "equal to onnxruntime" in opweave("run", path, "--inputs", tmp_path / "x.npz")
