@@ -161,8 +161,8 @@ def _sections(packing: Packing, items: Sequence[int]) -> tuple[Integers, Integer
 def _preferences(size: Integers, first: Integers, behind: Integers) -> tuple[Floats, ...]:
     """Orders in which to try items, as ranks; the higher one comes first.
 
-    By first section, number of sections (``span``), size, area, and how full the item's sections are: the fullest
-    (``crowd``), on average, or together. Each of them solves some real instance by far the soonest.
+    By first and last section, number of sections (``span``), size, area, and how full the item's sections are: the
+    fullest (``crowd``), on average, or together. Each order solves some real instance by far the soonest.
     """
     fill = np.zeros(int(behind.max()), np.int64)
     for a, b, units in zip(first, behind, size, strict=True):
@@ -172,16 +172,15 @@ def _preferences(size: Integers, first: Integers, behind: Integers) -> tuple[Flo
     average = np.array([fill[a:b].mean() for a, b in ranges])
     together = np.array([fill[a:b].sum() for a, b in ranges])
     span = behind - first
-    area = size * span
     keys = (
-        (-first, average),
-        (-first, size),
-        (span, -first),
-        (crowd, together),
-        (crowd, area),
-        (average, area),
-        (area, span),
-        (crowd, span),
+        (behind, -first, size),
+        (-first, behind, size),
+        (-first, -behind, size),
+        (-first, crowd, size),
+        (crowd, together, size),
+        (crowd, behind, size),
+        (behind, crowd, average),
+        (size * span, span),
     )
     ranks = []
     for key in keys:
