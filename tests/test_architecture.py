@@ -75,3 +75,8 @@ def test_links_cover_the_wheel() -> None:
     links = sorted((ROOT / "src" / "opweave").iterdir())
     assert [link.name for link in links] == sorted(parts)
     assert all(link.is_symlink() and link.resolve() == (ROOT / link.name).resolve() for link in links)
+
+
+def test_easy_placements_do_not_import_numba() -> None:
+    """Planning a model loads the passes; the compiled search comes only with a placement that is hard."""
+    assert "numba" not in _modules_after("import opweave.passes.address.exact, opweave.passes.planner")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from ...compiler.pipeline import Budget
 from .no_overlap import Answer, Verdict, fit_by_constraints
 from .packing import Packing
-from .restarts import fit_by_search
 
 __all__ = ["fit_by_repair"]
 
@@ -39,6 +38,8 @@ def fit_by_repair(
     first_steps = sorted({packing.begins[i] for i in items})
     window = SMALLEST_WINDOW
     if len(first_steps) > 4 * window:
+        from .restarts import fit_by_search  # only hard placements pay for importing numba
+
         brief = seconds(False)
         for ask, limit in (
             (fit_by_constraints, brief / 4),
