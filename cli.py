@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -186,7 +186,7 @@ def run(
     if target.suffix == ".json":
         _refuse("the plan was made with its own", machine=machine, scratchpad=scratchpad, dim=dim, fill_seed=fill_seed)
         path = model or source_model(target)
-        compiled = load_plan(target, path, definitions=chosen["definitions"])
+        compiled = load_plan(target, path, definitions=chosen.get("definitions", {}))
     else:
         _refuse("it says where a plan's model is", model=model)
         path, (compiled, _) = target, _compile(target, chosen)
@@ -364,7 +364,10 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     fields["fill_seed"] = given.get("fill_seed")
     fields["strict"] = given.get("strict", False)
     fields["dims"] = dict(_parse_dim(text) for text in given.get("dim") or ())
-    fields["definitions"] = _definitions(given.get("definitions"))
+    if given.get("definitions") is not None:
+        from .compiler.frontend.definitions import load_definitions
+
+        fields["definitions"] = load_definitions(given["definitions"])
     return fields
 
 
@@ -373,26 +376,6 @@ def _parse_dim(text: str) -> tuple[str, int]:
     if not name or not value.isdecimal() or int(value) < 1:
         raise OptionError(f"--dim is {text!r}; expected NAME=VALUE with a whole VALUE above 0, such as batch=1")
     return name, int(value)
-
-
-def _definitions(path: Path | None) -> dict[str, Callable[..., Any]]:
-    """The ``DEFINITIONS`` of a Python file that the user names, and so trusts."""
-    if path is None:
-        return {}
-    import runpy
-
-    try:
-        found = runpy.run_path(str(path)).get("DEFINITIONS")
-    except OSError as error:
-        raise OptionError(f"cannot read definitions {str(path)!r}: {error.strerror}") from error
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises
-        raise OptionError(f"definitions {str(path)!r} end in {type(error).__name__}: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(k, str) and callable(v) for k, v in found.items()):
-        raise OptionError(
-            f"{str(path)!r} has no dictionary DEFINITIONS of functions by operator type",
-            hint="see docs/adding-an-op.md",
-        )
-    return found
 
 
 def _compile(model: Path, fields: dict[str, Any]) -> tuple[CompiledModel, bool]:
