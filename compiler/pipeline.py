@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from ..errors import InternalError
-from .plan import Certificate, PassRecord, Plan
+from .plan import Certificate, PassRecord, Plan, relative_gap
 from .verify import Verification, verify
 
 __all__ = ["Budget", "Decision", "Pass", "Progress", "confirm", "run_pass"]
@@ -36,7 +36,7 @@ class Progress:
         """Relative distance between incumbent and bound, ``None`` while either is unknown."""
         if self.incumbent is None or self.bound is None:
             return None
-        return 0.0 if self.incumbent <= self.bound else (self.incumbent - self.bound) / self.incumbent
+        return relative_gap(self.incumbent, self.bound)
 
 
 def _ignore(_: Progress) -> None:

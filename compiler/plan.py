@@ -28,6 +28,7 @@ __all__ = [
     "Run",
     "Source",
     "Store",
+    "relative_gap",
 ]
 
 SCHEMA_VERSION = 1
@@ -73,6 +74,11 @@ class Residence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     offset: int | None = None
 
 
+def relative_gap(value: int, bound: int) -> float:
+    """``(value - bound) / value``, and 0 for a value that has reached its bound."""
+    return 0.0 if value <= bound else (value - bound) / value
+
+
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How good a decision is: its ``value``, a proven lower ``bound``, what proved it, and over which choices.
 
@@ -89,7 +95,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def gap(self) -> float:
         """``(value - bound) / value``: 0 is optimal, 1 means nothing is proven."""
-        return 0.0 if self.value <= self.bound else (self.value - self.bound) / self.value
+        return relative_gap(self.value, self.bound)
 
 
 class PassRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from ..compiler.pipeline import Budget
-from ..compiler.plan import Certificate, Plan
+from ..compiler.plan import Certificate, Plan, relative_gap
 from .planner import Planner
 from .registry import make
 from .residency.workset import aligned_bytes, least_capacity
@@ -27,7 +27,7 @@ class FitPoint:
     @property
     def gap(self) -> float:
         """``(additional - bound) / additional``; 0 is optimal for the order."""
-        return 1 - self.bound_bytes / self.additional_bytes if self.additional_bytes else 0.0
+        return relative_gap(self.additional_bytes, self.bound_bytes)
 
 
 def traffic_by_capacity(plan: Plan, planner: Planner, budget: Budget, points: int) -> Iterator[FitPoint]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from ..plan import Plan
+from ..plan import Plan, relative_gap
 from ..verify import BufferTraffic, Verification, verify
 from . import view
 from .figure import Rectangle, bytes_axis, fill, legend, new_figure, plain, remark, save, steps_axis, time_axis
@@ -148,7 +148,7 @@ def traffic_curve(points: Iterable[CurvePoint], path: str | Path, title: str = "
         for size, value in zip(sizes, values, strict=True):
             label = f"{format_bytes(value)}\nat {format_bytes(size)}"
             axes.annotate(label, (size, value), xytext=(6, 5), textcoords="offset points", fontsize=9, color="#444444")
-    worst = max((1 - p.bound_bytes / p.additional_bytes for p in ordered if p.additional_bytes), default=0.0)
+    worst = max((relative_gap(p.additional_bytes, p.bound_bytes) for p in ordered), default=0.0)
     bytes_axis(axes, max(round(max(values, default=0) * 1.12), 1))
     if ordered:
         axes.set_xscale("log", base=2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..plan import relative_gap
+
 if TYPE_CHECKING:
     from .pictures import CurvePoint
 
@@ -36,7 +38,7 @@ def curve_text(curve: Sequence[CurvePoint]) -> str:
     """The table of ``opweave fit``: one line a capacity, all in bytes."""
     lines = [f"{'scratchpad bytes':>18} {'additional bytes':>18} {'bound':>14} {'gap':>7}"]
     for p in curve:
-        gap = 1 - p.bound_bytes / p.additional_bytes if p.additional_bytes else 0.0
+        gap = relative_gap(p.additional_bytes, p.bound_bytes)
         lines.append(f"{p.capacity_bytes:>18,} {p.additional_bytes:>18,} {p.bound_bytes:>14,} {gap:>7.1%}")
     return "\n".join(lines)
 
