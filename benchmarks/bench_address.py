@@ -21,12 +21,11 @@ from opweave.compiler.graph import Graph, Role, Tensor
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Load, Plan, Residence
 from opweave.errors import ModelError
-from opweave.hw_models.model import Engine, EngineKind, HardwareModel, Memory
 from opweave.passes.address.packing import Packing
 from opweave.passes.address.placement import PlacementError
 from opweave.passes.registry import make
 
-from .runner import Options, Row, print_table, run
+from .runner import Options, Row, print_table, run, scratchpad_machine
 
 METHODS = ("address/first_fit", "address/best_fit", "address/exact")
 EXACT_LIMIT = 5_000  # residences; beyond it only the constructive methods are asked
@@ -80,9 +79,9 @@ def plan_of(case: Case) -> Plan:
     residences = tuple(Residence(f"b{i}", "scratchpad", i, end) for i, end in enumerate(ends))
     loads = tuple(Load(tensor.name) for tensor in tensors)
     total = max(1, sum(size for _, _, size in boxes))
-    plan = Plan(Graph(case.name, tensors, (), ()), _machine(total), loads, residences)
+    plan = Plan(Graph(case.name, tensors, (), ()), scratchpad_machine(total), loads, residences)
     capacity = case.capacity or Packing.of(plan, "bench").fullest_step()[0]
-    return msgspec.structs.replace(plan, machine=_machine(capacity))
+    return msgspec.structs.replace(plan, machine=scratchpad_machine(capacity))
 
 
 def _positions(begins: list[int], uppers: list[int]) -> list[int]:
@@ -93,21 +92,6 @@ def _positions(begins: list[int], uppers: list[int]) -> list[int]:
             position += 1
         result[index] = position
     return result
-
-
-def _machine(capacity: int) -> HardwareModel:
-    return HardwareModel(
-        name="bench",
-        description="one memory to place lifetimes in",
-        sources=(),
-        scratchpad="scratchpad",
-        backing="backing",
-        memories=(Memory("scratchpad", capacity, 1, 1e12), Memory("backing", 1 << 50, 1, 1e11)),
-        engines=(
-            Engine("core", EngineKind.COMPUTE, flops_per_s={"default": 1e12}),
-            Engine("dma", EngineKind.COPY, bandwidth_bytes_per_s=1e11),
-        ),
-    )
 
 
 def measure(options: Options) -> Iterator[Row]:

@@ -20,11 +20,10 @@ from opweave.compiler.graph import Graph
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Plan
 from opweave.compiler.verify import verify
-from opweave.hw_models.model import Engine, EngineKind, HardwareModel, Memory
 from opweave.passes.registry import make, names
 from opweave.passes.residency.workset import least_capacity
 
-from .runner import Options, Row, print_table, run
+from .runner import Options, Row, print_table, run, scratchpad_machine
 
 RESIDENCIES = ("residency/belady", "residency/least_cost", "residency/ilp")
 QUICK_OPERATORS = 800  # larger networks are left out of --quick, but for the one that shows most
@@ -94,11 +93,11 @@ def _cases(options: Options) -> Iterator[Case]:
     for network, graph in _graphs(options):
         if options.quick and len(graph.ops) > QUICK_OPERATORS and network != QUICK_LARGE:
             continue
-        ample = Plan.of_order(graph, _machine(1 << 50), streamed=streamable(graph))
+        ample = Plan.of_order(graph, scratchpad_machine(1 << 50), streamed=streamable(graph))
         least, peak = least_capacity(ample), verify(ample).peak_bytes
         for budget, capacity in {"M_R": least, "M_H": (least + peak) // 2}.items():
             if budget == "M_R" or capacity > least:
-                yield Case(network, budget, Plan.of_order(graph, _machine(capacity), streamed=ample.streamed))
+                yield Case(network, budget, Plan.of_order(graph, scratchpad_machine(capacity), streamed=ample.streamed))
 
 
 def _graphs(options: Options) -> Iterator[tuple[str, Graph]]:
@@ -110,22 +109,6 @@ def _graphs(options: Options) -> Iterator[tuple[str, Graph]]:
         return
     for path in sorted(options.data.glob("*.json")):
         yield path.stem, read_model(path)[0].graph
-
-
-def _machine(capacity_bytes: int) -> HardwareModel:
-    """A scratchpad of ``capacity_bytes``; only its size matters here."""
-    return HardwareModel(
-        name="residency-benchmark",
-        description="a scratchpad whose capacity is the budget",
-        sources=(),
-        scratchpad="scratchpad",
-        backing="dram",
-        memories=(Memory("scratchpad", capacity_bytes, 1, 1e12), Memory("dram", 1 << 50, 1, 1e10)),
-        engines=(
-            Engine("compute", EngineKind.COMPUTE, flops_per_s={"default": 1e12}),
-            Engine("dma", EngineKind.COPY, bandwidth_bytes_per_s=1e10),
-        ),
-    )
 
 
 def _line(case: Case, order: str, rows: list[Row]) -> list[str | float | None]:

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opweave.errors import OpweaveError
+from opweave.hw_models.model import Engine, EngineKind, HardwareModel, Memory
 
-__all__ = ["Options", "Row", "print_table", "run"]
+__all__ = ["Options", "Row", "print_table", "run", "scratchpad_machine"]
 
 PACKAGES = ("opweave", "pulp", "highspy", "ortools", "numba", "torch", "onnx", "numpy")
 
@@ -76,6 +77,22 @@ def run(
         parsed.json.parent.mkdir(parents=True, exist_ok=True)
         parsed.json.write_text(json.dumps(_document(name, rows), indent=1) + "\n")
     return 0
+
+
+def scratchpad_machine(capacity_bytes: int) -> HardwareModel:
+    """A machine of which only the scratchpad's capacity matters; regions may start at any byte."""
+    return HardwareModel(
+        name="benchmark",
+        description="a scratchpad whose capacity is the budget",
+        sources=(),
+        scratchpad="scratchpad",
+        backing="dram",
+        memories=(Memory("scratchpad", capacity_bytes, 1, 1e12), Memory("dram", 1 << 50, 1, 1e10)),
+        engines=(
+            Engine("compute", EngineKind.COMPUTE, flops_per_s={"default": 1e12}),
+            Engine("dma", EngineKind.COPY, bandwidth_bytes_per_s=1e10),
+        ),
+    )
 
 
 def print_table(head: Sequence[str], lines: Sequence[Sequence[str | float | None]]) -> None:
