@@ -141,9 +141,10 @@ def fit(
     chosen = _options(options)
     if chosen.scratchpad is not None:
         raise OptionError("fit chooses the scratchpad itself; leave out 'scratchpad'")
+    target, planner = chosen.target(), chosen.planner()  # mistakes in either show before the model is read
     program, source = read_model(model, inputs, chosen)
-    empty = _empty_plan(program, source, chosen.target(), chosen)
-    return list(traffic_by_capacity(empty, chosen.planner(), _budget(chosen, on_progress, stop), points))
+    empty = _empty_plan(program, source, target, chosen)
+    return list(traffic_by_capacity(empty, planner, _budget(chosen, on_progress, stop), points))
 
 
 def _options(options: Mapping[str, Any]) -> Options:
