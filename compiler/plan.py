@@ -23,6 +23,7 @@ __all__ = [
     "Instruction",
     "Load",
     "PassRecord",
+    "Pin",
     "Plan",
     "Residence",
     "Run",
@@ -74,6 +75,17 @@ class Residence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     offset: int | None = None
 
 
+class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the user has decided about ``buffer``: all its residences begin at byte ``offset``, or lie in bank number
+    ``bank`` of the scratchpad; with ``resident`` it has one residence, from its first to its last use.
+    """
+
+    buffer: str
+    offset: int | None = None
+    bank: int | None = None
+    resident: bool = False
+
+
 def relative_gap(value: int, bound: int) -> float:
     """``(value - bound) / value``, and 0 for a value that has reached its bound."""
     return 0.0 if value <= bound else (value - bound) / value
@@ -86,7 +98,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``"residency"`` every residency of the plan's own order; ``"address"`` every placement of the plan's residences.
     """
 
-    objective: Literal["additional_traffic_bytes", "peak_bytes", "arena_bytes"]
+    objective: Literal["additional_traffic_bytes", "peak_bytes", "arena_bytes", "latency_ns"]
     value: int
     bound: int
     proved_by: Literal["ilp", "lp", "cp", "exhaustive", "analytic"]
@@ -125,7 +137,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A graph woven onto a machine.
 
     ``streamed`` names weight and constant buffers that operators read directly from backing memory, each read moving
-    the buffer's bytes once; everything else an operator touches must be resident in the scratchpad.
+    the buffer's bytes once; everything else an operator touches must be resident in the scratchpad. ``pins`` are what
+    the user has decided; they hold for every later decision.
     """
 
     graph: Graph
@@ -135,6 +148,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     streamed: tuple[str, ...] = ()
     passes: tuple[PassRecord, ...] = ()
     source: Source = Source()
+    pins: tuple[Pin, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -146,11 +160,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         *,
         streamed: Iterable[str] = (),
         source: Source | None = None,
+        pins: Iterable[Pin] = (),
     ) -> Plan:
         """A plan that has decided nothing but the order (operator indices; program order when ``None``)."""
         indices = range(len(graph.ops)) if order is None else order
         runs = tuple(Run(graph.ops[i].name) for i in indices)
-        return cls(graph, machine, runs, streamed=tuple(sorted(streamed)), source=source or Source())
+        return cls(graph, machine, runs, streamed=tuple(sorted(streamed)), source=source or Source(), pins=tuple(pins))
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -160,7 +175,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def with_order(self, order: Iterable[int]) -> Plan:
         """The same plan with another order; residences, offsets and times are dropped."""
-        fresh = Plan.of_order(self.graph, self.machine, order, streamed=self.streamed, source=self.source)
+        fresh = Plan.of_order(
+            self.graph, self.machine, order, streamed=self.streamed, source=self.source, pins=self.pins
+        )
         return msgspec.structs.replace(fresh, passes=self.passes)
 
     def with_record(self, record: PassRecord) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import accumulate
 from typing import Annotated
 
 import msgspec
@@ -20,13 +21,24 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 
 
-class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An addressable memory; regions in it start at multiples of ``alignment_bytes``."""
+class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """An addressable memory; regions in it start at multiples of ``alignment_bytes``.
+
+    ``banks_bytes`` are the sizes of its banks, which follow one another from address 0 and make up the capacity; a
+    region lies inside one of them. A memory that states none is one bank.
+    """
 
     name: str
     capacity_bytes: PositiveInt
     alignment_bytes: PositiveInt
     bandwidth_bytes_per_s: PositiveFloat
+    banks_bytes: tuple[PositiveInt, ...] = ()
+
+    @property
+    def banks(self) -> tuple[tuple[int, int], ...]:
+        """First byte of each bank and the byte behind its last."""
+        ends = tuple(accumulate(self.banks_bytes or (self.capacity_bytes,)))
+        return tuple(zip((0, *ends), ends, strict=False))
 
 
 class EngineKind(StrEnum):
@@ -96,6 +108,7 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
                     f"machine {self.name!r}: memory {memory.name!r} has {memory.capacity_bytes} bytes, "
                     f"allowed are up to {LARGEST_MEMORY_BYTES} (2**60)"
                 )
+            self._check_banks(memory)
         memories = {memory.name for memory in self.memories}
         for field in ("scratchpad", "backing"):
             if getattr(self, field) not in memories:
@@ -106,6 +119,20 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         if self.scratchpad == self.backing:
             raise MachineError(f"machine {self.name!r}: fields 'scratchpad' and 'backing' name the same memory")
         self._check_engines()
+
+    def _check_banks(self, memory: Memory) -> None:
+        begins = [begin for begin, _ in memory.banks]
+        if sum(memory.banks_bytes) not in (0, memory.capacity_bytes):
+            raise MachineError(
+                f"machine {self.name!r}: the banks_bytes of memory {memory.name!r} sum to {sum(memory.banks_bytes)}, "
+                f"allowed is its capacity_bytes, {memory.capacity_bytes}"
+            )
+        for bank, begin in enumerate(begins):
+            if begin % memory.alignment_bytes:
+                raise MachineError(
+                    f"machine {self.name!r}: bank {bank} of memory {memory.name!r} begins at byte {begin}, "
+                    f"allowed are multiples of its alignment_bytes, {memory.alignment_bytes}"
+                )
 
     def _check_engines(self) -> None:
         for kind in EngineKind:
@@ -142,14 +169,39 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         return tuple(engine for engine in self.engines if engine.kind is kind)
 
     def with_scratchpad(self, capacity_bytes: int) -> HardwareModel:
-        """The same machine with a scratchpad of ``capacity_bytes``."""
+        """The same machine with a scratchpad of ``capacity_bytes``.
+
+        Raises:
+            MachineError: no such scratchpad is allowed, or the scratchpad has banks and another capacity: how that
+                would be divided does not follow from how this one is.
+        """
         if not 0 < capacity_bytes <= LARGEST_MEMORY_BYTES:
             raise MachineError(
                 f"a scratchpad of {capacity_bytes} bytes was asked for; it takes at least 1, and at most "
                 f"{LARGEST_MEMORY_BYTES} (2**60)"
             )
-        memories = tuple(
-            msgspec.structs.replace(m, capacity_bytes=capacity_bytes) if m.name == self.scratchpad else m
-            for m in self.memories
+        memory = self.scratchpad_memory
+        if memory.banks_bytes and capacity_bytes != memory.capacity_bytes:
+            raise MachineError(
+                f"a scratchpad of {capacity_bytes} bytes was asked for, but {memory.name!r} of machine {self.name!r} "
+                f"has banks of {', '.join(map(str, memory.banks_bytes))} bytes",
+                hint="state the banks you mean as banks_bytes in a machine file of your own, or call with_banks",
+            )
+        return self._with(msgspec.structs.replace(memory, capacity_bytes=capacity_bytes))
+
+    def with_banks(self, *banks_bytes: int) -> HardwareModel:
+        """The same machine with a scratchpad of banks of these sizes, from address 0 on.
+
+        Raises:
+            MachineError: no bank, one without bytes, one that begins where no region may, or too many bytes.
+        """
+        if not banks_bytes or min(banks_bytes) <= 0:
+            raise MachineError(f"banks of {list(banks_bytes)} bytes were asked for; it takes one or more, above 0 each")
+        memory = self.scratchpad_memory
+        return self._with(
+            msgspec.structs.replace(memory, capacity_bytes=sum(banks_bytes), banks_bytes=tuple(banks_bytes))
         )
+
+    def _with(self, scratchpad: Memory) -> HardwareModel:
+        memories = tuple(scratchpad if memory.name == self.scratchpad else memory for memory in self.memories)
         return msgspec.structs.replace(self, memories=memories)

@@ -41,10 +41,9 @@ def emit(plan: Plan, problem: GapProblem, dropped: Collection[int]) -> Plan:
             residences.append(Residence(buffer, plan.machine.scratchpad, begin.pop(buffer), step))
     residences.sort(key=lambda residence: (residence.begin, residence.buffer))
     return msgspec.structs.replace(
-        Plan.of_order(plan.graph, plan.machine, plan.order, streamed=plan.streamed, source=plan.source),
+        plan.with_order(plan.order),
         instructions=tuple(instructions),
         residences=tuple(residences),
-        passes=plan.passes,
     )
 
 
