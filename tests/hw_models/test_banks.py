@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import msgspec
@@ -25,11 +26,13 @@ def test_banks_follow_one_another() -> None:
 
 
 def test_banks_are_read_from_a_file(tmp_path: Path) -> None:
+    text = (files("opweave.hw_models") / "data" / "edge-npu.toml").read_text(encoding="utf-8")
+    stated = "capacity_bytes = 1_048_576\n"
+    assert stated in text
     path = tmp_path / "banked.toml"
-    text = msgspec.toml.encode(NPU.with_banks(128, 64)).decode()
-    path.write_text(text, encoding="utf-8")
-    assert load(str(path)).scratchpad_memory.banks_bytes == (128, 64)
-    path.write_text(text.replace("banks_bytes = [\n", "banks_bytes = [-1,\n"), encoding="utf-8")
+    path.write_text(text.replace(stated, f"{stated}banks_bytes = [786_432, 262_144]\n"), encoding="utf-8")
+    assert load(str(path)).scratchpad_memory.banks == ((0, 786_432), (786_432, 1_048_576))
+    path.write_text(text.replace(stated, f"{stated}banks_bytes = [-1]\n"), encoding="utf-8")
     with pytest.raises(MachineError, match=r"banks_bytes\[0\] is -1, allowed are integers above 0"):
         load(str(path))
 
@@ -45,9 +48,7 @@ def test_banks_sum_to_the_capacity() -> None:
 
 
 def test_banks_begin_aligned() -> None:
-    with pytest.raises(
-        MachineError, match="bank 1 of memory 'sram' begins at byte 100, allowed are multiples of .* 64"
-    ):
+    with pytest.raises(MachineError, match="bank 1 of memory 'sram' begins at byte 100, allowed are multiples"):
         NPU.with_banks(100, 64)
 
 
