@@ -17,6 +17,7 @@ import msgspec
 
 from ..errors import InternalError
 from .plan import Certificate, PassRecord, Plan, relative_gap
+from .simulate import latency_ns
 from .verify import Verification, verify
 
 __all__ = ["Budget", "Decision", "Pass", "Progress", "confirm", "run_pass"]
@@ -121,7 +122,7 @@ def confirm(name: str, plan: Plan, certificate: Certificate | None) -> None:
         raise InternalError(f"pass {name} made a plan that does not verify: {listed}", hint="please report this")
     if certificate is None:
         return
-    recount = _recounted(verification, certificate)
+    recount = _recounted(plan, verification, certificate)
     if recount != certificate.value or certificate.bound > certificate.value:
         raise InternalError(
             f"pass {name} reports {certificate.objective} = {certificate.value} with bound {certificate.bound}, "
@@ -130,9 +131,11 @@ def confirm(name: str, plan: Plan, certificate: Certificate | None) -> None:
         )
 
 
-def _recounted(verification: Verification, certificate: Certificate) -> int:
+def _recounted(plan: Plan, verification: Verification, certificate: Certificate) -> int:
     if certificate.objective == "peak_bytes":
         return verification.peak_bytes
     if certificate.objective == "arena_bytes":
         return verification.arena_bytes
+    if certificate.objective == "latency_ns":
+        return latency_ns(plan)
     return verification.additional_bytes

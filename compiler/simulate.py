@@ -9,6 +9,7 @@ a residence waits for the users of every residence that ended before: no placeme
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -18,11 +19,11 @@ import msgspec
 from ..errors import PlanError
 from ..hw_models.cost import op_seconds, transfer_seconds
 from ..hw_models.model import Direction, Engine, EngineKind, HardwareModel
-from .plan import Instruction, Load, Plan, Residence, Run, Store
+from .plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
 
 _T = TypeVar("_T")
 
-__all__ = ["EngineUse", "Timeline", "simulate", "timeline_summary"]
+__all__ = ["EngineUse", "Timeline", "latency_ns", "simulate", "timeline_summary"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def simulate(plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, instructions=timed)
 
 
+def latency_ns(plan: Plan) -> int:
+    """Nanoseconds until the last instruction of ``plan`` is done as ``simulate`` times it, rounded up."""
+    return math.ceil(max((i.finish_s or 0.0 for i in simulate(plan).instructions), default=0.0) * 1e9)
+
+
 def timeline_summary(plan: Plan) -> Timeline:
     """Latency, use of every engine and roofline bound of a timed plan.
 
@@ -90,7 +96,7 @@ def timeline_summary(plan: Plan) -> Timeline:
         busy[instruction.engine] += instruction.finish_s - instruction.start_s
         latency_s = max(latency_s, instruction.finish_s)
         # Added up in the order of issue, so that rounding keeps one engine's sum at or below the latency.
-        if isinstance(instruction, Run):
+        if isinstance(instruction, Run | Recompute):
             op = _known(index, instruction.op, f"step {step}", "operator")
             compute_s += min(_run_seconds(plan, streamed, op, engine) for engine in computing)
         else:
@@ -149,7 +155,7 @@ class _Clock:
     def issue(self, step: int, instruction: Instruction) -> Instruction:
         """Time the instruction of this step; steps come in order."""
         waits = [0.0, self.regions.begin(step)]
-        if isinstance(instruction, Run):
+        if isinstance(instruction, Run | Recompute):
             op = _known(self.op_index, instruction.op, f"step {step}", "operator")
             touched, written = self.plan.graph.touches[op], self.plan.graph.writes[op]
             waits += [self.ready.get(buffer, 0.0) for buffer in touched]

@@ -12,7 +12,7 @@ import msgspec
 
 from ...errors import PlanError
 from ..plan import Certificate, Plan
-from ..simulate import timeline_summary
+from ..simulate import latency_ns, timeline_summary
 from ..verify import Verification, verify
 from .view import is_timed, role_of
 
@@ -170,7 +170,7 @@ def digest(plan: Plan, verification: Verification | None = None) -> Digest:
             streamed_bytes=sum(t.streamed_bytes for t in counted.traffic),
         ),
         certificates=tuple(
-            _certificate(record.name, record.certificate, counted)
+            _certificate(plan, record.name, record.certificate, counted)
             for record in plan.passes
             if record.certificate is not None
         ),
@@ -193,11 +193,12 @@ def _model(plan: Plan) -> ModelFacts:
     )
 
 
-def _certificate(name: str, certificate: Certificate, counted: Verification) -> CertificateFacts:
+def _certificate(plan: Plan, name: str, certificate: Certificate, counted: Verification) -> CertificateFacts:
     recounted = {
         "additional_traffic_bytes": counted.additional_bytes,
         "peak_bytes": counted.peak_bytes,
         "arena_bytes": counted.arena_bytes,
+        "latency_ns": latency_ns(plan) if certificate.objective == "latency_ns" else 0,
     }
     return CertificateFacts(
         pass_name=name,

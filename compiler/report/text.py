@@ -35,7 +35,12 @@ LEVELS = {
     "address": "order, residency and addresses decided",
     "timed": "order, residency, addresses and times decided",
 }
-OBJECTIVES = {"additional_traffic_bytes": "additional traffic", "peak_bytes": "peak", "arena_bytes": "arena"}
+OBJECTIVES = {
+    "additional_traffic_bytes": "additional traffic",
+    "peak_bytes": "peak",
+    "arena_bytes": "arena",
+    "latency_ns": "simulated latency in ns",
+}
 
 
 def summary(plan: Plan, verification: Verification | None = None) -> str:
@@ -88,7 +93,9 @@ def _head(facts: Digest) -> Iterator[str]:
         ],
     )
     verdict = "verified" if facts.verified else "DOES NOT VERIFY"
-    moves = ", ".join(plural(facts.instructions[k], k) for k in ("run", "load", "store") if k in facts.instructions)
+    moves = ", ".join(
+        plural(facts.instructions[k], k) for k in ("run", "recompute", "load", "store") if k in facts.instructions
+    )
     yield from _topic("plan", [f"{LEVELS[facts.level]}, {verdict}; {moves or 'no instructions'}"])
     share = format_percent(facts.peak_bytes / machine.capacity_bytes)
     lines = [
@@ -129,7 +136,8 @@ def _proofs(facts: Digest) -> Iterator[str]:
 
 
 def _proof(c: CertificateFacts) -> Iterator[str]:
-    yield f"{c.pass_name}: {OBJECTIVES[c.objective]} {format_count(c.value)} B, bound {format_count(c.bound)} B"
+    unit = " B" if c.objective.endswith("_bytes") else ""
+    yield f"{c.pass_name}: {OBJECTIVES[c.objective]} {format_count(c.value)}{unit}, bound {format_count(c.bound)}{unit}"
     quality = "optimal" if c.gap == 0 else f"gap {format_percent(c.gap)}"
     remark = "" if c.stands else "; of the plan before later passes"
     yield f"  {quality} {SCOPES[c.scope]}, by {PROVERS[c.proved_by]}{remark}"

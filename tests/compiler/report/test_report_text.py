@@ -10,7 +10,7 @@ import pytest
 
 from opweave.compiler.plan import Certificate, PassRecord
 from opweave.compiler.report.text import OBJECTIVES, PROVERS, SCOPES, summary, summary_dict
-from opweave.compiler.simulate import timeline_summary
+from opweave.compiler.simulate import latency_ns, timeline_summary
 from opweave.compiler.verify import verify
 from tests.compiler.report.report_plans import (
     HOSTILE_NAME,
@@ -59,7 +59,7 @@ def test_every_certificate_there_can_be_has_words() -> None:
     assert kinds == {"objective": set(OBJECTIVES), "proved_by": set(PROVERS), "scope": set(SCOPES)}
     plan = decided(all_graphs()["chain"])
     for objective in kinds["objective"]:
-        counted = getattr(verify(plan), objective.replace("additional_traffic", "additional"))
+        counted = getattr(verify(plan), objective.replace("additional_traffic", "additional"), latency_ns(plan))
         stands = Certificate(objective, counted, counted, "lp", "address")
         differs = Certificate(objective, counted + 1, 0, "lp", "address")
         recorded = msgspec.structs.replace(plan, passes=(PassRecord("p", 0, stands), PassRecord("q", 0, differs)))
