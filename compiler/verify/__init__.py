@@ -16,6 +16,7 @@ from .claims import check_claims
 from .facts import Facts, count_facts
 from .faults import Fault, Finding
 from .order import check_names, check_order, check_whole
+from .pins import check_pins
 from .residency import check_residences, replay
 from .timing import check_times, is_timed
 from .traffic import BufferTraffic, count_traffic
@@ -84,6 +85,7 @@ def _findings(
         yield from replay(plan, facts, known)
         yield from check_capacity(plan, facts, placed)
         yield from check_regions(plan, facts, placed)
+        yield from check_pins(plan, facts, placed)
     if is_timed(plan):
         yield from check_times(plan, facts, placed)
 

@@ -1,9 +1,10 @@
-"""Bytes over steps: capacity and peak; regions inside the scratchpad, aligned and disjoint."""
+"""Bytes over steps: capacity and peak; regions inside the scratchpad and one of its banks, aligned and disjoint."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 from ..plan import Plan, Residence, Run
 from .facts import Facts
@@ -58,8 +59,9 @@ def check_capacity(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) 
 
 
 def check_regions(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> Iterator[Finding]:
-    """Regions lie inside the scratchpad, are aligned, and are disjoint while both are resident."""
+    """Regions lie inside the scratchpad and one bank, are aligned, and are disjoint while both are resident."""
     memory = plan.machine.scratchpad_memory
+    boundaries = list(accumulate(memory.banks_bytes))[:-1]
     placed: list[tuple[int, int, Residence]] = []
     for residence in residences:
         if residence.offset is None:
@@ -69,6 +71,10 @@ def check_regions(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -
         if begin < 0 or end > memory.capacity_bytes:
             message = f"buffer {residence.buffer!r} has bytes [{begin}, {end}) of {memory.capacity_bytes}"
             yield Finding(Fault.OUT_OF_BOUNDS, message, residence.begin)
+        for boundary in boundaries:
+            if begin < boundary < end:
+                message = f"buffer {residence.buffer!r} has bytes [{begin}, {end}); a bank begins at {boundary}"
+                yield Finding(Fault.BANK_CROSSED, message, residence.begin)
         if begin % memory.alignment_bytes:
             message = f"buffer {residence.buffer!r} has offset {begin}, not a multiple of {memory.alignment_bytes}"
             yield Finding(Fault.MISALIGNED, message, residence.begin)

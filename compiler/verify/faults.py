@@ -43,6 +43,10 @@ class Fault(StrEnum):
     OUT_OF_BOUNDS = "region out of bounds"
     MISALIGNED = "region misaligned"
     REGIONS_OVERLAP = "regions overlap"
+    BANK_CROSSED = "region crosses a bank boundary"
+
+    PIN_MOVED = "pinned buffer lies elsewhere"
+    PIN_RELEASED = "pinned buffer leaves the scratchpad"
 
     TIME_MALFORMED = "time malformed"
     FASTER_THAN_MACHINE = "faster than the machine"

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from opweave.compiler.graph import Graph
-from opweave.compiler.plan import Certificate, Load, PassRecord, Plan, Residence, Run, Store
+from opweave.compiler.plan import Certificate, Load, PassRecord, Pin, Plan, Residence, Run, Store
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import Fault, verify
 from opweave.hw_models.model import Engine, EngineKind
@@ -40,6 +40,14 @@ def streaming(plan: Plan, buffer: str) -> Plan:
 
 def on(plan: Plan, capacity_bytes: int) -> Plan:
     return msgspec.structs.replace(plan, machine=machine(capacity_bytes))
+
+
+def banked(plan: Plan, *banks_bytes: int) -> Plan:
+    return msgspec.structs.replace(plan, machine=plan.machine.with_banks(*banks_bytes))
+
+
+def pinned(plan: Plan, *pins: Pin) -> Plan:
+    return msgspec.structs.replace(plan, pins=pins)
 
 
 def step_of(plan: Plan, do: type[Run | Load | Store], name: str) -> int:
@@ -176,6 +184,11 @@ BROKEN: tuple[tuple[Fault, Callable[[], Plan]], ...] = (
     (Fault.OUT_OF_BOUNDS, lambda: with_residence(CHAIN, "x", offset=-FAR)),
     (Fault.MISALIGNED, lambda: with_residence(CHAIN, "x", offset=FAR + 1)),
     (Fault.REGIONS_OVERLAP, lambda: with_residence(SPACED, "w", offset=496)),
+    (Fault.BANK_CROSSED, lambda: banked(CHAIN, 16, FAR)),
+    (Fault.BUFFER_UNKNOWN, lambda: pinned(CHAIN, Pin("nobody"))),
+    (Fault.PIN_MOVED, lambda: pinned(CHAIN, Pin("x", offset=FAR))),
+    (Fault.PIN_MOVED, lambda: pinned(CHAIN, Pin("x", bank=1))),
+    (Fault.PIN_RELEASED, lambda: pinned(IN_PLACE, Pin("state", resident=True))),
     (Fault.TIME_MALFORMED, lambda: with_times(TIMED, 0, -1.0, 0.0)),
     (Fault.TIME_MALFORMED, lambda: with_times(TIMED, 0, 1.0, 0.5)),
     (Fault.TIME_MALFORMED, lambda: with_times(TIMED, 0, math.nan, 1.0)),
@@ -209,6 +222,13 @@ def test_broken_plan_has_exactly_this_fault(fault: Fault, broken: Callable[[], P
 
 def test_every_fault_is_made() -> None:
     assert {fault for fault, _ in BROKEN} == set(Fault)
+
+
+def test_pins_that_are_kept() -> None:
+    offsets = {r.buffer: r.offset for r in CHAIN.residences or ()}
+    pins = tuple(Pin(name, offset=offset, bank=0, resident=True) for name, offset in offsets.items())
+    assert verify(pinned(CHAIN, *pins)).ok
+    assert verify(pinned(banked(CHAIN, verify(CHAIN).arena_bytes, FAR), *pins)).ok
 
 
 def test_claims_stand_until_the_decision_is_taken_again() -> None:
