@@ -164,7 +164,7 @@ class _Writer:
         yield ""
 
     def _names(self) -> Iterator[str]:
-        yield "/* Buffers and operators by name; the arena offset of each residence of a buffer, in the order of time. */"
+        yield "/* Buffers and operators by name; arena offsets of a buffer's residences, in the order of time. */"
         yield from self._defines(*((f"BUFFER_{word}", i) for i, word in enumerate(self.buffer_words)))
         count = dict.fromkeys(self.buffers, 0)
         for residence in self.facts.residences:

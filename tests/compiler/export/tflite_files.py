@@ -1,0 +1,132 @@
+"""Small ``.tflite`` files, written with the flatbuffers runtime and the schema's field numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flatbuffers  # type: ignore[import-untyped]  # the package ships no type information
+import numpy as np
+
+__all__ = ["FLOAT32", "INT8", "Node", "Slot", "tflite_file"]
+
+FLOAT32, INT8 = 0, 9
+ADD, RELU = 0, 19
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the file; with ``data`` it is a constant."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int = FLOAT32
+    data: bytes = b""
+    variable: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operator of the file, by tensor numbers."""
+
+    code: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def tflite_file(
+    slots: Sequence[Slot],
+    nodes: Sequence[Node],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    *,
+    metadata: Sequence[tuple[str, bytes]] = (),
+    subgraphs: int = 1,
+) -> bytes:
+    """A model of these tensors and operators; its first buffer is empty, as the schema wants it."""
+    b = flatbuffers.Builder(1024)
+    constants = [slot.data for slot in slots if slot.data]
+    payloads = [b"", *constants, *(payload for _, payload in metadata)]
+    buffers = _vector(b, [_buffer(b, payload) for payload in payloads])
+    entries = [
+        _table(b, [("text", 0, name), ("u32", 1, 1 + len(constants) + i)]) for i, (name, _) in enumerate(metadata)
+    ]
+    codes = sorted({node.code for node in nodes})
+    operator_codes = _vector(b, [_table(b, [("i8", 0, code), ("i32", 2, 1), ("i32", 3, code)]) for code in codes])
+    graphs = [_subgraph(b, slots, nodes, inputs, outputs, codes) for _ in range(subgraphs)]
+    fields = [("u32", 0, 3), ("ref", 1, operator_codes), ("ref", 2, _vector(b, graphs)), ("text", 3, "made for tests")]
+    fields.append(("ref", 4, buffers))
+    if entries:
+        fields.append(("ref", 6, _vector(b, entries)))
+    b.Finish(_table(b, fields), file_identifier=b"TFL3")
+    return bytes(b.Output())
+
+
+def _buffer(b: Any, payload: bytes) -> int:
+    if not payload:
+        return _table(b, [])
+    b.StartVector(1, len(payload), 16)
+    for byte in reversed(payload):
+        b.PrependUint8(byte)
+    return _table(b, [("ref", 0, b.EndVector())])
+
+
+def _subgraph(
+    b: Any,
+    slots: Sequence[Slot],
+    nodes: Sequence[Node],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    codes: list[int],
+) -> int:
+    tensors, stored = [], 0
+    for slot in slots:
+        stored += bool(slot.data)
+        shape = b.CreateNumpyVector(np.array(slot.shape, dtype=np.int32))
+        fields = [
+            ("ref", 0, shape),
+            ("i8", 1, slot.type),
+            ("u32", 2, stored if slot.data else 0),
+            ("text", 3, slot.name),
+        ]
+        tensors.append(_table(b, [*fields, ("bool", 5, slot.variable)]))
+    operators = []
+    for node in nodes:
+        operands = [b.CreateNumpyVector(np.array(part, dtype=np.int32)) for part in (node.inputs, node.outputs)]
+        fields = [("u32", 0, codes.index(node.code)), ("ref", 1, operands[0]), ("ref", 2, operands[1])]
+        if node.code == ADD:
+            fields += [("u8", 3, 11), ("ref", 4, _table(b, []))]  # AddOptions
+        operators.append(_table(b, fields))
+    ends = [b.CreateNumpyVector(np.array(part, dtype=np.int32)) for part in (inputs, outputs)]
+    parts = [("ref", 0, _vector(b, tensors)), ("ref", 1, ends[0]), ("ref", 2, ends[1])]
+    return _table(b, [*parts, ("ref", 3, _vector(b, operators)), ("text", 4, "main")])
+
+
+def _table(b: Any, fields: Sequence[tuple[str, int, Any]]) -> int:
+    texts = {number: b.CreateString(value) for kind, number, value in fields if kind == "text"}
+    b.StartObject(13)
+    for kind, number, value in fields:
+        match kind:
+            case "ref":
+                b.PrependUOffsetTRelativeSlot(number, value, 0)
+            case "text":
+                b.PrependUOffsetTRelativeSlot(number, texts[number], 0)
+            case "u32":
+                b.PrependUint32Slot(number, value, 0)
+            case "i32":
+                b.PrependInt32Slot(number, value, 0)
+            case "u8":
+                b.PrependUint8Slot(number, value, 0)
+            case "i8":
+                b.PrependInt8Slot(number, value, 0)
+            case _:
+                b.PrependBoolSlot(number, value, False)
+    return int(b.EndObject())
+
+
+def _vector(b: Any, references: Sequence[int]) -> int:
+    b.StartVector(4, len(references), 4)
+    for reference in reversed(references):
+        b.PrependUOffsetTRelative(reference)
+    return int(b.EndVector())
