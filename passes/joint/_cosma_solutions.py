@@ -1,0 +1,131 @@
+"""From a solution of COSMA's model to a plan and back: exact in integers, whatever the solver's tolerances let through.
+
+A model's solution is an order and, for each version, the steps at which it is retrieved. The gap between two uses is
+kept if the version is not retrieved in between or at the second one, and dropped otherwise. Writing that down with
+``residency/emit`` moves no more bytes: every dropped gap has a retrieval of its own in the solution, and every version
+not backed that has one was spilled; and at each step the emitted plan holds the operator's working set and the kept
+gaps across it, all of which the solution holds as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ...compiler.pipeline import Budget
+from ...compiler.plan import Plan
+from ...compiler.verify import verify
+from ..address.exact import ExactPlacement
+from ..address.placement import PlacementError
+from ..residency.belady import furthest_next_use
+from ..residency.emit import emit
+from ..residency.eviction import evict, refill
+from ..residency.formulation import reduce
+from ..residency.gaps import GapProblem
+from ..residency.least_cost import least_cost
+from ..residency.search import repair
+from ._cosma_addresses import Heights, restacked
+from ._cosma_model import Decided
+from ._cosma_problem import CosmaProblem
+
+__all__ = [
+    "Found",
+    "decided_of",
+    "dropped_of",
+    "heuristic",
+    "placed_heuristic",
+    "polished",
+    "written",
+    "written_placed",
+]
+
+RESERVES = (64, 16, 8, 4)  # the capacity's n-th parts held back so that addresses find room, one after the other
+PLACING_EFFORT = 2.0  # deterministic seconds of each question to address/exact
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan with its additional traffic in bytes, and what was dropped of its order's gaps."""
+
+    plan: Plan
+    value: int
+    dropped: frozenset[int]
+
+
+def dropped_of(of: CosmaProblem, gaps: GapProblem, decided: Decided) -> frozenset[int]:
+    """The gaps of the decided order during which, or at whose end, their version is retrieved."""
+    lifetimes = {lifetime.buffer: lifetime for lifetime in gaps.lifetimes}
+    dropped = set()
+    for i, interval in enumerate(gaps.intervals):
+        buffer, after = interval.gap
+        v = of.index[buffer, lifetimes[buffer].versions[after]]
+        if any((v, step) in decided[1] for step in range(interval.begin, interval.end + 1)):
+            dropped.add(i)
+    return frozenset(dropped)
+
+
+def decided_of(of: CosmaProblem, order: tuple[int, ...], gaps: GapProblem, dropped: Collection[int]) -> Decided:
+    """The order, and a retrieval at the end of every dropped gap and at each source's first use."""
+    retrieved = {(of.index[lt.buffer, 0], lt.positions[0]) for lt in gaps.lifetimes if lt.is_source}
+    lifetimes = {lifetime.buffer: lifetime for lifetime in gaps.lifetimes}
+    for i in dropped:
+        buffer, after = gaps.intervals[i].gap
+        retrieved.add((of.index[buffer, lifetimes[buffer].versions[after]], gaps.intervals[i].end))
+    return order, frozenset(retrieved)
+
+
+def polished(gaps: GapProblem, dropped: Collection[int]) -> frozenset[int]:
+    """``dropped`` and what else it takes to fit, less what none needs: never worse than a choice that fits."""
+    reduction = reduce(gaps)
+    chosen = set(reduction.dropped)
+    for block in reduction.blocks:
+        chosen |= repair(block, block.cost.keys() & set(dropped))
+    return frozenset(chosen)
+
+
+def written(plan: Plan, gaps: GapProblem, dropped: Collection[int]) -> Found:
+    """``plan``'s order with this residency; no addresses."""
+    return Found(emit(plan, gaps, dropped), gaps.additional_bytes(dropped), frozenset(dropped))
+
+
+def written_placed(
+    plan: Plan, gaps: GapProblem, dropped: Collection[int], budget: Budget, heights: Heights | None = None
+) -> Found | None:
+    """The same with addresses: by ``heights`` if that ends within the capacity, else by ``address/exact``.
+
+    ``None`` where no placement was found, in time or at all.
+    """
+    found = written(plan, gaps, dropped)
+    if heights is not None:
+        stacked = restacked(found.plan, heights)
+        if verify(stacked).ok:
+            return Found(stacked, found.value, found.dropped)
+    try:
+        placed = ExactPlacement(effort=PLACING_EFFORT).apply(found.plan, budget).plan
+    except PlacementError:
+        return None
+    return Found(placed, found.value, found.dropped)
+
+
+def heuristic(plan: Plan, reserve_bytes: int = 0) -> tuple[GapProblem, frozenset[int]]:
+    """The plan's order with the cheaper of the two replacement rules."""
+    gaps = GapProblem.of(plan, reserve_bytes=reserve_bytes)
+    walks = (refill(gaps, evict(gaps, choose)) for choose in (least_cost, furthest_next_use))
+    return gaps, frozenset(min(walks, key=gaps.additional_bytes))
+
+
+def placed_heuristic(plan: Plan, budget: Budget) -> Found:
+    """The same, placed: with more and more of the capacity held back, in the end with nothing kept between operators.
+
+    Raises:
+        PlacementError: not even the operators' working sets, one by one, could be placed.
+    """
+    capacity = plan.machine.scratchpad_memory.capacity_bytes
+    for reserve in (0, *(capacity // part for part in RESERVES)):
+        found = written_placed(plan, *heuristic(plan, reserve), budget.share(0.2))
+        if found is not None:
+            return found
+    gaps = GapProblem.of(plan)
+    everything = range(len(gaps.intervals))
+    placed = ExactPlacement(effort=PLACING_EFFORT).apply(emit(plan, gaps, everything), budget).plan
+    return Found(placed, gaps.additional_bytes(everything), frozenset(everything))

@@ -1,0 +1,281 @@
+"""COSMA's integer program, repaired: order, residency and addresses in one model."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...compiler.pipeline import Budget, Decision, Progress
+from ...compiler.plan import Certificate, Plan
+from ...errors import InternalError
+from .._solver.highs import Listener, Solution, solve
+from ..order.problem import OrderProblem
+from ..residency.gaps import GapProblem
+from ..residency.workset import require_fit
+from ._cosma_addresses import Addresses, heights_of
+from ._cosma_model import CosmaModel
+from ._cosma_problem import CosmaProblem
+from ._cosma_solutions import (
+    Found,
+    decided_of,
+    dropped_of,
+    heuristic,
+    placed_heuristic,
+    polished,
+    written,
+    written_placed,
+)
+
+__all__ = ["Cosma"]
+
+MAX_STEPS = 5_000  # operators beyond which even the windows of a free order take too long
+MAX_TERMS = 4_000_000  # non-zeros beyond which HiGHS does not get past the root in any reasonable time
+TERMS_PER_S = 150_000  # built and presolved on one busy core
+MAX_NODES = 2_000  # the search tree in deterministic mode, where no clock may decide
+
+
+@dataclass(frozen=True)
+class Cosma:
+    """Decide order, residency and addresses together, by the integer program of COSMA.
+
+    *Given* a plan, whose order and the cheaper of Belady's and the least-cost rule are where the search starts.
+    *Result*, by ``mode``: ``joint`` a plan of any order with loads, stores and residences, and the least additional
+    traffic; ``fixed`` (COSMA FS) the same for the plan's own order; ``peak`` (MPMF) the order alone whose peak memory
+    is least when nothing is moved twice. With ``addresses``, residences have offsets and the optimum is over plans
+    that can be placed; without, bytes are counted and an address pass may follow. ``peak`` never has addresses.
+
+    The formulation is Eq. 1 to 17 of Li, Gupta and Malik, "COSMA" (arXiv 2311.18246), with the gaps closed that an
+    independent reproduction found (``docs/formulations.md``). Its definitions are this project's where they differ:
+
+    * The paper counts a store and a fetch for whatever is not preserved. Here a source lies in backing memory
+      beforehand, so it is fetched without a store, and its first fetch is compulsory, not additional; an output must
+      be stored once it is final, so that store is not additional either, and its later fetches need no other.
+    * A version is what one write leaves. An update in place needs the version before it and takes its room; the
+      backing copy of the old version is stale, so the new one has a store of its own to pay.
+    * Weights join as sources where they are not streamed; streamed ones take no part.
+    * Stores end before the next operator's fetches begin, so what is spilled takes no room at the step of its spill,
+      and may be fetched to another place right after it.
+
+    Eq. 9 to 11 are added only when the optimum without them cannot be placed: as a relaxation its bound is valid for
+    both. A model too large for the time left is not built: the start is returned, and the note says so.
+    """
+
+    mode: Literal["joint", "fixed", "peak"] = "joint"
+    addresses: bool = True
+
+    @property
+    def name(self) -> str:
+        """Path name of the pass."""
+        return "joint/cosma"
+
+    def apply(self, plan: Plan, budget: Budget) -> Decision:
+        """Decide.
+
+        Raises:
+            Infeasible: an operator's working set alone exceeds the scratchpad (not in mode ``peak``).
+        """
+        if self.mode == "peak":
+            return _least_peak(self.name, plan, budget)
+        require_fit(plan)
+        search = _Search(self, plan, budget)
+        search.run()
+        return search.decision()
+
+
+@dataclass
+class _Search:
+    """The best plan found and the best bound proven, in bytes, while models of growing detail are solved."""
+
+    options: Cosma
+    plan: Plan
+    budget: Budget
+    notes: list[str] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
+    best: Found = field(init=False)
+    bound: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        gaps, dropped = heuristic(self.plan)
+        self.floor = self.bound = gaps.base_bytes
+        if self.options.addresses:
+            self.best = placed_heuristic(self.plan, self.budget.share(0.3))
+        else:
+            self.best = written(self.plan, gaps, dropped)
+        self._tell(self.best.value, self.bound)
+
+    def run(self) -> None:
+        """Solve without addresses, place what came out, and only if that fails solve with them."""
+        if self._is_done():
+            return
+        fixed = self.options.mode == "fixed"
+        if not fixed and len(self.plan.graph.ops) > MAX_STEPS:
+            self.notes.append(f"a model of {len(self.plan.graph.ops)} steps is too large; this is the start")
+            return
+        of = CosmaProblem.of(self.plan, self.floor, fixed=fixed)
+        if not self._fits("model", of.terms()):
+            return
+        self._solve_relaxed(of)
+        if not self.options.addresses or self._is_done():
+            return
+        if self._fits("model with addresses", of.terms() + of.address_terms()):
+            self._solve_placed(of)
+
+    def decision(self) -> Decision:
+        """The best plan with its certificate."""
+        bound = min(self.bound, self.best.value)
+        certificate = Certificate(
+            "additional_traffic_bytes",
+            self.best.value,
+            bound,
+            "ilp" if bound > self.floor else "analytic",
+            "residency" if self.options.mode == "fixed" else "order",
+        )
+        return Decision(self.best.plan, certificate, "; ".join(self.notes))
+
+    def _is_done(self) -> bool:
+        return self.best.value <= self.bound
+
+    def _fits(self, what: str, terms: int) -> bool:
+        """Whether a model can be built and looked at in the time left."""
+        limit = MAX_TERMS
+        if not self.budget.deterministic:
+            limit = min(limit, int(TERMS_PER_S * self.budget.remaining_s / 2))
+        if terms <= limit and self.budget.remaining_s > 0:
+            return True
+        self.notes.append(f"the {what} has about {terms:,} terms, too many for the time left")
+        return False
+
+    def _solve_relaxed(self, of: CosmaProblem) -> None:
+        model = CosmaModel(of)
+        gaps = GapProblem.of(self.best.plan)
+        start = model.start(decided_of(of, self.best.plan.order, gaps, self.best.dropped))
+        share = 0.5 if self.options.addresses else 1.0
+        solution = self._solve(model, start, self.budget.share(share), model.columns)
+        decided = model.decided(solution.values) if solution.values else None
+        if decided is None:
+            return
+        ordered = self.plan.with_order(decided[0])
+        gaps = GapProblem.of(ordered)
+        dropped = polished(gaps, dropped_of(of, gaps, decided))
+        if not self.options.addresses:
+            self._keep(written(ordered, gaps, dropped))
+            return
+        if gaps.additional_bytes(dropped) < self.best.value:
+            self._keep(written_placed(ordered, gaps, dropped, self.budget.share(0.3)))
+        if ordered.order != self.plan.order and not self._is_done():
+            self._keep(placed_heuristic(ordered, self.budget.share(0.3)))
+
+    def _solve_placed(self, of: CosmaProblem) -> None:
+        model = CosmaModel(of)
+        addresses = Addresses(model, self.plan)
+        gaps = GapProblem.of(self.best.plan)
+        start = model.start(decided_of(of, self.best.plan.order, gaps, self.best.dropped))
+        start.update(addresses.start(heights_of(self.best.plan), start))
+        solution = self._solve(model, start, self.budget, model.columns + addresses.columns)
+        decided = model.decided(solution.values) if solution.values else None
+        if decided is None:
+            return
+        ordered = self.plan.with_order(decided[0])
+        gaps = GapProblem.of(ordered)
+        dropped = dropped_of(of, gaps, decided)
+        if gaps.additional_bytes(dropped) < self.best.value and (gaps.slack(dropped) >= 0).all():
+            heights = addresses.heights(solution.values)
+            self._keep(written_placed(ordered, gaps, dropped, self.budget, heights))
+
+    def _solve(self, model: CosmaModel, start: dict[str, float], budget: Budget, columns: int) -> Solution:
+        of = model.of
+
+        def listen(objective: float | None, bound: float | None) -> None:
+            value = self.best.value
+            if objective is not None:
+                value = min(value, of.constant_bytes + of.unit * round(objective))
+            proven = self.bound if bound is None else max(self.bound, of.constant_bytes + _whole(of, bound, columns))
+            self._tell(value, min(value, proven))
+
+        solution = _solved(model, start, budget, listen)
+        self.bound = max(self.bound, of.constant_bytes + _whole(of, solution.bound, columns))
+        ended = "solved" if solution.status == "optimal" else _limit(self.budget)
+        self.notes.append(f"{columns:,} columns, {ended}")
+        return solution
+
+    def _keep(self, found: Found | None) -> None:
+        if found is not None and found.value < self.best.value:
+            self.best = found
+            self._tell(found.value, min(found.value, self.bound))
+
+    def _tell(self, value: int, bound: int) -> None:
+        self.budget.listen(Progress(self.options.name, time.monotonic() - self.begin, value, bound))
+
+
+def _least_peak(name: str, plan: Plan, budget: Budget) -> Decision:
+    """Eq. 13 to 15: the order of least peak when every buffer stays from its first to its last use."""
+    begin = time.monotonic()
+    problem = OrderProblem.of(plan)
+    order, value, bound = plan.order, problem.peak_bytes(plan.order), problem.largest_working_set()
+    note = ""
+    if value > bound:
+        order, proven, note = _search_peak(name, plan, problem, budget, begin)
+        value, bound = problem.peak_bytes(order), max(bound, proven)
+    budget.listen(Progress(name, time.monotonic() - begin, value, bound))
+    proved_by: Literal["ilp", "analytic"] = "ilp" if bound > problem.largest_working_set() else "analytic"
+    certificate = Certificate("peak_bytes", value, min(bound, value), proved_by, "order")
+    return Decision(plan.with_order(order), certificate, note)
+
+
+def _search_peak(
+    name: str, plan: Plan, problem: OrderProblem, budget: Budget, begin: float
+) -> tuple[tuple[int, ...], int, str]:
+    """An order no worse than the plan's, what no order's peak is below, and a remark."""
+    value = problem.peak_bytes(plan.order)
+    if len(plan.graph.ops) > MAX_STEPS:
+        return plan.order, 0, f"a model of {len(plan.graph.ops)} steps is too large; this is the given order"
+    of = CosmaProblem.of(plan, 0, fixed=False)
+    limit = MAX_TERMS if budget.deterministic else min(MAX_TERMS, int(TERMS_PER_S * budget.remaining_s / 2))
+    if of.terms() > limit or budget.remaining_s <= 0:
+        return plan.order, 0, f"the model has about {of.terms():,} terms, too many for the time left"
+    model = CosmaModel(of, peak=True)
+
+    def listen(objective: float | None, bound: float | None) -> None:
+        found = value if objective is None else min(value, of.unit * round(objective))
+        proven = 0 if bound is None else min(found, _whole(of, bound, model.columns))
+        budget.listen(Progress(name, time.monotonic() - begin, found, proven))
+
+    start = model.start(decided_of(of, plan.order, GapProblem.of(plan), ()))
+    solution = _solved(model, start, budget, listen)
+    decided = model.decided(solution.values) if solution.values else None
+    candidates = [plan.order] if decided is None else [decided[0], plan.order]
+    ended = "solved" if solution.status == "optimal" else _limit(budget)
+    best = min(candidates, key=problem.peak_bytes)
+    return best, _whole(of, solution.bound, model.columns), f"{model.columns:,} columns, {ended}"
+
+
+def _solved(model: CosmaModel, start: dict[str, float], budget: Budget, listen: Listener) -> Solution:
+    solution = solve(
+        model.program,
+        budget,
+        start=start,
+        absolute_gap=0.99,  # objectives are whole units: less than one apart is no distance
+        max_nodes=MAX_NODES if budget.deterministic else None,
+        listen=listen,
+    )
+    if solution.status == "infeasible":
+        raise InternalError("COSMA's model has no solution although its start is one", hint="please report this")
+    return solution
+
+
+def _whole(of: CosmaProblem, bound: float, columns: int) -> int:
+    """The least bytes of a whole number of units that is not below ``bound`` less what tolerances may add.
+
+    Each reduced cost may be off by the dual tolerance, 1e-7, over a range of 1; sums by a few units in the last place.
+    """
+    if not math.isfinite(bound):
+        return 0
+    return of.unit * max(0, math.ceil(bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound)))
+
+
+def _limit(budget: Budget) -> str:
+    if budget.deterministic and budget.remaining_s > 0:
+        return "the search limit came first"
+    return "the time limit came first" + (", so another run may differ" if budget.deterministic else "")
