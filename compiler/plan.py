@@ -25,6 +25,7 @@ __all__ = [
     "PassRecord",
     "Pin",
     "Plan",
+    "Recompute",
     "Residence",
     "Run",
     "Source",
@@ -62,7 +63,22 @@ class Store(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="store"
     finish_s: float | None = None
 
 
-Instruction = Run | Load | Store
+class Recompute(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="recompute", tag_field="do", omit_defaults=True
+):
+    """Execute operator ``op`` once more, after its ``Run``, on the versions of its operands that the ``Run`` read.
+
+    All its outputs that have bytes begin a residence at this step and hold what they held before. The operator is
+    repeatable and the only one that writes them; its operands are resident or streamed, as for a ``Run``.
+    """
+
+    op: str
+    engine: str = ""
+    start_s: float | None = None
+    finish_s: float | None = None
+
+
+Instruction = Run | Load | Store | Recompute
 
 
 class Residence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -169,7 +185,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Operator indices in the order the plan runs them."""
+        """Operator indices in the order the plan runs them; recomputing one again changes nothing."""
         index = {op.name: i for i, op in enumerate(self.graph.ops)}
         return tuple(index[i.op] for i in self.instructions if isinstance(i, Run))
 

@@ -34,6 +34,7 @@ CATEGORY_COLOURS: Mapping[str, str] = MappingProxyType(
         "additional load": "#00835f",
         "compulsory store": "#f5bd8f",
         "additional store": "#d55e00",
+        "recompute": "#cc79a7",
     }
 )
 

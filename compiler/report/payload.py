@@ -16,7 +16,7 @@ from .view import Bar, Region, bars, is_timed, regions, role_of
 
 __all__ = ["payload"]
 
-_KINDS = ("run", "load", "store")
+_KINDS = ("run", "load", "store", "recompute")
 _Columns = dict[str, list[Any]]
 
 
@@ -25,9 +25,9 @@ def payload(plan: Plan, verification: Verification | None = None) -> bytes:
     facts = digest(plan, verification)
     instructions, residences = bars(plan), regions(plan)
     # A plan that does not verify may use names that the graph does not have; they are drawn all the same.
-    moved = [bar.subject for bar in instructions if bar.kind != "run"]
+    moved = [bar.subject for bar in instructions if not bar.executes]
     buffers = _index([*plan.graph.buffers, *moved, *(region.buffer for region in residences)])
-    ops = _index([*(op.name for op in plan.graph.ops), *(bar.subject for bar in instructions if bar.kind == "run")])
+    ops = _index([*(op.name for op in plan.graph.ops), *(bar.subject for bar in instructions if bar.executes)])
     engines = _index([*(engine.name for engine in plan.machine.engines), *(bar.engine for bar in instructions)])
     document = {
         "digest": {key: value for key, value in facts.to_dict().items() if key != "moved"},
@@ -36,7 +36,9 @@ def payload(plan: Plan, verification: Verification | None = None) -> bytes:
         "engines": list(engines),
         "buffers": _buffers(plan, facts, buffers),
         "ops": _ops(plan, ops, buffers),
-        "instructions": _instructions(plan, instructions, {"run": ops, "load": buffers, "store": buffers}, engines),
+        "instructions": _instructions(
+            plan, instructions, {"run": ops, "load": buffers, "store": buffers, "recompute": ops}, engines
+        ),
         "residences": _residences(plan, residences, buffers),
         "palette": {
             "roles": dict(ROLE_COLOURS),

@@ -89,7 +89,7 @@ class _Tracer:
                 "traffic_bytes": bar.nbytes,
                 "additional_bytes": bar.additional_bytes,
             }
-            op = ops.get(bar.subject) if bar.kind == "run" else None
+            op = ops.get(bar.subject) if bar.executes else None
             if op is not None:
                 arguments |= {"inputs": op.inputs, "outputs": op.outputs, "flops": op.flops, "call": op.body}
             arguments["offset_bytes"] = self._offsets(bar)
@@ -116,7 +116,7 @@ class _Tracer:
             if bar.kind == "load":
                 waiting[bar.subject] = bar
                 continue
-            for buffer in self.touches.get(bar.subject, ()) if bar.kind == "run" else ():
+            for buffer in self.touches.get(bar.subject, ()) if bar.executes else ():
                 load = waiting.pop(buffer, None)
                 if load is not None:
                     events += self._arrow(load, bar)
@@ -134,7 +134,7 @@ class _Tracer:
 
     def _offsets(self, bar: Bar) -> dict[str, int]:
         """Where the instruction's resident buffers lie while it runs."""
-        buffers = self.touches.get(bar.subject, ()) if bar.kind == "run" else (bar.subject,)
+        buffers = self.touches.get(bar.subject, ()) if bar.executes else (bar.subject,)
         found: dict[str, int] = {}
         for buffer in buffers:
             spans = self.residences.get(buffer, [])

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..plan import Instruction, Plan, Run, Store
+from ..plan import Instruction, Plan, Recompute, Run, Store
 
 __all__ = ["UNKNOWN_ROLE", "Bar", "Region", "bars", "is_timed", "live_bytes", "live_over_time", "regions", "role_of"]
 
@@ -23,8 +23,9 @@ UNKNOWN_ROLE = "unknown"
 class Bar:
     """One instruction as drawn.
 
-    ``subject`` is the operator a run executes or the buffer a transfer moves; ``nbytes`` what it moves between
-    scratchpad and backing memory (for a run: its streamed operands), of which ``additional_bytes`` are not compulsory.
+    ``subject`` is the operator a run or recompute executes or the buffer a transfer moves; ``nbytes`` what it moves
+    between scratchpad and backing memory (for an operator: its streamed operands), of which ``additional_bytes`` are
+    not compulsory.
     """
 
     step: int
@@ -37,9 +38,14 @@ class Bar:
     additional_bytes: int
 
     @property
+    def executes(self) -> bool:
+        """Whether it executes an operator, for the first time or again."""
+        return self.kind in ("run", "recompute")
+
+    @property
     def category(self) -> str:
-        """``run``, or whether and which way the instruction moves: ``compulsory load``, ``additional store``..."""
-        if self.kind == "run":
+        """``run``, ``recompute``, or whether and which way it moves: ``compulsory load``, ``additional store``..."""
+        if self.executes:
             return self.kind
         return f"{'additional' if self.additional_bytes else 'compulsory'} {self.kind}"
 
@@ -89,10 +95,11 @@ def bars(plan: Plan) -> tuple[Bar, ...]:
     result: list[Bar] = []
     for step, instruction in enumerate(plan.instructions):
         moved: Iterable[str]
-        if isinstance(instruction, Run):
-            kind, subject, moved = "run", instruction.op, streamed_reads.get(instruction.op, ())
+        kind = type(instruction).__name__.lower()
+        if isinstance(instruction, Run | Recompute):
+            subject, moved = instruction.op, streamed_reads.get(instruction.op, ())
         else:
-            kind, subject, moved = type(instruction).__name__.lower(), instruction.buffer, (instruction.buffer,)
+            subject, moved = instruction.buffer, (instruction.buffer,)
         total = additional = 0
         for buffer in moved:
             nbytes = _nbytes(plan, buffer)
@@ -162,7 +169,7 @@ def _uses(plan: Plan) -> dict[str, list[int]]:
     touches = {op.name: touched for op, touched in zip(plan.graph.ops, plan.graph.touches, strict=True)}
     uses: dict[str, list[int]] = {}
     for step, instruction in enumerate(plan.instructions):
-        touched = touches.get(instruction.op, ()) if isinstance(instruction, Run) else (instruction.buffer,)
+        touched = touches.get(instruction.op, ()) if isinstance(instruction, Run | Recompute) else (instruction.buffer,)
         for buffer in touched:
             uses.setdefault(buffer, []).append(step)
     return uses

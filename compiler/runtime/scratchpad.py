@@ -16,7 +16,7 @@ import torch
 
 from ...errors import ExecutionError
 from ..graph import Graph, Op, Role, Tensor
-from ..plan import Instruction, Load, Plan, Residence, Run, Store
+from ..plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
 from .calls import evaluate
 from .memory import TORCH_DTYPE, ByteMemory
 
@@ -43,6 +43,7 @@ class ExecutionResult:
     runs: int
     loads: int
     stores: int
+    recomputes: int
 
     @property
     def moved_bytes(self) -> int:
@@ -106,7 +107,7 @@ class _Counters:
     loaded_bytes: int = 0
     stored_bytes: int = 0
     streamed_bytes: int = 0
-    counts: dict[type[Instruction], int] = field(default_factory=lambda: {Run: 0, Load: 0, Store: 0})
+    counts: dict[type[Instruction], int] = field(default_factory=lambda: {Run: 0, Load: 0, Store: 0, Recompute: 0})
 
 
 class ScratchpadMachine:
@@ -157,7 +158,7 @@ class ScratchpadMachine:
                 self._load(step, buffer)
             case Store(buffer=buffer):
                 self._store(step, buffer)
-            case Run(op=name):
+            case Run(op=name) | Recompute(op=name):
                 if name not in self._ops:
                     raise ExecutionError(f"step {step} runs operator {name!r}, which the graph does not have")
                 self._run(step, self._ops[name])
@@ -177,6 +178,7 @@ class ScratchpadMachine:
             runs=counters.counts[Run],
             loads=counters.counts[Load],
             stores=counters.counts[Store],
+            recomputes=counters.counts[Recompute],
         )
 
     def _residences(self) -> tuple[Residence, ...]:

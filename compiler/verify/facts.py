@@ -7,6 +7,7 @@ that a mistake in one of them cannot hide itself.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from ..graph import DTYPE_BYTES, Role
@@ -23,6 +24,7 @@ class Facts:
 
     ``creates`` are the writes that begin a buffer's contents; all other writes update it in place. ``outputs`` are the
     buffers whose last version must end in backing memory. ``streamed`` are the plan's, unknown names left out.
+    ``writers`` counts the operators that write each buffer.
     """
 
     nbytes: dict[str, int]
@@ -33,6 +35,7 @@ class Facts:
     creates: tuple[frozenset[str], ...]
     outputs: frozenset[str]
     streamed: frozenset[str]
+    writers: dict[str, int]
 
     def is_source(self, buffer: str) -> bool:
         """Whether ``buffer`` lies in backing memory before the first operator."""
@@ -52,9 +55,9 @@ def count_facts(plan: Plan) -> Facts:
     reads = tuple(tuple(sorted({buffer_of[name] for name in op.inputs})) for op in ops)
     writes = tuple(tuple(sorted({buffer_of[name] for name in op.outputs})) for op in ops)
     creates = tuple(frozenset(name for name in op.outputs if buffer_of[name] == name) for op in ops)
-    written = {buffer for buffers in writes for buffer in buffers}
+    writers = Counter(buffer for buffers in writes for buffer in buffers)
     returned = {buffer_of[name] for name in plan.graph.outputs}
-    outputs = frozenset(b for b in written if b in returned or role[b] in _EXIST_BEFORE)
+    outputs = frozenset(b for b in writers if b in returned or role[b] in _EXIST_BEFORE)
     op_index = {op.name: index for index, op in enumerate(ops)}
     streamed = frozenset(plan.streamed) & nbytes.keys()
-    return Facts(nbytes, role, op_index, reads, writes, creates, outputs, streamed)
+    return Facts(nbytes, role, op_index, reads, writes, creates, outputs, streamed, writers)

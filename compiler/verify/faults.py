@@ -32,6 +32,11 @@ class Fault(StrEnum):
     NOT_RESIDENT_WHEN_WRITTEN = "not resident when written"
     VALUE_LOST = "value lost"
 
+    RECOMPUTED_BEFORE_RUN = "recomputed before it ran"
+    RECOMPUTED_ILLEGALLY = "recomputed illegally"
+    RECOMPUTE_OF_RESIDENT = "recompute of a resident buffer"
+    OPERAND_UPDATED = "operand updated since the operator ran"
+
     LOAD_OF_RESIDENT = "load of a resident buffer"
     LOAD_WITHOUT_RESIDENCE = "load without a residence"
     LOAD_WITHOUT_COPY = "load without a backing copy"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...hw_models.model import Direction, Engine, EngineKind
-from ..graph import Role
-from ..plan import Instruction, Load, Plan, Run, Store
+from ..graph import OpKind, Role
+from ..plan import Instruction, Load, Plan, Recompute, Run, Store
+from ..repeatable import is_repeatable
 from .facts import Facts
 from .faults import Fault, Finding
 
@@ -28,10 +29,12 @@ def check_order(plan: Plan, facts: Facts) -> Iterator[Finding]:
     """Each operator exactly once, after every operator it depends on."""
     steps = first_runs(plan, facts)
     for step, instruction in enumerate(plan.instructions):
-        if not isinstance(instruction, Run):
+        if not isinstance(instruction, Run | Recompute):
             continue
         if instruction.op not in facts.op_index:
             yield Finding(Fault.OPERATOR_UNKNOWN, f"the graph has no operator {instruction.op!r}", step)
+        elif isinstance(instruction, Recompute):
+            yield from _check_recompute(plan, facts, instruction.op, steps, step)
         elif (first := steps[facts.op_index[instruction.op]]) != step:
             yield Finding(
                 Fault.OPERATOR_REPEATED, f"operator {instruction.op!r} ran already at step {first}; it runs once", step
@@ -40,6 +43,22 @@ def check_order(plan: Plan, facts: Facts) -> Iterator[Finding]:
         if index not in steps:
             yield Finding(Fault.OPERATOR_MISSING, f"operator {op.name!r} never runs; it runs once")
     yield from _check_dependencies(plan, facts, steps)
+
+
+def _check_recompute(plan: Plan, facts: Facts, name: str, steps: dict[int, int], step: int) -> Iterator[Finding]:
+    """The operator ran before, gives the same bytes again, and alone says what its outputs hold."""
+    index = facts.op_index[name]
+    if steps.get(index, step) >= step:
+        message = f"operator {name!r} is recomputed, but its first run does not come before"
+        yield Finding(Fault.RECOMPUTED_BEFORE_RUN, message, step)
+    op = plan.graph.ops[index]
+    if op.kind is not OpKind.COMPUTE or not is_repeatable(op):
+        message = f"operator {name!r} ({op.target or op.kind.value}) may give other values when it runs again"
+        yield Finding(Fault.RECOMPUTED_ILLEGALLY, message, step)
+    for buffer in facts.writes[index]:
+        if buffer not in facts.creates[index] or facts.writers[buffer] > 1:
+            message = f"operator {name!r} is recomputed, but it is not the only one that writes buffer {buffer!r}"
+            yield Finding(Fault.RECOMPUTED_ILLEGALLY, message, step)
 
 
 def _check_dependencies(plan: Plan, facts: Facts, steps: dict[int, int]) -> Iterator[Finding]:
@@ -75,7 +94,7 @@ def check_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
     """Buffers, memories and engines exist and are of the right kind; streamed buffers may be streamed."""
     admitted = {engine.name: _admitted(engine) for engine in plan.machine.engines}
     for step, instruction in enumerate(plan.instructions):
-        if not isinstance(instruction, Run) and instruction.buffer not in facts.nbytes:
+        if isinstance(instruction, Load | Store) and instruction.buffer not in facts.nbytes:
             yield Finding(Fault.BUFFER_UNKNOWN, f"the graph has no buffer {instruction.buffer!r}", step)
         if not instruction.engine and instruction.start_s is None:
             continue
@@ -93,7 +112,7 @@ def check_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
 def _admitted(engine: Engine) -> tuple[type[Instruction], ...]:
     """The instructions an engine can run."""
     if engine.kind is EngineKind.COMPUTE:
-        return (Run,)
+        return Run, Recompute
     if engine.direction is Direction.BOTH:
         return Load, Store
     return (Load,) if engine.direction is Direction.LOAD else (Store,)
@@ -137,7 +156,12 @@ def check_whole(plan: Plan) -> Iterator[Finding]:
     if plan.residences is None:
         for step, instruction in enumerate(plan.instructions):
             if not isinstance(instruction, Run):
-                message = f"buffer {instruction.buffer!r} moves, but the plan has no residences"
+                what = (
+                    f"operator {instruction.op!r} runs again"
+                    if isinstance(instruction, Recompute)
+                    else (f"buffer {instruction.buffer!r} moves")
+                )
+                message = f"{what}, but the plan has no residences"
                 yield Finding(Fault.PARTLY_DECIDED, message, step)
                 break
     elif any(residence.offset is not None for residence in plan.residences):
@@ -154,7 +178,7 @@ def _check_all_timed(plan: Plan) -> Iterator[Finding]:
         return
     for step, instruction in enumerate(plan.instructions):
         if instruction.start_s is None or instruction.finish_s is None:
-            name = instruction.op if isinstance(instruction, Run) else instruction.buffer
+            name = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
             message = f"{name!r} has no start or no finish, others have; all have both or none has"
             yield Finding(Fault.PARTLY_DECIDED, message, step)
             break

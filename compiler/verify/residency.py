@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..plan import Plan, Residence, Run, Store
+from ..plan import Instruction, Plan, Recompute, Residence, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
 from .order import first_runs
@@ -17,7 +17,7 @@ __all__ = ["check_residences", "replay"]
 
 
 def check_residences(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> Iterator[Finding]:
-    """Each residence is in range and has bytes, begun by a load or by the operator that creates its buffer."""
+    """Each residence is in range and has bytes, begun by a load or where an operator creates its buffer."""
     steps = len(plan.instructions)
     last: dict[str, Residence] = {}
     for residence in sorted(residences, key=lambda r: (r.begin, r.end)):
@@ -40,7 +40,7 @@ def check_residences(plan: Plan, facts: Facts, residences: tuple[Residence, ...]
 
 def _explained(plan: Plan, facts: Facts, residence: Residence) -> bool:
     instruction = plan.instructions[residence.begin]
-    if isinstance(instruction, Run):
+    if isinstance(instruction, Run | Recompute):
         index = facts.op_index.get(instruction.op)
         return index is None or residence.buffer in facts.creates[index]
     return not isinstance(instruction, Store) and instruction.buffer == residence.buffer
@@ -56,20 +56,29 @@ def replay(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> Itera
     for step, instruction in enumerate(plan.instructions):
         for residence in begins.get(step, ()):
             state.begin(residence)
-        if isinstance(instruction, Run):
-            index = facts.op_index.get(instruction.op)
-            if index is not None and first[index] == step:
-                yield from state.run(instruction.op, index, step)
-        elif instruction.buffer not in facts.nbytes:
-            continue  # named by check_names
-        elif facts.nbytes[instruction.buffer] == 0:
-            message = f"buffer {instruction.buffer!r} has no bytes to move"
-            yield Finding(Fault.ZERO_BYTES_MOVED, message, step)
-        elif isinstance(instruction, Store):
-            yield from state.store(instruction.buffer, step)
-        else:
-            yield from state.load(instruction.buffer, step)
+        yield from _replay_step(state, first, instruction, step)
     yield from state.finish()
+
+
+def _replay_step(state: _Replay, first: dict[int, int], instruction: Instruction, step: int) -> Iterator[Finding]:
+    """One instruction; those that run no operator, or a second time, are named by check_order and skipped."""
+    facts = state.facts
+    if isinstance(instruction, Run):
+        index = facts.op_index.get(instruction.op)
+        if index is not None and first[index] == step:
+            yield from state.run(instruction.op, index, step)
+    elif isinstance(instruction, Recompute):
+        index = facts.op_index.get(instruction.op)
+        if index is not None and index in state.read:
+            yield from state.recompute(instruction.op, index, step)
+    elif instruction.buffer not in facts.nbytes:
+        return  # named by check_names
+    elif facts.nbytes[instruction.buffer] == 0:
+        yield Finding(Fault.ZERO_BYTES_MOVED, f"buffer {instruction.buffer!r} has no bytes to move", step)
+    elif isinstance(instruction, Store):
+        yield from state.store(instruction.buffer, step)
+    else:
+        yield from state.load(instruction.buffer, step)
 
 
 class _Replay:
@@ -81,6 +90,7 @@ class _Replay:
         self.backing = dict(self.version)
         self.residence: dict[str, tuple[int, int]] = {}
         self.given_up: set[str] = set()
+        self.read: dict[int, dict[str, int]] = {}  # the versions each operator read when it ran
 
     def begin(self, residence: Residence) -> None:
         begin, end = self.residence.get(residence.buffer, (0, 0))
@@ -96,6 +106,7 @@ class _Replay:
         facts = self.facts
         for buffer in facts.reads[index]:
             yield from self._use(f"operator {op!r} reads", buffer, step, Fault.NOT_RESIDENT_WHEN_READ)
+        self.read[index] = {buffer: self.version[buffer] for buffer in facts.reads[index]}
         for buffer in facts.writes[index]:
             if buffer in facts.creates[index]:
                 self.version[buffer] += 1
@@ -107,6 +118,25 @@ class _Replay:
             if buffer not in facts.reads[index]:
                 yield from self._use(f"operator {op!r} updates", buffer, step, Fault.NOT_RESIDENT_WHEN_WRITTEN)
             self.version[buffer] += int(self.version[buffer] > 0)
+
+    def recompute(self, op: str, index: int, step: int) -> Iterator[Finding]:
+        facts = self.facts
+        for buffer in facts.reads[index]:
+            if self.version[buffer] != self.read[index][buffer]:
+                message = f"operator {op!r} is recomputed, but its operand {buffer!r} was updated since it ran"
+                yield Finding(Fault.OPERAND_UPDATED, message, step)
+            yield from self._use(f"operator {op!r}, recomputed, reads", buffer, step, Fault.NOT_RESIDENT_WHEN_READ)
+        for buffer in facts.writes[index]:
+            if facts.nbytes[buffer] == 0:
+                continue
+            if not self.is_resident(buffer, step):
+                message = f"operator {op!r} recomputes buffer {buffer!r}, which has no residence beginning here"
+                yield Finding(Fault.NOT_RESIDENT_WHEN_WRITTEN, message, step)
+                self.given_up.add(buffer)
+            elif self.residence[buffer][0] < step:
+                since = self.residence[buffer][0]
+                message = f"operator {op!r} recomputes buffer {buffer!r}, resident since step {since}"
+                yield Finding(Fault.RECOMPUTE_OF_RESIDENT, message, step)
 
     def _use(self, who: str, buffer: str, step: int, fault: Fault) -> Iterator[Finding]:
         if self.is_resident(buffer, step) or self.facts.nbytes[buffer] == 0 or buffer in self.facts.streamed:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ...hw_models.cost import op_seconds, transfer_seconds
 from ...hw_models.model import Engine, EngineKind
 from ..graph import DTYPE_BYTES
-from ..plan import Instruction, Plan, Residence, Run, Store
+from ..plan import Instruction, Plan, Recompute, Residence, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
 
@@ -32,7 +32,7 @@ def check_times(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> 
         if start is not None and finish is not None and 0 <= start <= finish < math.inf:
             spans.append((start, finish))
             continue
-        name = instruction.op if isinstance(instruction, Run) else instruction.buffer
+        name = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
         message = f"{name!r} goes from {start} to {finish} s; expected 0 <= start <= finish, both finite"
         yield Finding(Fault.TIME_MALFORMED, message, step)
         spans.append((math.inf, -math.inf))  # waits for nothing, and nothing waits for it
@@ -51,14 +51,14 @@ def _check_durations(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Findin
             continue
         least = _least_seconds(plan, facts, instruction, engine)
         if finish - start < least * (1 - 1e-9) - 4 * math.ulp(finish):
-            name = instruction.op if isinstance(instruction, Run) else instruction.buffer
+            name = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
             message = f"{name!r} takes {finish - start} s, engine {engine.name!r} needs {least} s for it"
             yield Finding(Fault.FASTER_THAN_MACHINE, message, step)
 
 
 def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: Engine) -> float:
     """Seconds ``engine`` needs; 0 for what is named as another fault: an unknown name, an engine of the wrong kind."""
-    if not isinstance(instruction, Run):
+    if not isinstance(instruction, Run | Recompute):
         known = engine.kind is EngineKind.COPY and instruction.buffer in facts.nbytes
         return transfer_seconds(facts.nbytes[instruction.buffer], engine) if known else 0.0
     if engine.kind is not EngineKind.COMPUTE or instruction.op not in facts.op_index:
@@ -92,7 +92,7 @@ def _check_operands(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Finding
         start, finish = spans[step]
         done = (finish, step)
         waits: list[tuple[float, int, str]] = []
-        if isinstance(instruction, Run):
+        if isinstance(instruction, Run | Recompute):
             index = facts.op_index.get(instruction.op)
             reads = () if index is None else facts.reads[index]
             writes = () if index is None else facts.writes[index]
@@ -120,7 +120,7 @@ def _last_uses(
     """When the last instruction that uses each residence is done, and its step."""
     uses: dict[str, list[int]] = {}
     for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run):
+        if isinstance(instruction, Run | Recompute):
             index = facts.op_index.get(instruction.op)
             touched = () if index is None else {*facts.reads[index], *facts.writes[index]}
         else:

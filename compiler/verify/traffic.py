@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan import Load, Plan, Run
+from ..plan import Load, Plan, Recompute, Store
 from .facts import Facts
 from .order import first_runs
 
@@ -53,11 +53,12 @@ def count_traffic(plan: Plan, facts: Facts) -> tuple[BufferTraffic, ...]:
 def _count_moves(
     plan: Plan, facts: Facts, loaded: dict[str, int], stored: dict[str, int], streamed: dict[str, int]
 ) -> None:
-    for index in first_runs(plan, facts):
+    again = (facts.op_index.get(i.op) for i in plan.instructions if isinstance(i, Recompute))
+    for index in (*first_runs(plan, facts), *(index for index in again if index is not None)):
         for buffer in facts.reads[index]:
             if buffer in facts.streamed:
                 streamed[buffer] += facts.nbytes[buffer]
     for instruction in plan.instructions:
-        if not isinstance(instruction, Run) and instruction.buffer in facts.nbytes:
+        if isinstance(instruction, Load | Store) and instruction.buffer in facts.nbytes:
             moved = loaded if isinstance(instruction, Load) else stored
             moved[instruction.buffer] += facts.nbytes[instruction.buffer]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from opweave.compiler.plan import Instruction, Load, Plan, Run, Store
+from opweave.compiler.plan import Instruction, Load, Plan, Recompute, Run, Store
 
 __all__ = ["computes_the_right_outputs"]
 
@@ -61,7 +61,10 @@ class _SymbolicMachine:
     def start(self, step: int, instruction: Instruction) -> None:
         self.seen[step] = self._operands(step, instruction)
         for buffer in self._destinations(instruction):
-            exists = isinstance(instruction, Run) and buffer not in self.graph.ops[self.index[instruction.op]].outputs
+            exists = (
+                isinstance(instruction, Run | Recompute)
+                and buffer not in self.graph.ops[self.index[instruction.op]].outputs
+            )
             if not exists:
                 self._write(buffer, step, ("undefined", next(self.garbage)))
 
@@ -80,7 +83,7 @@ class _SymbolicMachine:
                 self._write(buffer, step, (*term, buffer, None if created else seen[buffer]))
 
     def _destinations(self, instruction: Instruction) -> tuple[str, ...]:
-        if isinstance(instruction, Run):
+        if isinstance(instruction, Run | Recompute):
             return self.graph.writes[self.index[instruction.op]]
         return (instruction.buffer,) if isinstance(instruction, Load) else ()
 

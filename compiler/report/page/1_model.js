@@ -1,7 +1,7 @@
 // The plan as columns, the words and units people read, and small helpers for the document.
 const data = JSON.parse(document.getElementById("plan").textContent);
 const { digest, buffers, ops, instructions, residences, engines, palette, words } = data;
-const KINDS = ["run", "load", "store"];
+const KINDS = ["run", "load", "store", "recompute"];
 const CATEGORIES = Object.keys(palette.categories);
 const ROLES = Object.keys(palette.roles);
 const counts = { residences: residences.buffer.length, instructions: instructions.kind.length };
@@ -9,9 +9,14 @@ const timed = data.timed;
 const placed = residences.offset.some((offset) => offset !== null);
 const capacity = digest.machine.capacity_bytes;
 
+// Whether the step executes an operator, for the first time or again.
+function executes(step) {
+  return KINDS[instructions.kind[step]] === "run" || KINDS[instructions.kind[step]] === "recompute";
+}
+
 function category(step) {
   const kind = instructions.kind[step];
-  if (kind === 0) return 0;
+  if (executes(step)) return CATEGORIES.indexOf(KINDS[kind]);
   return 2 * kind - (instructions.additional[step] > 0 ? 0 : 1); // in the order of palette.categories
 }
 
@@ -25,7 +30,7 @@ const stepsOfOp = ops.name.map(() => []);
 const residencesOf = buffers.name.map(() => []);
 for (let step = 0; step < counts.instructions; step++) {
   const subject = instructions.subject[step];
-  if (instructions.kind[step] === 0) {
+  if (executes(step)) {
     stepsOfOp[subject].push(step);
     for (const buffer of new Set([...ops.inputs[subject], ...ops.outputs[subject]])) touching[buffer].push(step);
   } else touching[subject].push(step);

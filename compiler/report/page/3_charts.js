@@ -5,7 +5,7 @@ const AXIS = 20;
 const drawn = { bars: {}, regions: {}, live: {} };
 const theme = {};
 const charts = {};
-const lanes = timed ? engines.map((_, index) => index) : [0, 1, 2].filter((kind) => instructions.kind.includes(kind));
+const lanes = timed ? engines.map((_, index) => index) : KINDS.map((_, kind) => kind).filter((kind) => instructions.kind.includes(kind));
 const laneNames = lanes.map((lane) => (timed ? engines[lane] : KINDS[lane]));
 
 function readTheme() {
@@ -175,7 +175,7 @@ function laneBox(chart, lane) {
 
 function subjectName(step) {
   const subject = instructions.subject[step];
-  return instructions.kind[step] === 0 ? ops.name[subject] : buffers.name[subject];
+  return executes(step) ? ops.name[subject] : buffers.name[subject];
 }
 
 function drawEngines(chart) {

@@ -85,8 +85,9 @@ function drawMemory(chart) {
       const colour = palette.roles[ROLES[buffers.role[buffer]]];
       if (colour !== last) context.fillStyle = last = colour; // setting it is dearer than drawing
       context.fillRect(x, y, width > 4 ? width - 0.8 : width, height > 4 ? height - 0.8 : height);
-      if (width > 3 && instructions.kind[residences.begin[index]] === 1 && instructions.additional[residences.begin[index]] > 0) {
-        context.fillStyle = last = palette.categories["additional load"];
+      const mark = beginsAgain(residences.begin[index]);
+      if (width > 3 && mark) {
+        context.fillStyle = last = palette.categories[mark];
         context.fillRect(x, y, Math.min(3, width / 3), height);
       }
       if (width > 46 && height > 13) {
@@ -127,6 +128,12 @@ function drawSelected(chart) {
   }
 }
 
+// How a residence came back after its buffer was dropped: the category of the step that begins it, if it is such a one.
+function beginsAgain(step) {
+  const name = CATEGORIES[category(step)];
+  return name === "additional load" || name === "recompute" ? name : "";
+}
+
 // All residences of the selected buffer; of a selected instruction, the operands it finds there.
 function selectedResidences() {
   if (selection.buffer >= 0) return residencesOf[selection.buffer];
@@ -136,7 +143,7 @@ function selectedResidences() {
 
 function buffersAt(step) {
   const subject = instructions.subject[step];
-  if (instructions.kind[step] !== 0) return [subject];
+  if (!executes(step)) return [subject];
   return [...new Set([...ops.inputs[subject], ...ops.outputs[subject]])];
 }
 

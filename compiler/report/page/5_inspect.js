@@ -25,7 +25,7 @@ function residenceFacts(index) {
 }
 
 function stepTitle(step) {
-  return `${["run", "load", "store"][instructions.kind[step]]} ${subjectName(step)}`;
+  return `${KINDS[instructions.kind[step]]} ${subjectName(step)}`;
 }
 
 function stepFacts(step) {
@@ -36,7 +36,7 @@ function stepFacts(step) {
     facts.push(["time", `${formatSeconds(instructions.start[step])} to ${formatSeconds(instructions.finish[step])}`]);
     facts.push(["takes", formatSeconds(instructions.finish[step] - instructions.start[step])]);
   }
-  if (instructions.kind[step] !== 0) {
+  if (!executes(step)) {
     const why = instructions.additional[step] > 0 ? "additional" : "compulsory";
     return [...facts, ["moves", `${formatExact(buffers.nbytes[subject])}, ${why}`], ...bufferFacts(subject).slice(0, 2)];
   }

@@ -52,7 +52,7 @@ function makeLegends() {
   }
   byId("live-title").textContent = `Bytes held in ${digest.machine.scratchpad}`;
   byId("memory-title").textContent = `Memory map of ${digest.machine.scratchpad}`;
-  byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role; a dark left edge: fetched again${used > 2 * capacity ? `; some lie above, up to ${formatBytes(used)}` : ""}` : "";
+  byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role; a dark left edge: fetched or computed again${used > 2 * capacity ? `; some lie above, up to ${formatBytes(used)}` : ""}` : "";
 }
 
 function makePasses() {

@@ -21,9 +21,11 @@ import pytest
 from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Plan, Run
 from opweave.compiler.report import view, write_html
+from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
 from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, dense, faulty, hostile, recorded, spilling
 from tests.graphs.build import all_graphs
+from tests.graphs.recomputed import recomputing
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -83,6 +85,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "spill": spilling,
     "keep": lambda: at_every_level(all_graphs()["in_place"])["timed"],
     "dense": dense,
+    "recompute": lambda: simulate(recomputing()),
 }
 
 
@@ -101,7 +104,7 @@ def test_the_page_draws_the_plan(name: str, tmp_path: Path) -> None:
     assert drawn["time"]["live"]["highest"] == max(held for _, held in view.live_over_time(plan))
     assert drawn["moved"] == {"compulsory": counted.compulsory_bytes, "additional": counted.additional_bytes}
     assert drawn["tensors"] == sum(1 for row in counted.traffic if row.total_bytes)
-    assert drawn["operators"] == len(plan.graph.ops)
+    assert drawn["operators"] == sum(bar.executes for bar in view.bars(plan))
     assert drawn["faults"] == 0
 
 

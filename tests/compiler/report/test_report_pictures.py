@@ -14,9 +14,11 @@ from matplotlib import image
 from opweave.compiler.plan import Plan
 from opweave.compiler.report import pictures, view
 from opweave.compiler.report.palette import CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
+from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import BufferTraffic, verify
 from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
 from tests.graphs.build import all_graphs
+from tests.graphs.recomputed import recomputing
 
 Draw = Callable[[Plan, Path], None]
 PICTURES: list[Draw] = [pictures.memory_map, pictures.timeline, pictures.live_bytes, pictures.traffic]
@@ -69,12 +71,14 @@ def test_the_memory_map_shows_each_role_in_proportion(tmp_path: Path) -> None:
 
 
 def test_the_timeline_shows_every_kind_of_instruction(tmp_path: Path) -> None:
-    plan = spilling()
-    pictures.timeline(plan, tmp_path / "timeline.png")
-    picture = pixels(tmp_path / "timeline.png")
-    present = {bar.category for bar in view.bars(plan)}
-    assert present == set(CATEGORY_COLOURS)
-    assert all(area(picture, CATEGORY_COLOURS[name]) > 500 for name in present)
+    shown: set[str] = set()
+    for plan in (spilling(), simulate(recomputing()), recomputing()):
+        pictures.timeline(plan, tmp_path / "timeline.png")
+        picture = pixels(tmp_path / "timeline.png")
+        present = {bar.category for bar in view.bars(plan)}
+        assert all(area(picture, CATEGORY_COLOURS[name]) > 500 for name in present)
+        shown |= present
+    assert shown == set(CATEGORY_COLOURS)
 
 
 def test_the_traffic_picture_splits_in_the_verifiers_proportion(tmp_path: Path) -> None:

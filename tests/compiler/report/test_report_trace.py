@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from opweave.compiler.plan import Load, Plan, Run
+from opweave.compiler.plan import Load, Plan, Recompute, Run
 from opweave.compiler.report import view
 from opweave.compiler.report.trace import chrome_trace
+from opweave.compiler.simulate import simulate
 from opweave.errors import PlanError
 from tests.compiler.report.report_plans import at_every_level, dense, faulty, hostile, spilling
 from tests.graphs.build import all_graphs
 from tests.graphs.edits import with_times
+from tests.graphs.recomputed import recomputing
 
 
 def events_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
@@ -26,7 +28,7 @@ def events_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     return phases
 
 
-@pytest.mark.parametrize("plan", [spilling(), hostile(), faulty()])
+@pytest.mark.parametrize("plan", [spilling(), hostile(), faulty(), simulate(recomputing())])
 def test_every_instruction_is_one_slice_on_its_engines_thread(plan: Plan) -> None:
     events = events_of(plan)
     threads = {e["tid"]: e["args"]["name"] for e in events["M"] if e["name"] == "thread_name"}
@@ -36,7 +38,7 @@ def test_every_instruction_is_one_slice_on_its_engines_thread(plan: Plan) -> Non
         assert event["ts"] == pytest.approx((instruction.start_s or 0) * 1e6, abs=1e-3)
         assert event["ts"] + event["dur"] == pytest.approx((instruction.finish_s or 0) * 1e6, abs=1e-3)
         assert event["dur"] >= 0
-        subject = instruction.op if isinstance(instruction, Run) else instruction.buffer
+        subject = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
         assert subject in event["name"]
 
 
@@ -56,7 +58,7 @@ def test_slices_say_where_their_operands_lie() -> None:
     touched = {op.name: buffers for op, buffers in zip(graph.ops, graph.touches, strict=True)}
     where = {(r.buffer, s): r.offset for r in plan.residences or () for s in range(r.begin, r.end)}
     for step, (event, instruction) in enumerate(zip(events_of(plan)["X"], plan.instructions, strict=True)):
-        buffers = touched[instruction.op] if isinstance(instruction, Run) else (instruction.buffer,)
+        buffers = touched[instruction.op] if isinstance(instruction, Run | Recompute) else (instruction.buffer,)
         expected = {b: where[b, step] for b in buffers if b not in plan.streamed}
         assert event["args"]["offset_bytes"] == expected
 

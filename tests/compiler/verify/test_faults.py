@@ -10,13 +10,15 @@ import msgspec
 import pytest
 
 from opweave.compiler.graph import Graph
-from opweave.compiler.plan import Certificate, Load, PassRecord, Pin, Plan, Residence, Run, Store
+from opweave.compiler.plan import Certificate, Load, PassRecord, Pin, Plan, Recompute, Residence, Run, Store
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import Fault, verify
 from opweave.hw_models.model import Engine, EngineKind
+from tests.compiler.verify.recompute_faults import RECOMPUTE_FAULTS
 from tests.graphs.build import GraphBuilder, all_graphs, machine
 from tests.graphs.edits import with_instruction, with_more, with_residence, with_times, without_offsets
 from tests.graphs.plans import keep_everything, keep_nothing
+from tests.graphs.recomputed import recomputing
 
 Objective = Literal["additional_traffic_bytes", "peak_bytes", "arena_bytes"]
 
@@ -51,7 +53,7 @@ def pinned(plan: Plan, *pins: Pin) -> Plan:
 
 
 def step_of(plan: Plan, do: type[Run | Load | Store], name: str) -> int:
-    names = [(type(i), i.op if isinstance(i, Run) else i.buffer) for i in plan.instructions]
+    names = [(type(i), i.op if isinstance(i, Run | Recompute) else i.buffer) for i in plan.instructions]
     return names.index((do, name))
 
 
@@ -207,6 +209,7 @@ BROKEN: tuple[tuple[Fault, Callable[[], Plan]], ...] = (
     (Fault.CLAIM_REFUTED, lambda: claiming(CHAIN, "additional_traffic_bytes", 0, 16)),  # the bound contradicts it
     (Fault.CLAIM_REFUTED, lambda: claiming(order("chain"), "peak_bytes", 3584, 3585)),
     (Fault.STARTS_BEFORE_REGION_FREE, lambda: moved_to(simulate(without_offsets(handed_over())), 2, 0, behind=True)),
+    *RECOMPUTE_FAULTS,
 )
 
 
@@ -240,6 +243,9 @@ def test_claims_stand_until_the_decision_is_taken_again() -> None:
     assert verify(claiming(without_offsets(CHAIN), "arena_bytes", 16, 0)).ok
 
 
-@pytest.mark.parametrize("plan", [CHAIN, TIMED, UNUSED, IN_PLACE, handed_over(), simulate(handed_over())])
+@pytest.mark.parametrize(
+    "plan",
+    [CHAIN, TIMED, UNUSED, IN_PLACE, handed_over(), simulate(handed_over()), recomputing(), simulate(recomputing())],
+)
 def test_the_plans_they_are_made_from_are_right(plan: Plan) -> None:
     assert verify(plan).ok
