@@ -1,0 +1,257 @@
+"""The order of least peak, from both ends: levels of capacity that rise until an order fits, and probes above them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from ...compiler.pipeline import Budget, Progress
+from . import _reach as reach
+from .problem import OrderProblem
+
+__all__ = ["LeastPeak", "Overwrites", "aligned_peak", "least_peak_order"]
+
+#: For each operator, the buffers whose place its result may take if it is the last to use them; of equal size.
+Overwrites = Sequence[Sequence[int]]
+
+EFFORT = 200_000  # down-sets expanded in deterministic mode
+INTERPRETED = 5_000  # operators times expansions, from both ends each, before machine code is worth its import
+SLICE = 1_000  # expansions of the first compiled round, doubled every round
+LONGEST_PROBE = 1 << 20  # expansions
+POLL = 2_000_000  # operators times expansions between two looks at the clock
+STATE_BYTES = 1 << 28  # memory for the down-sets of one end
+PROBES = (1.0, 0.5, 0.75)  # where between bound and peak probes are made, in turn
+
+
+class LeastPeak(NamedTuple):
+    """An order, its peak, and a bound that holds for every order; both in aligned bytes."""
+
+    order: tuple[int, ...]
+    peak: int
+    bound: int
+
+
+def least_peak_order(
+    problem: OrderProblem,
+    budget: Budget,
+    *,
+    overwrites: Overwrites | None = None,
+    start: Sequence[int] | None = None,
+    effort: int = EFFORT,
+) -> LeastPeak:
+    """The order whose largest sum of live bytes is least, with a bound proven over every order.
+
+    Bytes are aligned ones: the ``footprint`` of ``problem``. A bound equal to the peak means that no order has a lower
+    one, nor, with ``overwrites``, any choice of what is overwritten. Never fails because time ran out: the order is
+    then the best found, at worst ``start`` (program order by default). Told to be deterministic, it stops after
+    ``effort`` expanded down-sets instead of a time.
+    """
+    count = len(problem.predecessors)
+    first = tuple(range(count)) if start is None else tuple(start)
+    allowed: Overwrites = overwrites if overwrites is not None else [()] * count
+    search = _Search(problem, allowed, budget, effort, first, aligned_peak(problem, first, allowed))
+    search.run()
+    return LeastPeak(search.order, search.peak, search.bound)
+
+
+def aligned_peak(problem: OrderProblem, order: Sequence[int], overwrites: Overwrites | None = None) -> int:
+    """Largest sum of live aligned bytes of ``order``, where results take the place of what they may overwrite."""
+    left = [len(users) for users in problem.users]
+    live = peak = 0
+    for op in order:
+        touched = problem.touches[op]
+        live += sum(problem.footprint[b] for b in touched if left[b] == len(problem.users[b]))
+        replaced = next((b for b in overwrites[op] if left[b] == 1), None) if overwrites else None
+        peak = max(peak, live - (0 if replaced is None else problem.footprint[replaced]))
+        for buffer in touched:
+            left[buffer] -= 1
+        live -= sum(problem.footprint[b] for b in touched if not left[b])
+    return peak
+
+
+@dataclass
+class _Search:
+    """The best order so far, its peak, and the bound proven."""
+
+    problem: OrderProblem
+    overwrites: Overwrites
+    budget: Budget
+    effort: int
+    order: tuple[int, ...]
+    peak: int
+    bound: int = 0
+    expanded: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    def run(self) -> None:
+        """Search from both ends in turn, for longer every round, and probe capacities in between."""
+        problem = self.problem
+        for touched, replaced in zip(problem.touches, self.overwrites, strict=True):
+            least = sum(problem.footprint[b] for b in touched) - max(
+                (problem.footprint[b] for b in replaced), default=0
+            )
+            self.bound = max(self.bound, least)
+        self._tell()
+        if self.bound == self.peak:
+            return
+        ends = [_End(problem, self.overwrites, backward=backward) for backward in (False, True)]
+        expansions = max(1, INTERPRETED // len(self.order))
+        turn = 0
+        while not self._over() and expansions <= LONGEST_PROBE:
+            for end in ends:
+                self._advance(end, expansions)
+            if turn:  # only hard graphs come to a second round
+                self._probe(PROBES[turn % len(PROBES)], expansions, backward=turn % 2 == 0)
+            turn += 1
+            expansions = max(SLICE, 2 * expansions)
+
+    def _over(self) -> bool:
+        if self.bound == self.peak or self.budget.stop.is_set():
+            return True
+        return self.expanded >= self.effort if self.budget.deterministic else not self.budget.remaining_s
+
+    def _advance(self, end: _End, expansions: int) -> None:
+        """Explore from ``end`` at the bound, which rises whenever everything within it has been reached in vain."""
+        while expansions > 0 and not end.full and not self._over():
+            end.raise_to(self.bound)
+            expansions -= self._explore(end, expansions)
+
+    def _probe(self, where: float, expansions: int, *, backward: bool) -> None:
+        """Look for an order of a peak between bound and best, without having excluded all that lies below."""
+        capacity = self.bound + int((self.peak - 1 - self.bound) * where)
+        end = _End(self.problem, self.overwrites, backward=backward)
+        end.raise_to(capacity)
+        while expansions > 0 and not end.full and end.capacity < self.peak and not self._over():
+            expansions -= self._explore(end, expansions)
+            end.raise_to(self.bound)
+
+    def _explore(self, end: _End, expansions: int) -> int:
+        """Explore from ``end`` for at most so many ``expansions``; keeps what it finds, returns how many it took."""
+        count = len(self.order)
+        compiled = self.expanded * count >= 2 * INTERPRETED
+        before = end.expanded
+        status = end.explore(max(1, min(expansions, POLL // count)), compiled=compiled)
+        if status == reach.FOUND:
+            order = end.order()
+            self.order, self.peak = order, aligned_peak(self.problem, order, self.overwrites)
+            end.full = True
+            self._tell()
+        elif status == reach.CAPACITY_TOO_SMALL:
+            self.bound = max(self.bound, min(end.next_capacity(), self.peak))
+            self._tell()
+        self.expanded += end.expanded - before
+        return end.expanded - before
+
+    def _tell(self) -> None:
+        elapsed = time.monotonic() - self.begin
+        self.budget.listen(Progress("order/least_peak", elapsed, self.peak, self.bound))
+
+
+class _End:
+    """Down-sets reached within ``capacity`` from the first operators on or, ``backward``, from the last ones."""
+
+    def __init__(self, problem: OrderProblem, overwrites: Overwrites, *, backward: bool) -> None:
+        count = len(problem.predecessors)
+        self.capacity = 0
+        self.full = False
+        self._backward = backward
+        self._graph = _graph_of(problem, overwrites, backward=backward)
+        words = -(-count // reach.BITS)
+        self._reached = _room(words, min(STATE_BYTES // (8 * words + 150), 1 << min(count, 40)), count)
+        self._scratch = reach.Scratch(
+            left=np.zeros(len(problem.users), np.int64),
+            waiting=np.zeros(count, np.int64),
+            ready=np.zeros(count, np.int64),
+            fresh=np.zeros(count, np.int64),
+            trace=np.zeros(count, np.int64),
+            word=np.zeros(words, np.int64),
+            children=np.zeros(count, np.int64),
+        )
+
+    @property
+    def expanded(self) -> int:
+        """Down-sets expanded so far."""
+        return int(self._reached.counters[reach.EXPANDED])
+
+    def raise_to(self, capacity: int) -> None:
+        """Explore within ``capacity`` from now on: what it opens goes back to the stack."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        r = self._reached
+        opened = np.nonzero(r.blocked[: r.counters[reach.COUNT]] <= capacity)[0]
+        r.blocked[opened] = reach.NEVER
+        stacked = int(r.counters[reach.STACKED])
+        r.stack[stacked : stacked + len(opened)] = opened
+        r.counters[reach.STACKED] += len(opened)
+
+    def next_capacity(self) -> int:
+        """Least capacity at which there is more to reach, once everything within this one has been."""
+        r = self._reached
+        return int(r.blocked[: r.counters[reach.COUNT]].min())
+
+    def explore(self, expansions: int, *, compiled: bool) -> int:
+        """Go on, for at most so many ``expansions``; returns what ``reach.explore`` does."""
+        step = reach.compiled() if compiled else reach.explore
+        status = int(step(self._graph, self._reached, self._scratch, self.capacity, expansions))
+        self.full = self.full or status == reach.FULL
+        return status
+
+    def order(self) -> tuple[int, ...]:
+        """The operators as they ran up to the last down-set."""
+        r = self._reached
+        state = int(r.counters[reach.LAST])
+        order: list[int] = []
+        while state > 0:
+            order += r.log[r.log_start[state] : r.log_stop[state]].tolist()[::-1]
+            state = int(r.parent[state])
+        return tuple(order if self._backward else reversed(order))
+
+
+def _graph_of(problem: OrderProblem, overwrites: Overwrites, *, backward: bool) -> reach.Graph:
+    before, after = problem.predecessors, problem.successors
+    if backward:
+        before, after = after, before
+    keys = np.random.default_rng(0).integers(0, reach.NEVER, len(before))  # to hash with, nothing depends on them
+    return reach.Graph(
+        *_rows(problem.touches),
+        np.array([len(others) for others in before], np.int64),
+        *_rows(after),
+        *_rows(overwrites),
+        np.array(problem.footprint, np.int64),
+        np.array([len(users) for users in problem.users], np.int64),
+        keys,
+        int(backward),
+    )
+
+
+def _rows(lists: Sequence[Sequence[int]]) -> tuple[reach.Integers, reach.Integers]:
+    """Where each list starts, and all of them one after the other."""
+    starts = np.array([0, *accumulate(map(len, lists))], np.int64)
+    return starts, np.array([item for items in lists for item in items], np.int64)
+
+
+def _room(words: int, states: int, count: int) -> reach.Reached:
+    """Empty room for so many down-sets, the empty one on the stack; memory is taken as it is used."""
+    reached = reach.Reached(
+        bits=np.zeros((states, words), np.int64),
+        hashed=np.zeros(states, np.int64),
+        live=np.zeros(states, np.int64),
+        blocked=np.zeros(states, np.int64),
+        parent=np.zeros(states, np.int64),
+        log_start=np.zeros(states, np.int64),
+        log_stop=np.zeros(states, np.int64),
+        log=np.zeros(count + 8 * states, np.int64),
+        table=np.zeros(2 << states.bit_length(), np.int64),
+        stack=np.zeros(states, np.int64),
+        counters=np.zeros(5, np.int64),
+    )
+    reached.blocked[0] = reach.NEVER
+    reached.table[0] = 1
+    reached.counters[reach.COUNT] = reached.counters[reach.STACKED] = 1
+    return reached

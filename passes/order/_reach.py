@@ -1,0 +1,322 @@
+"""Which down-sets can be reached within a capacity: the inner loop of ``order/least_peak``.
+
+A *down-set* is a set of operators that may have run. The search expands one reached down-set after another; what makes
+it small is that it never branches where one continuation is as good as any other (``settle``). Functions here are
+plain Python over arrays; ``compiled`` gives the same loop as machine code, for graphs that take more than a moment.
+Why the reductions lose nothing is written in docs/formulations.md, "The order of least peak".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "CAPACITY_TOO_SMALL",
+    "COUNT",
+    "EXPANDED",
+    "FOUND",
+    "FULL",
+    "LAST",
+    "LOGGED",
+    "NEVER",
+    "STACKED",
+    "UNFINISHED",
+    "Graph",
+    "Reached",
+    "Scratch",
+    "compiled",
+    "explore",
+]
+
+BITS = 63  # operators in one word: shifts stay positive
+NEVER = 1 << 62
+FOUND, CAPACITY_TOO_SMALL, UNFINISHED, FULL = range(4)
+COUNT, LOGGED, STACKED, LAST, EXPANDED = range(5)  # of Reached.counters
+
+Integers = NDArray[np.int64]
+
+
+class Graph(NamedTuple):
+    """What is searched, by operator or by buffer; ``start`` arrays delimit the ranges of the array named after them.
+
+    ``after`` are an operator's successors and ``before`` counts its predecessors. ``overwritten`` are buffers whose
+    place an operator's result may take when the operator is the last to use them. ``backward`` is 1 where arrows and
+    time are turned around: an operator is then the last to use what it is the first to touch.
+    """
+
+    touch_start: Integers
+    touched: Integers
+    before: Integers
+    after_start: Integers
+    after: Integers
+    overwrite_start: Integers
+    overwritten: Integers
+    size: Integers
+    users: Integers
+    key: Integers
+    backward: int
+
+
+class Reached(NamedTuple):
+    """The down-sets reached, by number; number 0 is the empty one.
+
+    ``bits`` are their operators and ``hashed`` the exclusive or of the operators' keys; ``live`` bytes are live after
+    them; ``blocked`` is the least capacity at which one more continuation opens. ``parent`` is the down-set each was
+    reached from, by running ``log[log_start:log_stop]``. ``table`` finds numbers by hash and holds them plus 1;
+    ``stack`` are those still to be expanded. ``counters`` are indexed by ``COUNT`` to ``EXPANDED``.
+    """
+
+    bits: Integers
+    hashed: Integers
+    live: Integers
+    blocked: Integers
+    parent: Integers
+    log_start: Integers
+    log_stop: Integers
+    log: Integers
+    table: Integers
+    stack: Integers
+    counters: Integers
+
+
+class Scratch(NamedTuple):
+    """Room to work in: users left by buffer; predecessors left by operator, -1 once it ran; lists of operators."""
+
+    left: Integers
+    waiting: Integers
+    ready: Integers
+    fresh: Integers
+    trace: Integers
+    word: Integers
+    children: Integers
+
+
+def run(g: Graph, w: Scratch, op: int, live: int) -> tuple[int, int]:
+    """Run ``op``; returns the bytes live meanwhile and afterwards."""
+    for k in range(g.touch_start[op], g.touch_start[op + 1]):
+        b = g.touched[k]
+        if w.left[b] == g.users[b]:
+            live += g.size[b]
+    during = live
+    for k in range(g.overwrite_start[op], g.overwrite_start[op + 1]):
+        b = g.overwritten[k]
+        if w.left[b] == (g.users[b] if g.backward else 1):
+            during -= g.size[b]
+            break
+    for k in range(g.touch_start[op], g.touch_start[op + 1]):
+        b = g.touched[k]
+        w.left[b] -= 1
+        if w.left[b] == 0:
+            live -= g.size[b]
+    for k in range(g.after_start[op], g.after_start[op + 1]):
+        w.waiting[g.after[k]] -= 1
+    w.waiting[op] = -1
+    return during, live
+
+
+def undo(g: Graph, w: Scratch, op: int) -> None:
+    """Take back that ``op`` ran, the last one that did."""
+    for k in range(g.touch_start[op], g.touch_start[op + 1]):
+        w.left[g.touched[k]] += 1
+    for k in range(g.after_start[op], g.after_start[op + 1]):
+        w.waiting[g.after[k]] += 1
+    w.waiting[op] = 0
+
+
+def chain(g: Graph, w: Scratch, op: int, live: int, capacity: int, traced: int) -> tuple[int, int]:
+    """Run ``op`` and each sole operator that becomes ready by the one before it, until no more is live than before.
+
+    Returns the live bytes and the length of the trace; both as they were, and nothing run, where that does not come to
+    be within ``capacity``.
+    """
+    base, begin = live, traced
+    while True:
+        during, live = run(g, w, op, live)
+        w.trace[traced] = op
+        traced += 1
+        if during > capacity:
+            break
+        if live <= base:
+            return live, traced
+        opened, following = 0, -1
+        for k in range(g.after_start[op], g.after_start[op + 1]):
+            if w.waiting[g.after[k]] == 0:
+                opened += 1
+                following = g.after[k]
+        if opened != 1:
+            break
+        op = following
+    for k in range(traced - 1, begin - 1, -1):
+        undo(g, w, w.trace[k])
+    return base, begin
+
+
+def settle(g: Graph, w: Scratch, live: int, ready: int, capacity: int, traced: int) -> tuple[int, int]:
+    """Run chains as long as there are any of the first ``ready`` operators of ``fresh``; returns as ``chain``."""
+    position = 0
+    while position < ready:
+        begin = traced
+        live, traced = chain(g, w, w.fresh[position], live, capacity, begin)
+        if traced == begin:
+            position += 1
+            continue
+        ready -= 1
+        w.fresh[position] = w.fresh[ready]
+        for k in range(begin, traced):
+            ready = open_after(g, w, w.trace[k], ready)
+        position = 0
+    return live, traced
+
+
+def open_after(g: Graph, w: Scratch, op: int, ready: int) -> int:
+    """Append to ``fresh`` the operators that are ready after ``op`` ran and not in it yet; returns how many it has."""
+    for k in range(g.after_start[op], g.after_start[op + 1]):
+        other = g.after[k]
+        known = w.waiting[other] != 0
+        for position in range(ready):
+            known = known or w.fresh[position] == other
+        if not known:
+            w.fresh[ready] = other
+            ready += 1
+    return ready
+
+
+def restore(g: Graph, r: Reached, w: Scratch, state: int) -> int:
+    """Set up ``left``, ``waiting`` and ``ready`` as they are after down-set ``state``; returns how many are ready."""
+    w.left[:] = g.users
+    w.waiting[:] = g.before
+    for op in range(len(g.before)):
+        if r.bits[state, op // BITS] >> (op % BITS) & 1:
+            for k in range(g.touch_start[op], g.touch_start[op + 1]):
+                w.left[g.touched[k]] -= 1
+            for k in range(g.after_start[op], g.after_start[op + 1]):
+                w.waiting[g.after[k]] -= 1
+            w.waiting[op] = -1
+    ready = 0
+    for op in range(len(g.before)):
+        if w.waiting[op] == 0:
+            w.ready[ready] = op
+            ready += 1
+    return ready
+
+
+def record(g: Graph, r: Reached, w: Scratch, parent: int, live: int, traced: int) -> int:
+    """Number of the down-set that ``parent`` and the trace make, if it is new; -1 if it is known, -2 without room."""
+    w.word[:] = r.bits[parent]
+    hashed = r.hashed[parent]
+    for k in range(traced):
+        op = w.trace[k]
+        w.word[op // BITS] |= 1 << (op % BITS)
+        hashed ^= g.key[op]
+    mask = len(r.table) - 1
+    slot = hashed & mask
+    while r.table[slot] != 0:
+        known = r.table[slot] - 1
+        if r.hashed[known] == hashed and np.all(r.bits[known] == w.word):
+            return -1
+        slot = (slot + 1) & mask
+    number, logged = r.counters[COUNT], r.counters[LOGGED]
+    if number == len(r.live) or logged + traced > len(r.log):
+        return -2
+    r.table[slot] = number + 1
+    r.bits[number] = w.word
+    r.hashed[number], r.live[number], r.blocked[number], r.parent[number] = hashed, live, NEVER, parent
+    r.log_start[number], r.log_stop[number] = logged, logged + traced
+    r.log[logged : logged + traced] = w.trace[:traced]
+    r.counters[COUNT] += 1
+    r.counters[LOGGED] += traced
+    return int(number)
+
+
+def expand(g: Graph, r: Reached, w: Scratch, state: int, capacity: int) -> int:
+    """Record what follows ``state`` within ``capacity`` in ``children``; returns how many, or -2 without room."""
+    ready = restore(g, r, w, state)
+    w.fresh[:ready] = w.ready[:ready]
+    r.blocked[state] = NEVER
+    children = 0
+    live, traced = settle(g, w, r.live[state], ready, capacity, 0)
+    if traced:  # possible since the capacity rose; nothing else needs to be tried then
+        number = record(g, r, w, state, live, traced)
+        if number >= 0:
+            w.children[0] = number
+            children = 1
+        return -2 if number == -2 else children
+    for position in range(ready):
+        op = w.ready[position]
+        during, live = run(g, w, op, r.live[state])
+        if during > capacity:
+            r.blocked[state] = min(r.blocked[state], during)
+            undo(g, w, op)
+            continue
+        w.trace[0] = op
+        w.fresh[:position] = w.ready[:position]
+        w.fresh[position : ready - 1] = w.ready[position + 1 : ready]
+        live, traced = settle(g, w, live, open_after(g, w, op, ready - 1), capacity, 1)
+        number = record(g, r, w, state, live, traced)
+        for k in range(traced - 1, -1, -1):
+            undo(g, w, w.trace[k])
+        if number == -2:
+            return -2
+        if number >= 0:
+            w.children[children] = number
+            children += 1
+    return children
+
+
+def explore(g: Graph, r: Reached, w: Scratch, capacity: int, expansions: int) -> int:
+    """Expand down-sets from the stack, the one with the least live bytes first among brothers.
+
+    Returns ``FOUND`` once all operators have run, the last down-set's number in ``counters[LAST]``;
+    ``CAPACITY_TOO_SMALL`` when the stack is empty; ``UNFINISHED`` after so many ``expansions``; ``FULL`` without room.
+    """
+    operators = len(g.before)
+    while r.counters[STACKED] > 0:
+        if expansions == 0:
+            return UNFINISHED
+        expansions -= 1
+        r.counters[EXPANDED] += 1
+        r.counters[STACKED] -= 1
+        children = expand(g, r, w, r.stack[r.counters[STACKED]], capacity)
+        if children < 0:
+            return FULL
+        for k in range(children):  # insertion sort: most live bytes first, so that the least lie on top of the stack
+            child, position = w.children[k], k
+            while position > 0 and r.live[w.children[position - 1]] < r.live[child]:
+                w.children[position] = w.children[position - 1]
+                position -= 1
+            w.children[position] = child
+        for k in range(children):
+            r.stack[r.counters[STACKED]] = w.children[k]
+            r.counters[STACKED] += 1
+            if r.live[w.children[k]] == 0 and ran(r, w.children[k]) == operators:
+                r.counters[LAST] = w.children[k]
+                return FOUND
+    return CAPACITY_TOO_SMALL
+
+
+def ran(r: Reached, state: int) -> int:
+    """How many operators ``state`` has."""
+    total = 0
+    while state > 0:
+        total += r.log_stop[state] - r.log_start[state]
+        state = r.parent[state]
+    return total
+
+
+@cache
+def compiled() -> Callable[..., int]:
+    """``explore`` as machine code, kept on disk where there is a place for it, free of Python's lock."""
+    from numba import njit
+    from numba.extending import register_jitable
+
+    for function in (run, undo, chain, settle, open_after, restore, record, expand, ran):
+        register_jitable(function)
+    try:
+        return cast(Callable[..., Any], njit(cache=True, nogil=True)(explore))
+    except RuntimeError:  # no folder that numba may write to
+        return cast(Callable[..., Any], njit(nogil=True)(explore))

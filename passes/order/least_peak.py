@@ -1,0 +1,59 @@
+"""The order whose live bytes never rise as high as any other order's must, proven where the search ends by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...compiler.pipeline import Budget, Decision
+from ...compiler.plan import Certificate, Plan
+from ...errors import OptionError
+from ._peak_search import EFFORT, LeastPeak, least_peak_order
+from .problem import OrderProblem
+
+__all__ = ["LeastPeak", "LeastPeakOrder", "least_peak_order"]
+
+
+@dataclass(frozen=True)
+class LeastPeakOrder:
+    """Find the order of least peak memory, with a bound that holds for every order.
+
+    *Given* a plan. *Result*: the order of least peak, live bytes counted as the scratchpad's alignment rounds them up;
+    never worse than the plan's own.
+
+    Formulation: ``live(D)`` bytes are live after the down-set ``D`` of operators ran, whatever their order, and
+    ``during(D, o)`` while ``o`` runs next. An order is a path of down-sets from none to all, and its peak the largest
+    ``during`` on it. Down-sets are reached within a capacity that begins at the largest working set and, when nothing
+    more can be reached, rises to the least that opens another one: a lower bound on every order's peak until the path
+    is complete, and then the optimum. A chain of operators, each made ready by the one before, that ends with no more
+    live bytes than it began with is run at once and nothing else is tried: ``live`` is submodular, so it can be moved
+    to here in any order that fits. The same is done from the last operators backwards, in turns, and both ends share
+    the capacity. ``effort`` is the number of down-sets expanded in deterministic mode; otherwise time is the limit.
+    """
+
+    effort: int = EFFORT
+
+    def __post_init__(self) -> None:
+        if self.effort < 1:
+            raise OptionError(f"order/least_peak: option 'effort' is {self.effort}; it takes 1 or more")
+
+    @property
+    def name(self) -> str:
+        """Path name of the pass."""
+        return "order/least_peak"
+
+    def apply(self, plan: Plan, budget: Budget) -> Decision:
+        """Search within ``budget``; returns the best order found when it ends or is told to stop."""
+        problem = OrderProblem.of(plan)
+        found = least_peak_order(problem, budget, start=plan.order, effort=self.effort)
+        bound, note = found.bound, ""
+        if problem.footprint != problem.nbytes:
+            # The certificate counts plain bytes, whose least peak may be another order's.
+            plain = replace(problem, footprint=problem.nbytes)
+            bound = least_peak_order(plain, budget, start=found.order, effort=self.effort).bound
+            note = f"{found.peak:,} bytes as aligned, at least {found.bound:,} in any order"
+        proof: Literal["analytic", "exhaustive"] = (
+            "analytic" if bound <= problem.largest_working_set() else "exhaustive"
+        )
+        certificate = Certificate("peak_bytes", problem.peak_bytes(found.order), bound, proof, "order")
+        return Decision(plan.with_order(found.order), certificate, note)
