@@ -1,0 +1,162 @@
+"""What would help: the plan's order planned again with one thing given way, a bound beside each figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from ...compiler.graph import Graph, Role
+from ...compiler.pipeline import Budget, Pass
+from ...compiler.plan import Certificate, Plan, Recompute
+from ...compiler.verify import verify
+from ...hw_models.model import HardwareModel
+from ..registry import make, names
+from ..residency.gaps import GapProblem
+from ..residency.ilp import IlpResidency
+from ..residency.workset import aligned_bytes, least_capacity
+from .facts import Relaxation, RelaxationKind
+
+__all__ = ["Findings", "relax", "shortage_relaxations", "streamable_buffers"]
+
+RECOMPUTE = "residency/recompute"
+GROWTHS = (5, 10, 25)  # percent of the capacity
+
+
+@dataclass(frozen=True)
+class Findings:
+    """``order_bound`` holds for every residency of the plan's order without recomputation, ``graph_bound`` for every
+    order; ``optimum_bound`` is the highest bound that holds for the plan's own choices, recomputation included.
+    """
+
+    relaxations: tuple[Relaxation, ...]
+    order_bound: int
+    graph_bound: int
+    optimum_bound: int
+
+
+def relax(plan: Plan, problem: GapProblem, budget: Budget) -> Findings:
+    """Give way in each respect in turn; the relaxations that pay come first, those that cannot pay are left out."""
+    value = verify(plan).additional_bytes
+    recomputes = any(isinstance(instruction, Recompute) for instruction in plan.instructions)
+    graph_bound = max([problem.base_bytes, *(c.bound for c in _traffic(plan) if c.scope == "order")])
+    certified = [c.bound for c in _traffic(plan)[-1:] if c.scope == "residency" and c.value == value]
+    ordered = Plan.of_order(
+        plan.graph, plan.machine, plan.order, streamed=plan.streamed, source=plan.source, pins=plan.pins
+    )
+    growths = _growths(ordered, problem)
+    tasks = _tasks(ordered, growths, problem)
+    again = _planned(IlpResidency(), ordered, budget.share(1 / (len(tasks) + 1)))
+    order_bound = max([graph_bound, again.bound, *([] if recomputes else certified)])
+    ceiling = value - (graph_bound if recomputes else order_bound)
+    found = [Relaxation("order", "another order, none tried", None, value - graph_bound)]
+    what = "the least residency of this order, addresses aside"
+    found.append(Relaxation("residency", what, value - again.value, ceiling))
+    least = again.value
+    for number, task in enumerate(tasks):
+        relaxation, reached = task(value, min(least, value), budget.share(1 / (len(tasks) - number)))
+        least = reached if relaxation.kind == "capacity" else least
+        found.append(relaxation)
+    peak = plan.machine.scratchpad_memory.capacity_bytes + max(0, int(-problem.slack(()).min(initial=0)))
+    everything = value - problem.base_bytes
+    found.append(Relaxation("capacity", "room for everything at once", everything, everything, peak))
+    optimum = max([graph_bound, *certified] if recomputes else [order_bound])
+    return Findings(tuple(_ranked(found)), order_bound, graph_bound, optimum)
+
+
+Task = Callable[[int, int, Budget], tuple[Relaxation, int]]
+
+
+def _tasks(ordered: Plan, growths: Iterable[tuple[str, int]], problem: GapProblem) -> list[Task]:
+    """What is planned again: each task takes the plan's value, the least found so far, and its time."""
+    tasks = [_capacity_task(ordered, what, capacity) for what, capacity in growths]
+    if RECOMPUTE in names():
+        tasks.append(_task("recompute", "computing dropped tensors again", make(RECOMPUTE), ordered))
+    streamed = tuple(sorted({*ordered.streamed, *streamable_buffers(ordered.graph)}))
+    if streamed != ordered.streamed:
+        plan = msgspec.structs.replace(ordered, streamed=streamed)
+        tasks.append(_task("weights", "weights streamed instead of resident", IlpResidency(), plan))
+    if problem.base_bytes and ordered.streamed:
+        plan = msgspec.structs.replace(ordered, streamed=())
+        if least_capacity(plan) <= plan.machine.scratchpad_memory.capacity_bytes:
+            tasks.append(_task("weights", "weights resident instead of streamed", IlpResidency(), plan))
+    return tasks
+
+
+def _capacity_task(ordered: Plan, what: str, capacity: int) -> Task:
+    def run(value: int, least: int, budget: Budget) -> tuple[Relaxation, int]:
+        """What fits less room fits more."""
+        larger = msgspec.structs.replace(ordered, machine=with_capacity(ordered.machine, capacity))
+        certificate = _planned(IlpResidency(), larger, budget)
+        reached = min(least, certificate.value)
+        return Relaxation("capacity", what, value - reached, value - min(certificate.bound, reached), capacity), reached
+
+    return run
+
+
+def _task(kind: RelaxationKind, what: str, step: Pass, plan: Plan) -> Task:
+    def run(value: int, least: int, budget: Budget) -> tuple[Relaxation, int]:
+        certificate = _planned(step, plan, budget)
+        saved, limit = max(0, value - certificate.value), max(0, value - certificate.bound)
+        return Relaxation(kind, what, saved, limit), certificate.value
+
+    return run
+
+
+def _planned(step: Pass, plan: Plan, budget: Budget) -> Certificate:
+    """The step's certificate; of passes that prove nothing, the recount over a bound of 0."""
+    decision = step.apply(plan, budget)
+    if decision.certificate is not None:
+        return decision.certificate
+    value = verify(decision.plan).additional_bytes
+    return Certificate("additional_traffic_bytes", value, 0, "analytic", "residency")
+
+
+def _growths(plan: Plan, problem: GapProblem) -> list[tuple[str, int]]:
+    """Capacities to try: a little more each, as long as not everything fits."""
+    memory = plan.machine.scratchpad_memory
+    peak = memory.capacity_bytes - int(problem.slack(()).min(initial=0))
+    sizes = ((p, aligned_bytes(memory.capacity_bytes * (100 + p) // 100, memory.alignment_bytes)) for p in GROWTHS)
+    return [(f"{percent} % more room", size) for percent, size in sizes if memory.capacity_bytes < size < peak]
+
+
+def with_capacity(machine: HardwareModel, capacity_bytes: int) -> HardwareModel:
+    """The machine with a larger scratchpad; of several banks, the last one grows."""
+    memory = machine.scratchpad_memory
+    if not memory.banks_bytes:
+        return machine.with_scratchpad(capacity_bytes)
+    *others, last = memory.banks_bytes
+    return machine.with_banks(*others, last + capacity_bytes - memory.capacity_bytes)
+
+
+def streamable_buffers(graph: Graph) -> tuple[str, ...]:
+    """Buffers that operators may read directly from backing memory: sources other than inputs, never written."""
+    written = {buffer for buffers in graph.writes for buffer in buffers}
+    read = {buffer for buffers in graph.reads for buffer in buffers}
+    fixed = {b for b, base in graph.buffers.items() if base.role.is_source and base.role is not Role.INPUT}
+    return tuple(sorted(b for b in fixed & read - written if graph.buffers[b].nbytes))
+
+
+def _traffic(plan: Plan) -> list[Certificate]:
+    return [c for c in plan.certificates if c.objective == "additional_traffic_bytes"]
+
+
+def _ranked(found: Iterable[Relaxation]) -> list[Relaxation]:
+    """The most bytes saved first; what was not planned goes by its limit, behind what was."""
+    paying = [r for r in found if r.limit_bytes > 0 and (r.saved_bytes is None or r.saved_bytes > 0)]
+    return sorted(
+        paying, key=lambda r: (r.saved_bytes is None, -(r.saved_bytes or r.limit_bytes), r.capacity_bytes or 0)
+    )
+
+
+def shortage_relaxations(plan: Plan) -> tuple[Relaxation, ...]:
+    """What would help a model some operator of which does not fit alone, in bytes of the shortage."""
+    capacity, least = plan.machine.scratchpad_memory.capacity_bytes, least_capacity(plan)
+    short = least - capacity
+    found = [Relaxation("capacity", "room for the largest operator", short, short, least)]
+    streamed = tuple(sorted({*plan.streamed, *streamable_buffers(plan.graph)}))
+    saved = min(short, least - least_capacity(msgspec.structs.replace(plan, streamed=streamed)))
+    if saved > 0:
+        found.append(Relaxation("weights", "weights streamed instead of resident", saved, saved))
+    return tuple(found)
