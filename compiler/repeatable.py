@@ -8,8 +8,8 @@ from .graph import Op
 
 __all__ = ["is_repeatable"]
 
-# Calls that draw random numbers, may draw some depending on their arguments, or return memory that nobody wrote; in
-# aten and prims as well as in the ONNX nodes that opweave's own operators quote. A test compares them with torch's tags.
+# Calls that draw random numbers, may draw some depending on their arguments, or return memory that nobody wrote;
+# in aten, prims and the ONNX nodes that opweave's own operators quote. A test compares them with torch's tags.
 _NOT_REPEATABLE = re.compile(
     r"dropout|rand|bernoulli|multinomial|normal(?!i[sz])|uniform|exponential|geometric|cauchy|poisson|binomial"
     r"|dirichlet|standard_gamma|rrelu|attention|rnn|gru|lstm|empty",

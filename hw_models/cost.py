@@ -1,11 +1,11 @@
-"""What an instruction costs: a roofline per operator, latency plus bandwidth per transfer. All times in seconds."""
+"""What an instruction costs: a roofline per operator, latency plus bandwidth per transfer; seconds and joules."""
 
 from __future__ import annotations
 
 from ..errors import MachineError
-from .model import Engine, HardwareModel
+from .model import Engine, HardwareModel, Memory
 
-__all__ = ["op_seconds", "transfer_seconds"]
+__all__ = ["op_joules", "op_seconds", "transfer_joules", "transfer_seconds"]
 
 
 def op_seconds(
@@ -41,3 +41,38 @@ def transfer_seconds(nbytes: int, engine: Engine) -> float:
     if engine.bandwidth_bytes_per_s is None:
         raise MachineError(f"engine {engine.name!r} states no bandwidth_bytes_per_s; it cannot copy")
     return engine.latency_s + nbytes / engine.bandwidth_bytes_per_s
+
+
+def op_joules(
+    flops: int, dtype: str, local_bytes: int, streamed_bytes: int, machine: HardwareModel, engine: Engine
+) -> float:
+    """Joules one operator takes: its arithmetic in ``dtype`` (the ``default`` where the engine states none for it),
+    ``local_bytes`` moved in the scratchpad, and ``streamed_bytes`` read from backing memory. Idle power is left out.
+
+    Raises:
+        MachineError: the machine states no energy for one of them; the message names the field.
+    """
+    per_flop = engine.energy_per_flop_j.get(dtype) or engine.energy_per_flop_j.get("default")
+    if per_flop is None:
+        raise MachineError(f"engine {engine.name!r} of machine {machine.name!r} states no energy_per_flop_j")
+    return (
+        flops * per_flop
+        + local_bytes * _byte_joules(machine, machine.scratchpad_memory)
+        + streamed_bytes * _byte_joules(machine, machine.backing_memory)
+    )
+
+
+def transfer_joules(nbytes: int, machine: HardwareModel) -> float:
+    """Joules one transfer of ``nbytes`` takes, either way: one access to each byte in each of the two memories.
+
+    Raises:
+        MachineError: a memory states no energy; the message names the field.
+    """
+    memories = (machine.scratchpad_memory, machine.backing_memory)
+    return nbytes * sum(_byte_joules(machine, memory) for memory in memories)
+
+
+def _byte_joules(machine: HardwareModel, memory: Memory) -> float:
+    if memory.energy_per_byte_j is None:
+        raise MachineError(f"memory {memory.name!r} of machine {machine.name!r} states no energy_per_byte_j")
+    return memory.energy_per_byte_j

@@ -25,7 +25,8 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """An addressable memory; regions in it start at multiples of ``alignment_bytes``.
 
     ``banks_bytes`` are the sizes of its banks, which follow one another from address 0 and make up the capacity; a
-    region lies inside one of them. A memory that states none is one bank.
+    region lies inside one of them. A memory that states none is one bank. ``energy_per_byte_j`` is what reading or
+    writing one byte takes, where it is known.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     alignment_bytes: PositiveInt
     bandwidth_bytes_per_s: PositiveFloat
     banks_bytes: tuple[PositiveInt, ...] = ()
+    energy_per_byte_j: NonNegativeFloat | None = None
 
     @property
     def banks(self) -> tuple[tuple[int, int], ...]:
@@ -59,9 +61,9 @@ class Direction(StrEnum):
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One unit that runs one instruction at a time.
 
-    A compute engine states ``flops_per_s`` by dtype name (``default`` for the rest) and ``launch_s``, the fixed cost
-    of one operator; a copy engine states ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer,
-    and the ``direction`` it copies in.
+    A compute engine states ``flops_per_s`` by dtype name (``default`` for the rest), ``launch_s``, the fixed cost of
+    one operator, and, where it is known, ``energy_per_flop_j`` by dtype name like the rates; a copy engine states
+    ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer, and the ``direction`` it copies in.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     bandwidth_bytes_per_s: PositiveFloat | None = None
     latency_s: NonNegativeFloat = 0.0
     direction: Direction = Direction.BOTH
+    energy_per_flop_j: dict[str, PositiveFloat] = {}
 
     def copies(self, direction: Direction) -> bool:
         """Whether this is a copy engine that takes transfers of ``direction``, load or store."""
@@ -146,6 +149,8 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         for engine in self.engines:
             if engine.kind is EngineKind.COMPUTE and "default" not in engine.flops_per_s:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no flops_per_s.default")
+            if engine.energy_per_flop_j and "default" not in engine.energy_per_flop_j:
+                raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no energy_per_flop_j.default")
             if engine.kind is EngineKind.COPY and engine.bandwidth_bytes_per_s is None:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no bandwidth_bytes_per_s")
 
