@@ -1,14 +1,18 @@
 """Search over canonical placements, compiled by numba: the inner loop of ``restarts.fit_by_search``.
 
-In a *canonical* placement every item lies on the floor or on top of another, and items are placed by rising offset,
-equal offsets by rank. Sliding items down makes any placement canonical, so searching these alone is complete.
+In a *canonical* placement every item lies on the floor of a window or on top of another, and items are placed by
+rising offset, equal offsets by rank. Take a placement whose offsets have the least sum: it is canonical, and whenever
+an item's turn comes, no lower offset is open to it. So it suffices to search placements where each item lies at the
+lowest offset that those placed before leave it.
 MiniMalloc (Moffitt, "MiniMalloc: A Lightweight Memory Allocator for Hardware-Accelerated Machine Learning", ASPLOS
 2023) searches such placements, with bounds by section of time, dominance and decomposition. The bound here is
 stronger than a section's sum: its items are jobs on one machine, released at the lowest offset each can still have,
 that must be done by the capacity; in order of release they are done as early as any order has them.
 
 Arrays are by item and in units, if not said otherwise. Sections are the stretches between two times at which items
-come or go; ``first`` and ``behind`` are the half-open range of an item's sections.
+come or go; ``first`` and ``behind`` are the half-open range of an item's sections. Offsets ``low[w]`` to ``high[w]``
+are allowed to item ``i`` for ``w`` from ``window[i]`` to ``window[i + 1] - 1``, rising: one range for most items,
+several where there are banks or pins.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ __all__ = ["BY_PREFERENCE", "BY_SLACK", "IMPOSSIBLE", "PLACED", "STOPPED", "sear
 PLACED, IMPOSSIBLE, STOPPED = 1, 0, -1
 BY_PREFERENCE, BY_SLACK = 0, 1  # which of several candidates at one offset comes first
 OFFSET_WEIGHT = 1e6  # lower offsets before any rule
+NOWHERE = 2**60  # the offset of an item that has no place left
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -45,7 +50,9 @@ def search(
     last: int,
     offset: Integers,  # the lowest an item can still have; where it lies, once placed
     size: Integers,
-    highest: Integers,  # the highest offset at which an item ends within the capacity
+    low: Integers,  # by window
+    high: Integers,
+    window: Integers,
     first: Integers,
     behind: Integers,
     rank: Integers,
@@ -59,19 +66,19 @@ def search(
     control[0] -= 1
     if control[0] < 0 or control[1] != 0:
         return STOPPED
-    if not _may_fit(items, floor, offset, size, highest, first, behind, capacity, filled):
+    if not _may_fit(items, floor, offset, size, low, high, window, first, behind, capacity, filled):
         return IMPOSSIBLE
     chosen = _candidates(items, floor, last, offset, size, first, behind, rank, preference, rule, capacity, filled)
     rest = np.empty(len(items) - 1, np.int64)
     before = np.empty(len(items) - 1, np.int64)
     for i in chosen:
-        _put(i, items, rest, before, offset, size, first, behind)
+        _put(i, items, rest, before, offset, size, low, high, window, first, behind)
         verdict = PLACED
         start = 0
         while start < len(rest) and verdict == PLACED:  # parts that share no section are placed one by one
             stop = _part_end(rest, start, first, behind)
-            verdict = search(rest[start:stop].copy(), offset[i], rank[i], offset, size, highest, first, behind,
-                             rank, preference, rule, capacity, filled, control)  # fmt: skip
+            verdict = search(rest[start:stop].copy(), offset[i], rank[i], offset, size, low, high, window,
+                             first, behind, rank, preference, rule, capacity, filled, control)  # fmt: skip
             start = stop
         if verdict == PLACED:
             return PLACED
@@ -88,7 +95,9 @@ def _may_fit(
     floor: int,
     offset: Integers,
     size: Integers,
-    highest: Integers,
+    low: Integers,
+    high: Integers,
+    window: Integers,
     first: Integers,
     behind: Integers,
     capacity: int,
@@ -98,8 +107,8 @@ def _may_fit(
     release = np.empty(len(items), np.int64)
     for k in range(len(items)):
         i = items[k]
-        release[k] = max(offset[i], floor)
-        if release[k] > highest[i]:
+        release[k] = _lifted(i, max(offset[i], floor), low, high, window)
+        if release[k] == NOWHERE:
             return False
         filled[first[i] : behind[i]] = 0
     for k in np.argsort(release):
@@ -155,6 +164,9 @@ def _put(
     before: Integers,
     offset: Integers,
     size: Integers,
+    low: Integers,
+    high: Integers,
+    window: Integers,
     first: Integers,
     behind: Integers,
 ) -> None:
@@ -166,7 +178,16 @@ def _put(
             rest[k], before[k] = other, offset[other]
             k += 1
             if first[other] < behind[item] and first[item] < behind[other]:
-                offset[other] = max(offset[other], top)
+                offset[other] = _lifted(other, max(offset[other], top), low, high, window)
+
+
+@_compiled
+def _lifted(item: int, least: int, low: Integers, high: Integers, window: Integers) -> Any:
+    """The lowest offset, from ``least`` on, that is allowed to ``item``."""
+    for w in range(window[item], window[item + 1]):
+        if least <= high[w]:
+            return max(least, low[w])
+    return NOWHERE
 
 
 @_compiled

@@ -80,7 +80,7 @@ class _Search:
         self.components = self.packing.components()
         for items in self.components:
             found = best_of(self.packing, items, PRIORITIES)
-            if self.packing.arena_bytes(items, found) > self.packing.capacity or self.options.minimize:
+            if self.options.minimize or self.packing.arena_bytes(items, found) > self.packing.capacity:
                 others = best_of(self.packing, items, PRIORITIES, tightest=True), stacked(self.packing, items)
                 found = min(found, *others, key=lambda offsets: self.packing.arena_bytes(items, offsets))
             self._keep(items, found)
@@ -132,7 +132,8 @@ class _Search:
         time left open count as too small for where to look next, never for what is proven.
         """
         grain = self.packing.grain(items)
-        proven = -(-self.packing.fullest_step(items)[0] // grain) * grain
+        least = max(self.packing.fullest_step(items)[0], self.packing.least_end(items))
+        proven = -(-least // grain) * grain
         asked = middle = max(proven, -(-low // grain) * grain)
         by_search = False
         while asked < self._arena(items) and not self._halted():

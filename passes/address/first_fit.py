@@ -45,7 +45,7 @@ def place_by_gaps(plan: Plan, name: str, order: str, *, tightest: bool) -> Decis
             offsets[item] = offset
     arena = packing.arena_bytes(packing.items, offsets)
     if arena > packing.capacity:
-        above = [i for i, o in enumerate(offsets) if o > packing.highest_offset(i, packing.capacity)]
+        above = [i for i, o in enumerate(offsets) if not packing.lies_within(i, o, packing.capacity)]
         around = {i for i in packing.items if any(packing.overlap(i, other) for other in above)}
         raise no_placement(packing, sorted(around), proven=False, required_bytes=arena)
     return placed(plan, packing, offsets, bound=bound)

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .packing import Packing
+from .packing import UNBOUNDED, Packing, Range
 
 __all__ = ["PRIORITIES", "best_of", "place_in_order", "stacked"]
+
+Offsets = NDArray[np.int64]
 
 #: What an order of placing sorts by, largest first; ties by begin, then index.
 PRIORITIES: Mapping[str, Callable[[Packing, int], tuple[int, ...]]] = MappingProxyType(
@@ -50,23 +53,50 @@ def best_of(packing: Packing, items: Sequence[int], orders: Iterable[str], *, ti
 def place_in_order(
     packing: Packing, items: Sequence[int], position: Sequence[int], *, tightest: bool = False
 ) -> list[int]:
-    """Offsets of ``items`` in units, placing ``items[position[0]]`` first.
+    """Offsets of ``items`` in units, placing ``items[position[0]]`` first, but pinned ones before all others.
 
-    Each takes the lowest gap that holds it, or with ``tightest`` the smallest such gap; else it goes on top.
+    Each takes the lowest gap of its windows that holds it, or with ``tightest`` the smallest such gap; else it goes
+    beyond the capacity, where nothing may lie.
     """
     begin = np.array([packing.begins[i] for i in items], dtype=np.int64)
     end = np.array([packing.ends[i] for i in items], dtype=np.int64)
     size = np.array([packing.units[i] for i in items], dtype=np.int64)
     offset = np.zeros(len(items), dtype=np.int64)
     by_offset = np.empty(0, dtype=np.int64)  # placed items, lowest first
-    for item in position:
+    windows = [_with_room_above(packing, i) for i in items]
+    for item in sorted(position, key=lambda k: not packing.is_fixed(items[k])):
         rivals = by_offset[(begin[by_offset] < end[item]) & (end[by_offset] > begin[item])]
-        if rivals.size:
-            floors = np.concatenate(([0], np.maximum.accumulate(offset[rivals] + size[rivals])))
-            room = np.append(offset[rivals], np.iinfo(np.int64).max) - floors
-            fits = np.flatnonzero(room >= size[item])
-            gap = fits[np.argmin(room[fits])] if tightest else fits[0]
-            offset[item] = floors[gap]
+        floors = np.concatenate(([0], np.maximum.accumulate(offset[rivals] + size[rivals])))
+        ceilings = np.append(offset[rivals], 2 * UNBOUNDED)
+        offset[item] = _place(floors, ceilings, int(size[item]), windows[item], tightest=tightest)
         place = np.searchsorted(offset[by_offset], offset[item])
         by_offset = np.insert(by_offset, place, item)
     return [int(o) for o in offset]
+
+
+def _place(floors: Offsets, ceilings: Offsets, size: int, windows: Sequence[Range], *, tightest: bool) -> int:
+    """The lowest place of ``size`` units in the gaps from ``floors`` to ``ceilings``, or the one in the smallest gap.
+
+    The last of ``windows`` goes on without end, and is taken where no other has room.
+    """
+    found: list[tuple[int, int]] = []  # room in the gap, place
+    for low, high in windows:
+        if found and (high == UNBOUNDED or not tightest):
+            break
+        places = np.maximum(floors, low)
+        room = np.minimum(ceilings, high + size) - places
+        fits = np.flatnonzero(room >= size)
+        if fits.size:
+            gap = fits[np.argmin(room[fits])] if tightest else fits[0]
+            found.append((int(room[gap]), int(places[gap])))
+    return min(found)[1]
+
+
+def _with_room_above(packing: Packing, item: int) -> tuple[Range, ...]:
+    """Ranges of offsets for ``item``; the last one leads beyond the capacity, where everything finds a place."""
+    ranges = packing.offsets(item, packing.capacity)
+    if ranges and not packing.is_fixed(item):
+        first, behind = packing.windows[item][-1]
+        if behind == packing.capacity and ranges[-1][0] * packing.alignment >= first:
+            return (*ranges[:-1], (ranges[-1][0], UNBOUNDED))
+    return (*ranges, (-(-packing.capacity // packing.alignment), UNBOUNDED))

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from ortools.sat.python import cp_model
 
 from ...compiler.pipeline import Budget
-from .packing import Packing
+from .packing import Packing, Range
 
 __all__ = ["Answer", "Verdict", "fit_by_constraints"]
 
@@ -47,17 +47,18 @@ def fit_by_constraints(
     """Place ``items`` so that all end within ``capacity`` bytes and clear of those ``fixed``: units by other item.
 
     ``seconds`` are wall seconds, or CP-SAT's deterministic ones if the budget asks for determinism. Formulation:
-    variables ``offset[i]`` in ``0 .. highest_offset(i)``; rectangles ``[begin, end) x [offset, offset + units)`` do
-    not overlap. Moving everything down as far as it goes makes every offset a sum of sizes (on top of what is fixed),
-    so units are divided by the greatest common divisor of them all. Of placements that differ by exchanging equal
-    items one is kept.
+    variables ``offset[i]`` in the ranges of ``Packing.offsets``; rectangles ``[begin, end) x [offset, offset + units)``
+    do not overlap. Moving everything down as far as it goes makes every offset a sum of sizes, on top of what is fixed
+    or of where a window begins, so units are divided by the greatest common divisor of them all. Of placements that
+    differ by exchanging equal items one is kept.
     """
-    scale = math.gcd(*(packing.units[i] for i in (*items, *fixed)), *fixed.values())
-    highest = [packing.highest_offset(i, capacity) // scale for i in items]
-    if min(highest, default=0) < 0:
+    scale = math.gcd(packing.divisor(items), *(packing.units[i] for i in fixed), *fixed.values())
+    ranges = [[(low // scale, high // scale) for low, high in packing.offsets(i, capacity)] for i in items]
+    if not all(ranges):
         return Answer(Verdict.IMPOSSIBLE)
     model = cp_model.CpModel()
-    offsets = [model.new_int_var(0, most, f"offset_{i}") for i, most in zip(items, highest, strict=True)]
+    domains = [cp_model.Domain.from_intervals(allowed) for allowed in ranges]
+    offsets = [model.new_int_var_from_domain(d, f"offset_{i}") for i, d in zip(items, domains, strict=True)]
     obstacles = {i: offset // scale for i, offset in fixed.items()}
     places: list[tuple[int, cp_model.IntVar | int]] = [*zip(items, offsets, strict=True), *obstacles.items()]
     steps, regions = [], []
@@ -78,9 +79,9 @@ def _break_symmetry(
     model: cp_model.CpModel, packing: Packing, items: Sequence[int], offsets: Sequence[cp_model.IntVar]
 ) -> None:
     """Order equal items. Upside down stays a symmetry: halving the largest item's range made placing 5 times slower."""
-    alike: dict[tuple[int, int, int], int] = {}
+    alike: dict[tuple[int, int, int, tuple[Range, ...]], int] = {}
     for position, item in enumerate(items):
-        kind = (packing.begins[item], packing.ends[item], packing.nbytes[item])
+        kind = (packing.begins[item], packing.ends[item], packing.nbytes[item], packing.windows[item])
         if kind in alike:
             model.add(offsets[alike[kind]] <= offsets[position])
         alike[kind] = position

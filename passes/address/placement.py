@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -65,7 +65,7 @@ def check_fullest_step(packing: Packing) -> int:
     """
     bound, together = packing.fullest_step()
     if bound <= packing.capacity:
-        return bound
+        return max(bound, packing.least_end(packing.items))
     conflict = list(together)
     for item in sorted(together, key=lambda i: (packing.units[i], i)):
         without = [i for i in conflict if i != item]
@@ -77,19 +77,34 @@ def check_fullest_step(packing: Packing) -> int:
 def no_placement(packing: Packing, conflict: Sequence[int], *, proven: bool, required_bytes: int) -> PlacementError:
     """The error for residences ``conflict``; ``required_bytes`` is the least arena known to hold them all."""
     ranked = sorted(conflict, key=lambda i: (-packing.nbytes[i], i))
-    listed = ", ".join(
-        f"{packing.names[i]!r} ({packing.nbytes[i]:,} bytes, steps {packing.begins[i]} to {packing.ends[i] - 1})"
-        for i in ranked[:LISTED]
-    )
+    listed = ", ".join(_described(packing, i) for i in ranked[:LISTED])
     more = f" and {len(ranked) - LISTED} more" if len(ranked) > LISTED else ""
     begin, end = min(packing.begins[i] for i in ranked), max(packing.ends[i] for i in ranked)
     verdict = "cannot be placed together" if proven else "were not placed together"
-    missing = required_bytes - packing.capacity
+    banks = f", banks of {_listed(b - a for a, b in packing.banks)}" if len(packing.banks) > 1 else ""
+    best = (
+        f"; the best placement known takes {required_bytes:,} bytes, {required_bytes - packing.capacity:,} too many"
+        if required_bytes > packing.capacity and not banks
+        else ""
+    )
     return PlacementError(
-        f"{len(ranked)} residences of steps {begin} to {end - 1} {verdict} in {packing.capacity:,} bytes: "
-        f"{listed}{more}; the best placement known takes {required_bytes:,} bytes, {missing:,} too many",
+        f"{len(ranked)} residences of steps {begin} to {end - 1} {verdict} in {packing.capacity:,} bytes{banks}: "
+        f"{listed}{more}{best}",
         conflict=tuple(sorted(ranked)),
         proven=proven,
         required_bytes=required_bytes,
         available_bytes=packing.capacity,
     )
+
+
+def _described(packing: Packing, item: int) -> str:
+    pin = packing.pins.get(packing.names[item])
+    where = "" if pin is None or pin.bank is None else f", pinned to bank {pin.bank}"
+    where += "" if pin is None or pin.offset is None else f", pinned to byte {pin.offset:,}"
+    steps = f"steps {packing.begins[item]} to {packing.ends[item] - 1}"
+    return f"{packing.names[item]!r} ({packing.nbytes[item]:,} bytes, {steps}{where})"
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    *most, last = (f"{size:,}" for size in sizes)
+    return f"{', '.join(most)} and {last}" if most else last

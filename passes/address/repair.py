@@ -50,7 +50,7 @@ def fit_by_repair(
             whole = ask(packing, items, capacity, budget, seconds=limit)
             if whole.verdict is not Verdict.UNKNOWN:
                 return whole, list(items)
-    while high := [i for i in items if place[i] > packing.highest_offset(i, capacity)]:
+    while high := [i for i in items if not packing.lies_within(i, place[i], capacity)]:
         cleared = _cleared(packing, items, first_steps, high[0], window)
         complete = len(cleared) == len(items)
         alone = fit_by_constraints(packing, cleared, capacity, budget, seconds=seconds(complete))
@@ -92,5 +92,5 @@ def _neighbours(packing: Packing, cleared: Sequence[int], place: dict[int, int],
         if i not in inside
         and packing.begins[i] < end
         and packing.ends[i] > begin
-        and offset <= packing.highest_offset(i, capacity)
+        and packing.lies_within(i, offset, capacity)
     }

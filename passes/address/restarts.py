@@ -8,7 +8,6 @@ search that ends by itself has tried everything, whatever its order.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from ...compiler.pipeline import Budget
 from .canonical import BY_PREFERENCE, BY_SLACK, IMPOSSIBLE, PLACED, search
 from .no_overlap import POLL_S, Answer, Verdict
-from .packing import Packing
+from .packing import Packing, Range
 
 __all__ = ["fit_by_search"]
 
@@ -47,7 +46,10 @@ def fit_by_search(packing: Packing, items: Sequence[int], capacity: int, budget:
 
     ``seconds`` are wall seconds, or ``NODES_PER_SECOND`` nodes each if the budget asks for determinism.
     """
-    problem = _Problem.of(packing, items, capacity)
+    ranges = _beside_fixed(packing, items, [packing.offsets(i, capacity) for i in items])
+    if not all(ranges):
+        return Answer(Verdict.IMPOSSIBLE)
+    problem = _Problem.of(packing, items, ranges)
     deadline = time.monotonic() + seconds
     nodes = round(seconds * NODES_PER_SECOND) if budget.deterministic else sys.maxsize
 
@@ -72,7 +74,9 @@ class _Problem:
     """The arrays that ``canonical.search`` takes; item ``k`` is ``items[k]``, lengths are in units of ``scale``."""
 
     size: Integers
-    highest: Integers
+    low: Integers
+    high: Integers
+    window: Integers
     first: Integers
     behind: Integers
     sections: int
@@ -81,19 +85,20 @@ class _Problem:
     preferences: tuple[Floats, ...]
 
     @classmethod
-    def of(cls, packing: Packing, items: Sequence[int], capacity: int) -> _Problem:
-        """Sections of the items' steps, and units divided by what they have in common."""
+    def of(cls, packing: Packing, items: Sequence[int], ranges: Sequence[Sequence[Range]]) -> _Problem:
+        """Sections of the items' steps, and units divided by what they have in common; ``ranges`` are of offsets."""
         first, behind = _sections(packing, items)
-        scale = math.gcd(*(packing.units[i] for i in items)) or 1
+        scale = packing.divisor(items)
         size = np.array([packing.units[i] // scale for i in items], np.int64)
-        highest = np.array([packing.highest_offset(i, capacity) // scale for i in items], np.int64)
         return cls(
             size=size,
-            highest=highest,
+            low=np.array([low // scale for allowed in ranges for low, _ in allowed], np.int64),
+            high=np.array([high // scale for allowed in ranges for _, high in allowed], np.int64),
+            window=np.cumsum([0, *(len(allowed) for allowed in ranges)], dtype=np.int64),
             first=first,
             behind=behind,
             sections=int(behind.max()),
-            capacity=int((size + highest).max()),
+            capacity=max(int(units) + allowed[-1][1] // scale for units, allowed in zip(size, ranges, strict=True)),
             scale=scale,
             preferences=_preferences(size, first, behind),
         )
@@ -121,19 +126,46 @@ class _Problem:
     ) -> tuple[int, tuple[int, ...], int]:
         """Verdict, offsets in units by item, and nodes used; ``over`` is asked now and then whether to stop."""
         count = len(self.size)
-        offset = np.zeros(count, np.int64)
+        offset = self.low[self.window[:-1]]
         control = np.array([limit, 0], np.int64)
         rank = np.empty(count, np.int64)
         rank[np.argsort(-attempt.preference, kind="stable")] = np.arange(count)
         future = thread.submit(
             search,
-            *(np.argsort(self.first, kind="stable"), 0, -1, offset, self.size, self.highest, self.first, self.behind),
-            *(rank, attempt.preference, attempt.rule, self.capacity, np.zeros(self.sections, np.int64), control),
+            *(np.argsort(self.first, kind="stable"), 0, -1, offset, self.size, self.low, self.high, self.window),
+            *(
+                self.first,
+                self.behind,
+                rank,
+                attempt.preference,
+                attempt.rule,
+                self.capacity,
+                np.zeros(self.sections, np.int64),
+                control,
+            ),
         )
         while not wait([future], timeout=POLL_S).done:
             control[1] = int(over())
         offsets = tuple(int(o) * self.scale for o in offset)
         return int(future.result()), offsets, limit - max(0, int(control[0]))
+
+
+def _beside_fixed(
+    packing: Packing, items: Sequence[int], ranges: Sequence[tuple[Range, ...]]
+) -> list[tuple[Range, ...]]:
+    """``ranges`` of offsets without those at which an item would overlap another one that has no choice."""
+    left = list(ranges)
+    for k, fixed in enumerate(items):
+        if sum(high - low + 1 for low, high in ranges[k]) != 1:
+            continue
+        place = ranges[k][0][0]
+        for other, item in enumerate(items):
+            if other != k and packing.overlap(fixed, item):
+                below, above = place - packing.units[item], place + packing.units[fixed]
+                pieces = [(low, min(high, below)) for low, high in left[other]]
+                pieces += [(max(low, above), high) for low, high in left[other]]
+                left[other] = tuple(sorted((low, high) for low, high in pieces if low <= high))
+    return left
 
 
 def _sections(packing: Packing, items: Sequence[int]) -> tuple[Integers, Integers]:
