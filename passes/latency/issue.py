@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from ...compiler.plan import Load
 from ...hw_models.model import Direction, EngineKind
+from .memory import Scratchpad
 from .transfers import Transfer, TransferProblem
 
 __all__ = ["issue"]
 
 
 def issue(
-    problem: TransferProblem, seconds: Sequence[float], *, held_back: int, halted: Callable[[], bool]
+    problem: TransferProblem, seconds: Sequence[float], scratchpad: Scratchpad, halted: Callable[[], bool]
 ) -> list[int] | None:
     """Steps of the plan in the order in which to issue them; ``seconds`` are those of each step.
 
     Anchors are issued one by one. Before each, and after the loads it needs, the copy engines are given whatever they
     can start before it finishes: stores whose bytes are final, and loads in the order in which anchors need them, as
-    long as there is room for them at every anchor until then. ``held_back`` bytes of that room are left free, for
-    fragmentation. Freed bytes count as taken again oldest first, which placements come close to; the simulator has
-    the last word. ``None`` when ``halted``.
+    long as ``scratchpad`` admits them. ``None`` when ``halted``.
     """
-    return _Issuer(problem, seconds, held_back).run(halted)
+    return _Issuer(problem, seconds, scratchpad).run(halted)
 
 
 class _Issuer:
-    def __init__(self, problem: TransferProblem, seconds: Sequence[float], held_back: int) -> None:
+    def __init__(self, problem: TransferProblem, seconds: Sequence[float], scratchpad: Scratchpad) -> None:
         self.problem = problem
         self.seconds = seconds
+        self.scratchpad = scratchpad
         self.sequence: list[int] = []
         self.issued: dict[int, float] = {}  # finish of each transfer by step
         engines = problem.plan.machine.engines
@@ -41,9 +40,6 @@ class _Issuer:
         self.left = [len(stay.anchors) + len(stay.stores) for stay in problem.stays]
         self.done = [0.0] * len(problem.stays)  # when the last user so far is done
         self.begun = [False] * len(problem.stays)
-        self.live = 0
-        self.room = [room - held_back for room in problem.room]
-        self.free: list[tuple[float, int]] = [(0.0, problem.capacity)]  # bytes, and when they became free
         loads = [t for t in problem.transfers.values() if self._is_load(t)]
         stores = [t for t in problem.transfers.values() if not self._is_load(t)]
         self.loads = deque(sorted(loads, key=lambda t: (t.last, t.step)))
@@ -60,14 +56,14 @@ class _Issuer:
                 return None
             self._collect(anchor)
             while self.loads and self.loads[0].last <= anchor:
-                self._make_room(self._bytes(self.loads[0]))
+                self._make_room((self.loads[0].stay,))
                 self._issue(self.loads[0])
-            begins = sum(self.problem.stays[s].footprint for s in self.problem.touches[anchor] if not self.begun[s])
+            begins = [s for s in self.problem.touches[anchor] if not self.begun[s]]
             self._make_room(begins)
-            finish = self._finish(anchor, self._free_from(begins))
+            finish = self._finish(anchor, self.scratchpad.free_from(begins))
             while (transfer := self._next(anchor, begins, finish)) is not None:
                 self._issue(transfer)
-            self._compute(anchor)
+            self._compute(anchor, begins)
         self._collect(len(self.problem.anchors))
         for transfer in (*self.pending, *self.loads):
             self._issue(transfer)
@@ -80,41 +76,26 @@ class _Issuer:
         for store in [t for t in self.pending if t.last <= slot]:
             self._issue(store)
 
-    def _make_room(self, nbytes: int) -> None:
-        """Let pending stores end their stays until ``nbytes`` fit; the plan given fits, so there are enough."""
-        while self.live + nbytes > self.problem.capacity and self._flush():
-            pass
+    def _make_room(self, stays: Sequence[int]) -> None:
+        """Issue pending stores whose stays end with them and are in the way; in the plan given, all came before."""
+        while crowd := self.scratchpad.in_the_way(stays):
+            ending = [t for t in self.pending if t.stay in crowd and self.left[t.stay] == 1]
+            if not ending:
+                return
+            self._issue(min(ending, key=lambda t: (self._start(t), t.step)))
 
-    def _flush(self) -> bool:
-        """Issue the pending store that ends a stay and starts first; False when there is none."""
-        ending = [t for t in self.pending if self.left[t.stay] == 1]
-        if not ending:
-            return False
-        self._issue(min(ending, key=lambda t: (self._start(t), t.step)))
-        return True
-
-    def _next(self, anchor: int, begins: int, finish: float) -> Transfer | None:
-        """What a copy engine starts first, before ``anchor`` is done at ``finish``; ``None`` when that is nothing.
-
-        ``begins`` bytes are begun by the anchor itself.
-        """
+    def _next(self, anchor: int, begins: Sequence[int], finish: float) -> Transfer | None:
+        """What a copy engine starts first, before ``anchor`` is done at ``finish``; ``None`` when that is nothing."""
         found = list(self.pending)
-        if self.loads and self._fits(self.loads[0], anchor, begins):
+        if self.loads and self._may_load(self.loads[0], anchor, begins):
             found.append(self.loads[0])
         best = min(found, key=lambda t: (self._start(t), not self._is_load(t), t.step), default=None)
         return best if best is not None and self._start(best) < finish else None
 
-    def _fits(self, load: Transfer, anchor: int, begins: int) -> bool:
-        """Whether a load may be issued before ``anchor`` and its bytes kept until it is used."""
+    def _may_load(self, load: Transfer, anchor: int, begins: Sequence[int]) -> bool:
         if load.first > anchor or (load.behind is not None and load.behind not in self.issued):
             return False
-        size = self._bytes(load)
-        if self.live + begins + size > self.problem.capacity:
-            return False
-        return min(self.room[anchor : load.last], default=size) >= size
-
-    def _bytes(self, transfer: Transfer) -> int:
-        return self.problem.stays[transfer.stay].footprint
+        return self.scratchpad.admits(load, anchor, begins)
 
     def _engine(self, transfer: Transfer) -> str:
         direction = Direction.LOAD if self._is_load(transfer) else Direction.STORE
@@ -124,28 +105,10 @@ class _Issuer:
         waits = [self.copy_free[self._engine(transfer)]]
         if transfer.behind is not None:
             waits.append(self.issued.get(transfer.behind, 0.0))
-        waits.append(self._free_from(self._bytes(transfer)) if self._is_load(transfer) else self.ready[transfer.stay])
+        waits.append(
+            self.scratchpad.free_from((transfer.stay,)) if self._is_load(transfer) else self.ready[transfer.stay]
+        )
         return max(waits)
-
-    def _free_from(self, size: int) -> float:
-        """When ``size`` bytes are free, the longest free taken first."""
-        for moment, nbytes in self.free:
-            size -= nbytes
-            if size <= 0:
-                return moment
-        return 0.0
-
-    def _take(self, stay: int) -> float:
-        """Begin a stay; returns when its bytes are free."""
-        size, moment, emptied = self.problem.stays[stay].footprint, 0.0, 0
-        self.begun[stay] = True
-        self.live += size
-        while size > 0 and emptied < len(self.free):
-            moment, nbytes = self.free[emptied]
-            size -= nbytes
-            emptied += 1
-        self.free[:emptied] = [(moment, -size)] if size < 0 else []
-        return moment
 
     def _use(self, stay: int, finish: float) -> None:
         self.left[stay] -= 1
@@ -154,9 +117,7 @@ class _Issuer:
 
     def _end(self, stay: int) -> None:
         if self.left[stay] == 0:
-            size = self.problem.stays[stay].footprint
-            self.live -= size
-            bisect.insort(self.free, (self.done[stay], size))
+            self.scratchpad.end(stay, self.done[stay])
 
     def _issue(self, transfer: Transfer) -> None:
         engine, start = self._engine(transfer), self._start(transfer)
@@ -169,22 +130,23 @@ class _Issuer:
             self._use(transfer.stay, finish)
             return
         self.loads.popleft()  # loads are issued in the order they are needed in
-        self._take(transfer.stay)
+        self._begin(transfer.stay, len(self.sequence) - len(self.issued))
         self.ready[transfer.stay] = self.done[transfer.stay] = finish
-        for anchor in range(len(self.sequence) - len(self.issued), transfer.last):
-            self.room[anchor] -= self._bytes(transfer)
         self._end(transfer.stay)
+
+    def _begin(self, stay: int, anchor: int) -> float:
+        self.begun[stay] = True
+        return self.scratchpad.take(stay, anchor)
 
     def _finish(self, anchor: int, free: float) -> float:
         waits = [min(self.compute_free), free, *(self.ready[s] for s in self.problem.touches[anchor])]
         return max(waits) + self.seconds[self.problem.anchors[anchor]]
 
-    def _compute(self, anchor: int) -> None:
-        touched = self.problem.touches[anchor]
-        finish = self._finish(anchor, max((self._take(s) for s in touched if not self.begun[s]), default=0.0))
+    def _compute(self, anchor: int, begins: Sequence[int]) -> None:
+        finish = self._finish(anchor, max((self._begin(stay, anchor) for stay in begins), default=0.0))
         self.compute_free[self.compute_free.index(min(self.compute_free))] = finish
         self.sequence.append(self.problem.anchors[anchor])
-        for stay in touched:
+        for stay in self.problem.touches[anchor]:
             if stay in self.problem.writes[anchor]:
                 self.ready[stay] = finish
             self._use(stay, finish)

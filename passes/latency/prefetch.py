@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from ...compiler.pipeline import Budget, Decision, Progress, run_pass
-from ...compiler.plan import Plan
+from ...compiler.plan import PassRecord, Plan
 from ...compiler.simulate import latency_ns, simulate
 from ...errors import OptionError
 from ..address.exact import ExactPlacement
-from ..address.first_fit import FirstFit
 from ..address.placement import PlacementError
 from .bound import latency_certificate
 from .issue import issue
+from .memory import Bytes, Places
 from .transfers import TransferProblem, rebuilt
 
 __all__ = ["Prefetch"]
 
-HELD_BACK = (2, 4, 8, 16, 32)  # n-th parts of the capacity left free for fragmentation, one after the other
+HELD_BACK = (4, 8, 16, 32, 0)  # n-th parts of the capacity left free for fragmentation, one after the other; 0: none
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,11 @@ class Prefetch:
     at other steps, hence residences that begin earlier or end later; never slower than the plan given, in simulated
     latency. A plan that was placed is placed afresh.
 
-    Method: list scheduling by the engines' clocks (``issue.issue``), with ever less of the capacity held back until
-    ``address/exact`` no longer places the residences. Of the plans placed, the fastest is kept. ``effort`` is that
-    pass's own, for one question in deterministic mode.
+    Method: list scheduling by the engines' clocks (``issue.issue``). First all but the loads stay where they are, and
+    early loads choose among free places (``memory.Places``). Then bytes alone are counted (``memory.Bytes``), with ever
+    less of the capacity held back, until ``address/exact`` no longer places the residences, and each such plan is
+    improved the first way. Of all plans the fastest is kept. ``effort`` is that pass's own, for one question in
+    deterministic mode.
     """
 
     effort: float = 3.0
@@ -53,51 +57,80 @@ class Prefetch:
             OptionError: the plan has no residences yet.
         """
         begin = time.monotonic()
+        search = _Search(plan, self.name, budget)
+        before = search.fastest
+        is_placed = all(r.offset is not None for r in plan.residences or ())
+        for candidate in self._placed(search, budget) if is_placed else search.unplaced(HELD_BACK[1]):
+            if search.offer(candidate):
+                budget.listen(Progress(self.name, time.monotonic() - begin, search.fastest))
+        certificate = latency_certificate(search.best)
+        hidden, exposed = before - search.fastest, before - certificate.bound
+        note = f"hides {hidden:,} of {exposed:,} ns that the plan took beyond the bound"
+        return Decision(search.best, certificate, note)
+
+    def _placed(self, search: _Search, budget: Budget) -> Iterator[Plan]:
+        yield from search.in_place(search.best)
+        for part in HELD_BACK:
+            for moved in search.unplaced(part):
+                # Without places every stay that has ended is waited for: hardly ever does a placement save more.
+                if latency_ns(moved) >= search.fastest or search.halted():
+                    continue
+                share = budget if budget.deterministic else budget.share(0.3)
+                try:
+                    placed = run_pass(ExactPlacement(effort=self.effort), moved, share)
+                except PlacementError:
+                    return
+                yield placed
+                yield from search.in_place(placed)
+
+
+class _Search:
+    """The fastest plan so far and its latency in nanoseconds."""
+
+    def __init__(self, plan: Plan, name: str, budget: Budget) -> None:
+        self.name = name
+        self.budget = budget
+        self.problem, self.seconds = self._problem(plan)
+        self.best = plan
+        self.fastest = latency_ns(plan)
+
+    def _problem(self, plan: Plan) -> tuple[TransferProblem, list[float]]:
         timed = simulate(plan)
         seconds = [(i.finish_s or 0.0) - (i.start_s or 0.0) for i in timed.instructions]
-        problem = TransferProblem.of(plan, seconds, self.name)
-        best, before = plan, latency_ns(plan)
-        fastest = before
-        for candidate in self._candidates(problem, seconds, budget):
-            latency = latency_ns(candidate)
-            if latency < fastest:
-                best, fastest = candidate, latency
-                budget.listen(Progress(self.name, time.monotonic() - begin, fastest))
-        certificate = latency_certificate(best)
-        exposed, least = before - certificate.bound, fastest - certificate.bound
-        note = f"latency {before:,} ns before; {exposed:,} ns of it above the roofline, now {least:,}"
-        return Decision(best, certificate, note)
+        return TransferProblem.of(plan, seconds, self.name), seconds
 
-    def _candidates(self, problem: TransferProblem, seconds: list[float], budget: Budget) -> Iterator[Plan]:
-        halted = _halted(budget)
-        capacity = problem.capacity
-        is_placed = all(r.offset is not None for r in problem.plan.residences or ())
-        tried: list[list[int]] = []
-        for held_back in (0, *(capacity // part for part in HELD_BACK), 0):
-            sequence = issue(problem, seconds, held_back=held_back, halted=halted)
-            if sequence is None:
-                return
-            moved = rebuilt(problem, sequence)
-            if not is_placed:
-                yield moved
-                continue
-            at_first = not tried
-            if sequence in tried[1:]:
-                continue
-            tried.append(sequence)
-            step = FirstFit() if at_first else ExactPlacement(effort=self.effort)
-            try:
-                yield run_pass(step, moved, budget if budget.deterministic else budget.share(0.3))
-            except PlacementError:
-                if not at_first:
-                    return
-                continue
-            if at_first:
-                return
+    def halted(self) -> bool:
+        """Whether to end now: told to stop, or out of time where clocks may decide."""
+        return self.budget.stop.is_set() or (not self.budget.deterministic and self.budget.remaining_s <= 0)
+
+    def offer(self, plan: Plan) -> bool:
+        """Keep ``plan`` if it is faster."""
+        latency = latency_ns(plan)
+        if latency >= self.fastest:
+            return False
+        self.best, self.fastest = plan, latency
+        return True
+
+    def unplaced(self, part: int) -> Iterator[Plan]:
+        """The plan given with its transfers moved, without offsets; early loads leave a ``part``-th of the bytes."""
+        held_back = self.problem.capacity // part if part else 0
+        sequence = issue(self.problem, self.seconds, Bytes(self.problem, held_back), self.halted)
+        if sequence is not None:
+            yield rebuilt(self.problem, sequence)
+
+    def in_place(self, plan: Plan) -> Iterator[Plan]:
+        """A placed plan with its transfers moved; only loads that come early change their place."""
+        problem, seconds = self._problem(plan)
+        places = Places(problem)
+        sequence = issue(problem, seconds, places, self.halted)
+        if sequence is None:
+            return
+        moved = rebuilt(problem, sequence, places.offsets)
+        yield msgspec.structs.replace(moved, passes=tuple(map(_without_arena, moved.passes)))
 
 
-def _halted(budget: Budget) -> Callable[[], bool]:
-    """Whether to end now: told to stop, or out of time where clocks may decide."""
-    if budget.deterministic:
-        return budget.stop.is_set
-    return lambda: budget.remaining_s <= 0
+def _without_arena(record: PassRecord) -> PassRecord:
+    """The record without what it says about places, which are others now."""
+    if record.certificate is None or record.certificate.objective != "arena_bytes":
+        return record
+    return msgspec.structs.replace(record, certificate=None)

@@ -215,18 +215,18 @@ def _room(stays: Sequence[Stay], anchors: int, capacity: int) -> list[int]:
     return room
 
 
-def rebuilt(problem: TransferProblem, sequence: Sequence[int], *, keep_offsets: bool = False) -> Plan:
+def rebuilt(problem: TransferProblem, sequence: Sequence[int], offsets: Sequence[int] | None = None) -> Plan:
     """The plan with its instructions in ``sequence``, steps of the plan given; times are dropped.
 
-    Every residence begins as it did and ends with its last use; its offset stays with ``keep_offsets`` only.
+    Every residence begins as it did and ends with its last use; ``offsets`` are by stay, in bytes.
     """
     plan = problem.plan
     place = {step: position for position, step in enumerate(sequence)}
     residences = []
-    for stay in problem.stays:
+    for number, stay in enumerate(problem.stays):
         uses = [place[problem.anchors[a]] for a in stay.anchors] + [place[s] for s in stay.stores]
         begin = place[stay.load] if stay.load is not None else min(uses)
-        offset = stay.residence.offset if keep_offsets else None
+        offset = None if offsets is None else offsets[number]
         end = max(uses, default=begin) + 1
         residences.append(Residence(stay.residence.buffer, stay.residence.memory, begin, end, offset))
     residences.sort(key=lambda residence: (residence.begin, residence.buffer))
