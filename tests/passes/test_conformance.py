@@ -11,6 +11,7 @@ import pytest
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Plan
+from opweave.compiler.simulate import latency_ns
 from opweave.compiler.verify import verify
 from opweave.passes.address.placement import PlacementError
 from opweave.passes.order.problem import OrderProblem
@@ -40,12 +41,19 @@ def inputs(graph_name: str, decision: str) -> tuple[Plan, ...]:
     for streamed in ((), weights) if weights else ((),):
         for capacity in capacities(graph):
             plan = Plan.of_order(graph, machine(max(capacity, 16)), streamed=streamed)
-            plans.append(_address_input(plan) if decision == "address" else plan)
+            plans += _inputs(plan, decision)
     return tuple(plans)
 
 
-def _address_input(plan: Plan) -> Plan:
-    return run_pass(PASSES["residency/least_cost"], plan, Budget.of_seconds(SECONDS))
+def _inputs(plan: Plan, decision: str) -> list[Plan]:
+    """``plan`` with what must be decided before: for latencies with and without offsets."""
+    if decision not in ("address", "latency"):
+        return [plan]
+    resident = run_pass(PASSES["residency/least_cost"], plan, Budget.of_seconds(SECONDS))
+    if decision == "address":
+        return [resident]
+    placed = decided("address/exact", resident, Budget.of_seconds(SECONDS))
+    return [resident] if placed is None else [resident, placed]
 
 
 def decided(name: str, plan: Plan, budget: Budget) -> Plan | None:
@@ -91,6 +99,9 @@ def assert_not_worse(name: str, before: Plan, after: Plan) -> None:
         case "residency":
             baseline = run_pass(PASSES["residency/refetch"], before, Budget.of_seconds(SECONDS))
             assert verify(after).additional_bytes <= verify(baseline).additional_bytes
+        case "latency":
+            assert latency_ns(after) <= latency_ns(before)
+            assert verify(after).additional_bytes == verify(before).additional_bytes
         case "address":
             alignment = after.machine.scratchpad_memory.alignment_bytes
             sizes = (after.graph.buffers[r.buffer].nbytes for r in after.residences or ())
