@@ -1,0 +1,1 @@
+"""Which results are written over their own operands."""
