@@ -78,8 +78,9 @@ def forces(problem: GapProblem) -> list[Force]:
             continue
         exact = least_cover(sizes, costs, int(need[d, p])) if len(found) < MAX_EXACT else fresh
         found.append(Force(p, d, exact))
-        for i, cost in zip(members, costs, strict=True):
-            purses.take(i, min(cost, exact))
+        spans = [problem.intervals[i].end - problem.intervals[i].begin for i in members]
+        for i, charge in zip(members, _charges(sizes, costs, int(need[d, p]), exact, spans), strict=True):
+            purses.take(i, charge)
     return sorted(found, key=lambda force: (-force.nbytes, force.position))
 
 
@@ -149,6 +150,22 @@ def least_cover(sizes: Sequence[int], costs: Sequence[int], need: int) -> int:
         taken[0] = best[: size + 1].min() + costs[i]
         np.minimum(best, taken, out=best)
     return cost + int(best[0])
+
+
+def _charges(sizes: Sequence[int], costs: Sequence[int], need: int, proven: int, spans: Sequence[int]) -> list[int]:
+    """As little of ``costs`` as still proves that ``proven`` must be paid.
+
+    No more than all of it, and less if every choice with the item pays more than ``proven``: then what it pays too
+    much is left in the purse. Items that span the most positions come first, as others may need them.
+    """
+    charges = [min(cost, proven) for cost in costs]
+    if sum(sizes) // math.gcd(*sizes) * len(sizes) ** 2 > MAX_CELLS:
+        return charges
+    for i in sorted(range(len(sizes)), key=lambda i: -spans[i]):
+        others = [k for k in range(len(sizes)) if k != i]
+        rest = least_cover([sizes[k] for k in others], [charges[k] for k in others], need - sizes[i])
+        charges[i] -= min(charges[i], max(0, charges[i] + rest - proven))
+    return charges
 
 
 def _compulsory(sizes: Sequence[int], costs: Sequence[int], need: int) -> tuple[int, int, list[int]]:

@@ -16,11 +16,11 @@ from opweave.compiler.export import c_header, save_c_header
 from opweave.compiler.export.identifiers import comment_text, identifiers, string_literal
 from opweave.compiler.graph import Graph, Op, Role, Tensor
 from opweave.compiler.pipeline import Budget
-from opweave.compiler.plan import Load, Plan
+from opweave.compiler.plan import Load, Plan, Recompute, Residence, Run, Store
 from opweave.compiler.verify import verify
 from opweave.errors import OptionError, PlanError, VerificationError
 from opweave.passes.planner import Planner
-from tests.graphs.build import all_graphs, machine
+from tests.graphs.build import GraphBuilder, all_graphs, machine
 from tests.graphs.plans import keep_everything, keep_nothing
 from tests.passes.residency.training import tight, training_graph
 
@@ -105,6 +105,24 @@ def test_spills_and_streamed_weights_are_replayed(tmp_path: Path) -> None:
     streaming = planned(all_graphs()["shared_weight"], weights_streamed=True)
     moved, _, _ = replay(streaming, tmp_path)
     assert moved[2] == sum(row.streamed_bytes for row in verify(streaming).traffic) > 0
+
+
+@needs_compiler
+def test_a_recomputed_operator_is_called_twice(tmp_path: Path) -> None:
+    g = GraphBuilder("again")
+    a = g.unary("relu", g.input("x", 4, 16), "a")
+    left = g.unary("tanh", a, "left")
+    graph = g.build(g.binary("add", left, g.unary("sigmoid", a, "right"), "y"))
+    steps = (Load("x"), Run("op0"), Run("op1"), Recompute("op0"), Run("op2"), Run("op3"), Store("y"))
+    spans = {"x": (0, 4, 0), "a": (1, 3, 256), "left": (2, 6, 512), "right": (4, 6, 0), "y": (5, 7, 768)}
+    residences = [Residence(buffer, "sram", *span) for buffer, span in spans.items()]
+    residences.append(Residence("a", "sram", 3, 5, 768))
+    plan = Plan(graph, machine(1024), steps, tuple(residences))
+    moved, _, _ = replay(plan, tmp_path)
+    assert moved == [256, 256, 0]
+    header = (tmp_path / "plan.h").read_text()
+    assert "{ NET_RECOMPUTE, 2u }, /* 3: op0 */" in header
+    assert "#define NET_OFFSET_a_1 768u" in header
 
 
 @needs_compiler

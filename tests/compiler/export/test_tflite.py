@@ -6,10 +6,12 @@ import contextlib
 import random
 import struct
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import flatbuffers.table  # type: ignore[import-untyped]  # the package ships no type information
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,6 +143,24 @@ def test_the_schema_s_own_reader_agrees() -> None:
     assert data == offline_memory_allocation(sample_plan(), [slot.name for slot in SLOTS])
     assert model.Subgraphs(0).Tensors(7).Name() == b"shifted"
     assert model.Buffers(model.Subgraphs(0).Tensors(0).Buffer()).DataLength() == 128
+
+
+def test_the_runtime_itself_computes_the_same_with_the_plan(tmp_path: Path) -> None:
+    """TensorFlow Lite Micro's own interpreter, where it is installed, takes the offsets and gets the same numbers."""
+    runtime = pytest.importorskip(
+        "tflite_micro.python.tflite_micro.runtime", reason="the package 'tflite-micro' is not installed"
+    )
+    x, z = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
+    total = np.maximum(x, 0) + np.maximum(z, 0)
+    expected = (total, np.maximum(total + np.arange(32, dtype=np.float32).reshape(4, 8), 0))
+    for model in (sample(), planned_tflite(sample(), sample_plan())):
+        (tmp_path / "model.tflite").write_bytes(model)
+        interpreter = runtime.Interpreter.from_file(str(tmp_path / "model.tflite"))
+        interpreter.set_input(x, 0)
+        interpreter.set_input(z, 1)
+        interpreter.invoke()
+        for i, value in enumerate(expected):
+            np.testing.assert_array_equal(interpreter.get_output(i), value)
 
 
 @given(st.data())
