@@ -16,6 +16,7 @@ from .compiler.compiled import CompiledModel
 from .compiler.graph import Graph, Role
 from .compiler.pipeline import Budget, Progress
 from .compiler.plan import Plan, Source
+from .compiler.rewritten import computes_same
 from .compiler.simulate import simulate
 from .compiler.verify import verify
 from .errors import ModelError, OptionError, PlanError, VerificationError
@@ -256,7 +257,7 @@ def load_plan(path: str | Path, model: Model | None = None, **options: Any) -> C
     if isinstance(model, tuple):
         model, inputs = model
     program, _ = read_model(model, inputs, how)
-    if program.graph != plan.graph:
+    if not computes_same(plan.graph, program.graph):
         raise PlanError(
             f"the model has graph {program.graph.name!r}, which is not the one plan {str(path)!r} was made from",
             hint="give the model file that was compiled, unchanged, or compile it again",
