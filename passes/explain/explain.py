@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Load, Plan, Residence, Run
 from ...compiler.verify import verify
-from ..residency.gaps import GapProblem
+from ..residency.gaps import Gap, GapProblem
 from ..residency.ilp import IlpResidency
 from ..residency.workset import aligned_bytes, least_capacity
 from .facts import BindingStep, DroppedGap, Explanation, LiveBuffer, Verdict
@@ -22,6 +23,9 @@ def explain(plan: Plan, budget: Budget) -> Explanation:
 
     A plan that has decided only its order is given a residency first. If some operator does not fit the scratchpad
     alone, the explanation is of that; nothing is raised for it.
+
+    Raises:
+        Infeasible: what is pinned as resident leaves some operator too little room.
     """
     if least_capacity(plan) > plan.machine.scratchpad_memory.capacity_bytes:
         return _infeasible(plan)
@@ -59,11 +63,16 @@ def _step(plan: Plan, problem: GapProblem, force: Force, gaps: _Gaps) -> Binding
     memory = plan.machine.scratchpad_memory
     op = plan.order[force.position]
     unit = memory.alignment_bytes if force.dimension == 0 else 1
-    across = [i for i, interval in enumerate(problem.intervals) if interval.begin <= force.position < interval.end]
-    live = [_live(plan, buffer, "operand") for buffer in plan.graph.touches[op] if buffer in gaps.planned]
+    touched = set(plan.graph.touches[op])
+    live = []
+    for lifetime in problem.lifetimes:
+        if lifetime.buffer in touched:
+            live.append(_live(plan, lifetime.buffer, "operand"))
+        elif lifetime.positions[0] < force.position < lifetime.positions[-1]:
+            after = bisect_left(lifetime.positions, force.position) - 1
+            kept = problem.index.get(Gap(lifetime.buffer, after)) not in gaps.gone
+            live.append(_live(plan, lifetime.buffer, "kept" if kept else "dropped"))
     needed = sum(aligned_bytes(buffer.nbytes, unit) for buffer in live)
-    needed += sum(problem.intervals[i].sizes[force.dimension] for i in across)
-    live += [_live(plan, problem.intervals[i].gap.buffer, "kept" if i in gaps.kept else "dropped") for i in across]
     return BindingStep(
         force.position,
         plan.graph.ops[op].name,
@@ -85,7 +94,6 @@ class _Gaps:
 
     def __init__(self, plan: Plan, problem: GapProblem) -> None:
         self.plan, self.problem = plan, problem
-        self.planned = {lifetime.buffer for lifetime in problem.lifetimes}
         runs = [step for step, instruction in enumerate(plan.instructions) if isinstance(instruction, Run)]
         positions = {lifetime.buffer: lifetime.positions for lifetime in problem.lifetimes}
         residences: dict[str, list[Residence]] = {}
@@ -96,7 +104,7 @@ class _Gaps:
             uses = positions[interval.gap.buffer][interval.gap.after : interval.gap.after + 2]
             before, behind = (_covering(residences[interval.gap.buffer], runs[use]) for use in uses)
             self.arrival.append(None if before == behind else behind.begin)
-        self.kept = {i for i, begin in enumerate(self.arrival) if begin is None}
+        self.gone = {i for i, begin in enumerate(self.arrival) if begin is not None}
 
     def dropped(self) -> tuple[DroppedGap, ...]:
         """Dropped gaps, the most bytes moved first."""

@@ -9,7 +9,7 @@ import msgspec
 __all__ = ["BindingStep", "DroppedGap", "Explanation", "LiveBuffer", "Relaxation", "RelaxationKind", "Verdict"]
 
 
-RelaxationKind = Literal["capacity", "order", "residency", "recompute", "weights"]
+RelaxationKind = Literal["capacity", "order", "residency", "recompute", "weights", "pins"]
 Verdict = Literal["nothing to explain", "optimal", "optimal for its order", "above its bound", "infeasible"]
 
 

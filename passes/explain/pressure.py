@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..residency.formulation import undominated
 from ..residency.gaps import GapProblem
 
 __all__ = ["Force", "forces", "least_cover", "relaxed_cover"]
@@ -61,9 +62,11 @@ def forces(problem: GapProblem) -> list[Force]:
     Greedy: the position that can prove most from the purses as they are, until none proves anything.
     """
     need = -problem.slack(())
-    across = _across(problem, np.flatnonzero((need > 0).any(axis=0)))
+    rows = [undominated(problem, frozenset(), need[d]) for d in range(need.shape[0])]
+    across = _across(problem, np.unique(np.concatenate(rows)))
     purses = _Purses(problem)
-    queue = _candidates(need, across)
+    queue = [(-math.inf, p, d) for d, positions in enumerate(rows) for p in positions.tolist()]
+    heapq.heapify(queue)
     found: list[Force] = []
     while queue:
         promised, p, d = heapq.heappop(queue)
@@ -92,24 +95,6 @@ def _across(problem: GapProblem, positions: NDArray[np.intp]) -> dict[int, list[
         for p in positions[first:behind].tolist():
             across[p].append(i)
     return across
-
-
-def _candidates(need: NDArray[np.int64], across: dict[int, list[int]]) -> list[tuple[float, int, int]]:
-    """A heap of positions by dimension; of neighbours with the same gaps across, the one that needs most."""
-    queue: list[tuple[float, int, int]] = []
-    for d in range(need.shape[0]):
-        previous: list[int] | None = None
-        for p, members in across.items():
-            if need[d, p] <= 0:
-                continue
-            if previous == members and queue:
-                _, before, _ = queue.pop()
-                queue.append((-math.inf, p if need[d, p] > need[d, before] else before, d))
-            else:
-                queue.append((-math.inf, p, d))
-            previous = members
-    heapq.heapify(queue)
-    return queue
 
 
 def relaxed_cover(sizes: Sequence[int], costs: Sequence[int], need: int) -> int:

@@ -73,6 +73,9 @@ def _tasks(ordered: Plan, growths: Iterable[tuple[str, int]], problem: GapProble
     tasks = [_capacity_task(ordered, what, capacity) for what, capacity in growths]
     if RECOMPUTE in names():
         tasks.append(_task("recompute", "computing dropped tensors again", make(RECOMPUTE), ordered))
+    if any(pin.resident for pin in ordered.pins):
+        plan = msgspec.structs.replace(ordered, pins=())
+        tasks.append(_task("pins", "nothing pinned as resident", IlpResidency(), plan))
     streamed = tuple(sorted({*ordered.streamed, *streamable_buffers(ordered.graph)}))
     if streamed != ordered.streamed:
         plan = msgspec.structs.replace(ordered, streamed=streamed)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...errors import OptionError
 from .gaps import Cut, Gap, GapProblem
 
-__all__ = ["Block", "Capacity", "Reduction", "Span", "reduce"]
+__all__ = ["Block", "Capacity", "Reduction", "Span", "reduce", "undominated"]
 
 Span = tuple[int, int, int]  # first row, row behind the last, size
 
@@ -98,7 +98,7 @@ def _larger_than_room(problem: GapProblem) -> frozenset[int]:
 def _capacity(problem: GapProblem, forced: frozenset[int], d: int) -> Capacity:
     """The rows that no other row implies, and the intervals that span any of them."""
     need = -problem.slack(forced)[d]
-    rows = _undominated(problem, forced, need)
+    rows = undominated(problem, forced, need)
     before = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(need)))))  # rows at positions below each
     spans = {
         i: (int(before[interval.begin]), int(before[interval.end]), interval.sizes[d])
@@ -108,8 +108,8 @@ def _capacity(problem: GapProblem, forced: frozenset[int], d: int) -> Capacity:
     return Capacity(need[rows], spans)
 
 
-def _undominated(problem: GapProblem, forced: frozenset[int], need: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Positions that need something freed and are not implied by another one.
+def undominated(problem: GapProblem, forced: frozenset[int], need: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Positions whose ``need`` is above 0 and not implied by another one's, once ``forced`` intervals are dropped.
 
     What frees enough at ``q`` frees enough at ``p`` if ``p`` needs no more and every interval across ``q`` is across
     ``p`` too, that is, if ``p`` lies between the latest begin and the earliest end of the intervals across ``q``.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget
-from opweave.compiler.plan import Load, Plan, Recompute, Residence, Run, Store
+from opweave.compiler.plan import Load, Pin, Plan, Recompute, Residence, Run, Store
 from opweave.compiler.verify import verify
 from opweave.errors import Infeasible
 from opweave.passes.explain import Explanation, explain, explanation_text
@@ -270,3 +270,20 @@ def test_streamable_are_sources_that_are_read_and_never_written() -> None:
     assert streamable_buffers(graph) == ()
     weights = [b for b, base in all_graphs()["chain"].buffers.items() if base.role is Role.WEIGHT]
     assert list(streamable_buffers(all_graphs()["chain"])) == sorted(weights)
+
+
+def test_what_is_pinned_is_live_and_its_pin_has_a_price() -> None:
+    """A tensor that must stay from first to last use crowds out others, which have to move for it."""
+    free = tight(training_graph(12, seed=2), 0.5)
+    base = IlpResidency().apply(free, budget())
+    assert base.certificate is not None
+    left = {gap.buffer for gap in explain(base.plan, budget()).dropped}
+    pinned = msgspec.structs.replace(free, pins=tuple(Pin(buffer, resident=True) for buffer in sorted(left)[:1]))
+    plan = IlpResidency().apply(pinned, budget()).plan
+    explained = explain(plan, budget())
+    price = next(r for r in explained.relaxations if r.kind == "pins")
+    assert price.saved_bytes == explained.additional_bytes - base.certificate.value > 0
+    assert explained.forced_bytes <= explained.additional_bytes
+    names = {pin.buffer for pin in pinned.pins}
+    assert any(b.buffer in names and b.state == "kept" for step in explained.steps for b in step.live)
+    assert all(step.needed_bytes == sum(-(-b.nbytes // 16) * 16 for b in step.live) for step in explained.steps)
