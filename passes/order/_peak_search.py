@@ -133,8 +133,8 @@ class _Search:
     def _explore(self, end: _End, expansions: int) -> int:
         """Explore from ``end`` for at most so many ``expansions``; keeps what it finds, returns how many it took."""
         count = len(self.order)
-        compiled = self.expanded * count >= 2 * INTERPRETED
         before = end.expanded
+        compiled = _worth_compiling(self.expanded, count)
         status = end.explore(max(1, min(expansions, POLL // count)), compiled=compiled)
         if status == reach.FOUND:
             order = end.order()
@@ -150,6 +150,10 @@ class _Search:
     def _tell(self) -> None:
         elapsed = time.monotonic() - self.begin
         self.budget.listen(Progress("order/least_peak", elapsed, self.peak, self.bound))
+
+
+def _worth_compiling(expanded: int, operators: int) -> bool:
+    return expanded * operators >= 2 * INTERPRETED
 
 
 class _End:
