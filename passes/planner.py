@@ -20,6 +20,7 @@ import msgspec
 from ..compiler.pipeline import Budget, Pass, confirm, run_pass
 from ..compiler.plan import Certificate, PassRecord, Plan
 from ..errors import OptionError
+from .address.banks import require_places
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
 from .registry import make, names
@@ -57,10 +58,12 @@ class Planner:
         """Decide order, residency and addresses of ``plan``.
 
         Raises:
-            Infeasible: some operator's working set alone exceeds the scratchpad; names it and the least that works.
+            Infeasible: some operator's working set alone exceeds the scratchpad, or cannot be divided among its banks
+                and beside what is pinned; names it and what would work.
         """
         order, residency, address = make(self.order), make(self.residency), make(self.address)
         require_fit(plan)
+        require_places(plan, budget)
         return place(run_pass(order, plan, budget.share(0.3)), residency, address, budget)
 
 

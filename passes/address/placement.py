@@ -11,7 +11,7 @@ from ...compiler.plan import Certificate, Instruction, Plan
 from ...errors import Infeasible
 from .packing import Packing
 
-__all__ = ["PlacementError", "check_fullest_step", "no_placement", "placed"]
+__all__ = ["PlacementError", "check_fullest_step", "described", "listed", "no_placement", "placed"]
 
 LISTED = 6  # residences a message names; the rest are counted
 
@@ -77,11 +77,13 @@ def check_fullest_step(packing: Packing) -> int:
 def no_placement(packing: Packing, conflict: Sequence[int], *, proven: bool, required_bytes: int) -> PlacementError:
     """The error for residences ``conflict``; ``required_bytes`` is the least arena known to hold them all."""
     ranked = sorted(conflict, key=lambda i: (-packing.nbytes[i], i))
-    listed = ", ".join(_described(packing, i) for i in ranked[:LISTED])
+    first_few = ", ".join(
+        described(packing, i, f"steps {packing.begins[i]} to {packing.ends[i] - 1}") for i in ranked[:LISTED]
+    )
     more = f" and {len(ranked) - LISTED} more" if len(ranked) > LISTED else ""
     begin, end = min(packing.begins[i] for i in ranked), max(packing.ends[i] for i in ranked)
     verdict = "cannot be placed together" if proven else "were not placed together"
-    banks = f", banks of {_listed(b - a for a, b in packing.banks)}" if len(packing.banks) > 1 else ""
+    banks = f", banks of {listed(b - a for a, b in packing.banks)}" if len(packing.banks) > 1 else ""
     best = (
         f"; the best placement known takes {required_bytes:,} bytes, {required_bytes - packing.capacity:,} too many"
         if required_bytes > packing.capacity and not banks
@@ -89,7 +91,7 @@ def no_placement(packing: Packing, conflict: Sequence[int], *, proven: bool, req
     )
     return PlacementError(
         f"{len(ranked)} residences of steps {begin} to {end - 1} {verdict} in {packing.capacity:,} bytes{banks}: "
-        f"{listed}{more}{best}",
+        f"{first_few}{more}{best}",
         conflict=tuple(sorted(ranked)),
         proven=proven,
         required_bytes=required_bytes,
@@ -97,14 +99,18 @@ def no_placement(packing: Packing, conflict: Sequence[int], *, proven: bool, req
     )
 
 
-def _described(packing: Packing, item: int) -> str:
+def described(packing: Packing, item: int, *remarks: str) -> str:
+    """Name, bytes and pin of an item, as messages give them, with ``remarks``."""
     pin = packing.pins.get(packing.names[item])
-    where = "" if pin is None or pin.bank is None else f", pinned to bank {pin.bank}"
-    where += "" if pin is None or pin.offset is None else f", pinned to byte {pin.offset:,}"
-    steps = f"steps {packing.begins[item]} to {packing.ends[item] - 1}"
-    return f"{packing.names[item]!r} ({packing.nbytes[item]:,} bytes, {steps}{where})"
+    parts = [f"{packing.nbytes[item]:,} bytes", *remarks]
+    if pin is not None and pin.bank is not None:
+        parts.append(f"pinned to bank {pin.bank}")
+    if pin is not None and pin.offset is not None:
+        parts.append(f"pinned to byte {pin.offset:,}")
+    return f"{packing.names[item]!r} ({', '.join(parts)})"
 
 
-def _listed(sizes: Iterable[int]) -> str:
+def listed(sizes: Iterable[int]) -> str:
+    """Sizes as a sentence has them: 1, 2 and 3."""
     *most, last = (f"{size:,}" for size in sizes)
     return f"{', '.join(most)} and {last}" if most else last

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...compiler.plan import Certificate, Plan, Run
+from ...errors import Infeasible
 from .workset import aligned_bytes, planned_buffers
 
 __all__ = ["Cut", "Gap", "GapProblem", "Interval", "Lifetime", "gaps_of_residences"]
@@ -77,7 +78,8 @@ class GapProblem:
     ``room[d, p]`` is what the working set of the operator at position ``p`` leaves of dimension ``d``. There is one
     dimension, bytes rounded up to the scratchpad's alignment, and a second one of plain bytes when the capacity is no
     multiple of the alignment; both are necessary for a placement. ``base_bytes`` is additional traffic that no
-    residency avoids: streamed buffers read again, and sources that are only written.
+    residency avoids: streamed buffers read again, and sources that are only written. The gaps of a buffer that is
+    pinned as resident are not among the ``intervals``: they are kept, and what they take is no part of the room.
     """
 
     lifetimes: tuple[Lifetime, ...]
@@ -87,7 +89,11 @@ class GapProblem:
 
     @classmethod
     def of(cls, plan: Plan, *, reserve_bytes: int = 0) -> GapProblem:
-        """The problem of ``plan``'s order; ``reserve_bytes`` of the capacity are held back from keeping gaps."""
+        """The problem of ``plan``'s order; ``reserve_bytes`` of the capacity are held back from keeping gaps.
+
+        Raises:
+            Infeasible: what is pinned as resident leaves some operator too little room.
+        """
         memory = plan.machine.scratchpad_memory
         capacities = [aligned_bytes(memory.capacity_bytes, memory.alignment_bytes)]
         if capacities[0] != memory.capacity_bytes:
@@ -95,10 +101,15 @@ class GapProblem:
         lifetimes = _lifetimes(plan)
         room = np.repeat(np.array(capacities, dtype=np.int64)[:, None] - reserve_bytes, len(plan.graph.ops), axis=1)
         intervals: list[Interval] = []
+        staying = _staying(plan)
         for lifetime in lifetimes:
             sizes = (aligned_bytes(lifetime.nbytes, memory.alignment_bytes), lifetime.nbytes)[: len(capacities)]
-            room[:, list(lifetime.positions)] -= np.array(sizes)[:, None]
-            intervals.extend(_intervals(lifetime, sizes))
+            stays = lifetime.buffer in staying
+            first, last = lifetime.positions[0], lifetime.positions[-1]
+            room[:, range(first, last + 1) if stays else list(lifetime.positions)] -= np.array(sizes)[:, None]
+            intervals.extend(() if stays else _intervals(lifetime, sizes))
+        if staying:
+            _check_room(plan, lifetimes, room[0] + reserve_bytes)
         return cls(lifetimes, tuple(intervals), np.maximum(room, 0), _base_bytes(plan))
 
     @cached_property
@@ -132,9 +143,11 @@ def gaps_of_residences(plan: Plan, indices: Iterable[int]) -> Cut:
     """The cut that follows when the residences with these ``indices`` into ``plan.residences`` cannot be placed.
 
     It holds every gap kept inside them: a residency that keeps all of these has each of the buffers resident during
-    the same operators again, so the same residences, or longer ones, would have to be placed together.
+    the same operators again, so the same residences, or longer ones, would have to be placed together. Gaps that a pin
+    keeps are left out, as they are kept in any case.
     """
-    chosen = list(indices)
+    staying = _staying(plan)
+    chosen = [i for i in indices if (plan.residences or ())[i].buffer not in staying]
     residences = [(plan.residences or ())[i] for i in chosen]
     steps_of: dict[str, list[int]] = {residence.buffer: [] for residence in residences}
     touches = {op.name: touched for op, touched in zip(plan.graph.ops, plan.graph.touches, strict=True)}
@@ -148,6 +161,37 @@ def gaps_of_residences(plan: Plan, indices: Iterable[int]) -> Cut:
         inside = [k for k, step in enumerate(steps_of[residence.buffer]) if residence.begin <= step < residence.end]
         gaps.update(Gap(residence.buffer, k) for k in inside[:-1])
     return Cut(frozenset(gaps))
+
+
+def _staying(plan: Plan) -> frozenset[str]:
+    """Buffers that are pinned as resident from their first to their last use."""
+    return frozenset(pin.buffer for pin in plan.pins if pin.resident)
+
+
+def _check_room(plan: Plan, lifetimes: Iterable[Lifetime], room: NDArray[np.int64]) -> None:
+    """There is room for each operator beside what is pinned as resident across it. Raises Infeasible."""
+    position = int(np.argmin(room))
+    missing = -int(room[position])
+    if missing <= 0:
+        return
+    memory = plan.machine.scratchpad_memory
+    op = plan.order[position]
+    across = {
+        lifetime.buffer: lifetime.nbytes
+        for lifetime in lifetimes
+        if lifetime.buffer in _staying(plan)
+        and lifetime.positions[0] < position < lifetime.positions[-1]
+        and lifetime.buffer not in plan.graph.touches[op]
+    }
+    pinned = ", ".join(f"{name!r} {nbytes}" for name, nbytes in sorted(across.items(), key=lambda term: -term[1]))
+    required = aligned_bytes(memory.capacity_bytes, memory.alignment_bytes) + missing
+    raise Infeasible(
+        f"operator {plan.graph.ops[op].name!r} and what is pinned as resident across it ({pinned or 'nothing'}) need "
+        f"{required} bytes, but memory {memory.name!r} has {memory.capacity_bytes}",
+        required_bytes=required,
+        available_bytes=memory.capacity_bytes,
+        hint="pin less as resident, or plan for a larger scratchpad",
+    )
 
 
 def _lifetimes(plan: Plan) -> tuple[Lifetime, ...]:

@@ -26,7 +26,8 @@ def least_capacity(plan: Plan) -> int:
     """Bytes of the smallest scratchpad in which the plan's graph can run at all, whatever the order.
 
     It is the largest working set of one operator, its buffers laid side by side at aligned offsets. Keeping nothing
-    but the working set of each operator always works, so the figure is exact.
+    but the working set of each operator always works, so the figure is exact, where the scratchpad is one bank and
+    nothing is pinned; it is a lower bound otherwise.
     """
     return max((_least_bytes(plan, op) for op in range(len(plan.graph.ops))), default=0)
 
