@@ -146,11 +146,10 @@ class OrderProblem:
 
     def _victims(self, candidates: dict[int, int], deficit: int, clean: list[bool], *, by_cost: bool) -> list[int]:
         if not by_cost:
-            ranked = sorted(candidates, key=lambda b: (-candidates[b], -self.footprint[b], b))
-            return _until(ranked, deficit, self.footprint)
+            return self._first(sorted(candidates, key=lambda b: (-candidates[b], -self.footprint[b], b)), deficit)
         cost = {b: self.nbytes[b] * (1 if clean[b] else 2) for b in candidates}
-        ranked = sorted(candidates, key=lambda b: (cost[b] / self.footprint[b], -candidates[b], b))
-        several = _until(ranked, deficit, self.footprint)
+        ranked = sorted(candidates, key=lambda b: (cost[b] / self.footprint[b], -candidates[b], -self.footprint[b], b))
+        several = self._first(ranked, deficit)
         single = min(
             (b for b in candidates if self.footprint[b] >= deficit),
             key=lambda b: (cost[b], -candidates[b], b),
@@ -158,15 +157,19 @@ class OrderProblem:
         )
         return several if single is None or sum(cost[b] for b in several) < cost[single] else [single]
 
-
-def _until(ranked: list[int], deficit: int, footprint: Sequence[int]) -> list[int]:
-    chosen: list[int] = []
-    for buffer in ranked:
-        if deficit <= 0:
-            break
-        chosen.append(buffer)
-        deficit -= footprint[buffer]
-    return chosen
+    def _first(self, ranked: list[int], deficit: int) -> list[int]:
+        """The first of ``ranked`` that together free ``deficit`` bytes, less those that later ones make superfluous."""
+        chosen: list[int] = []
+        for buffer in ranked:
+            if deficit <= 0:
+                break
+            chosen.append(buffer)
+            deficit -= self.footprint[buffer]
+        for buffer in reversed(chosen[:-1]):
+            if deficit + self.footprint[buffer] <= 0:
+                chosen.remove(buffer)
+                deficit += self.footprint[buffer]
+        return chosen
 
 
 def depths(predecessors: Sequence[Sequence[int]]) -> list[int]:

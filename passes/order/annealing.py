@@ -1,0 +1,157 @@
+"""Simulated annealing on an order of blocks, compiled by numba: two neighbouring stretches of blocks change places."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .track import Arrays, Integers, Track
+from .walk import compiled, place, walk
+
+__all__ = ["anneal"]
+
+LONGEST = 24  # blocks of the stretch that is picked; the one it changes places with may be longer
+AIMED = 0.7  # share of moves that begin where something is evicted or used again
+FURTHEST_MOVE = 512  # blocks that a stretch may move by
+REFRESH = 256  # accepted moves after which every eviction is decided anew
+LOOK_BACK = 40  # steps before a move from which evictions are decided anew, at most
+
+
+@compiled
+def _random(seed: NDArray[np.uint64]) -> Any:
+    """Uniform in [0, 1): xorshift64*, whose state is ``seed``."""
+    x = seed[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    seed[0] = x
+    return ((x * np.uint64(2685821657736338717)) >> np.uint64(11)) / 9007199254740992.0
+
+
+@compiled
+def _rotate(track: Track, begin: int, middle: int, end: int, scratch: Integers) -> None:
+    """Exchange the stretches ``begin`` to ``middle`` and ``middle`` to ``end`` of the sequence."""
+    for k in range(begin, end):
+        scratch[k - begin] = track.sequence[k]
+    for k in range(begin, end):
+        track.sequence[k] = scratch[(k - begin + middle - begin) % (end - begin)]
+
+
+@compiled
+def _earliest(arrays: Arrays, track: Track, begin: int, end: int) -> Any:
+    """Lowest index to which the blocks at ``begin`` to ``end`` could move together."""
+    lowest = 0
+    for i in range(begin, end):
+        block = track.sequence[i]
+        for k in range(arrays.before_begin[block], arrays.before_begin[block + 1]):
+            at = track.rank[arrays.before[k]]
+            if at < begin and at >= lowest:
+                lowest = at + 1
+    return lowest
+
+
+@compiled
+def _latest(arrays: Arrays, track: Track, begin: int, end: int) -> Any:
+    """Highest index at which the stretch ``begin`` to ``end`` could end."""
+    highest = len(track.sequence)
+    for i in range(begin, end):
+        block = track.sequence[i]
+        for k in range(arrays.after_begin[block], arrays.after_begin[block + 1]):
+            at = track.rank[arrays.after[k]]
+            if at >= end and at < highest:
+                highest = at
+    return highest
+
+
+@compiled
+def _evictions(track: Track, events: Integers) -> Any:
+    """Fill ``events`` with the steps before which something is evicted; how many they are."""
+    count = 0
+    for step in range(len(track.order)):
+        if track.moved[step]:
+            events[count] = step
+            count += 1
+    return count
+
+
+@compiled
+def _aim(arrays: Arrays, track: Track, events: Integers, count: int, seed: NDArray[np.uint64]) -> Any:
+    """Index of a block at which a move may begin."""
+    if not count or _random(seed) > AIMED:
+        return int(_random(seed) * len(track.sequence))
+    step = events[int(_random(seed) * count)]
+    side = _random(seed)
+    if side < 0.6:
+        step += int((track.again[step] - step) * _random(seed))
+    elif side < 0.8:
+        step = track.again[step]
+    else:
+        step = max(0, step - int(_random(seed) * LOOK_BACK))
+    return track.rank[arrays.block_of[track.order[step]]]
+
+
+@compiled
+def _propose(arrays: Arrays, track: Track, begin: int, seed: NDArray[np.uint64]) -> Any:
+    """Bounds of two neighbouring stretches that may change places, one of them beginning at ``begin``.
+
+    First index, index of the second stretch, index behind it; the first two are equal where nothing can move.
+    """
+    longest = min(LONGEST, len(track.sequence) - begin)
+    end = begin + min(longest, int(math.exp(_random(seed) * math.log(longest + 1.0))))
+    if _random(seed) < 0.5:
+        span = min(FURTHEST_MOVE, begin - _earliest(arrays, track, begin, end))
+        return begin - min(span, 1 + int(span * _random(seed) ** 2)), begin, end
+    span = min(FURTHEST_MOVE, _latest(arrays, track, begin, end) - end)
+    return begin, (end if span else begin), end + min(span, 1 + int(span * _random(seed) ** 2))
+
+
+@compiled
+def anneal(
+    arrays: Arrays,
+    track: Track,
+    seed: NDArray[np.uint64],
+    moves: int,
+    hot: float,
+    cold: float,
+    rule: int,
+    best: Integers,
+    control: Integers,
+) -> None:
+    """Try ``moves`` moves while the temperature, in bytes, falls from ``hot`` to ``cold``.
+
+    The track must have been recorded, and ends recorded. ``control[0]`` is the least cost met, ``best`` its sequence;
+    both are replaced by what is better. The search ends early at a cost of ``control[1]`` or less.
+    """
+    operators = len(track.order)
+    scratch = np.empty(len(track.sequence), np.int64)
+    events = np.empty(operators, np.int64)
+    count = _evictions(track, events)
+    accepted = 0
+    for move in range(moves):
+        if control[0] <= control[1]:
+            break
+        first, middle, last = _propose(arrays, track, _aim(arrays, track, events, count, seed), seed)
+        if first == middle:
+            continue
+        limit = track.total[0] - hot * (cold / hot) ** (move / moves) * math.log(1.0 - _random(seed))
+        _rotate(track, first, middle, last, scratch)
+        place(arrays, track, first, last)
+        begin, end = max(0, track.start[first] - int(LOOK_BACK * _random(seed))), track.start[last]
+        for record in (False, True):
+            cost = walk(arrays, track, begin, end, rule, record)
+            if cost > limit:
+                _rotate(track, first, first + last - middle, last, scratch)
+                place(arrays, track, first, last)
+                break
+            accepted += record
+            if cost < control[0] or accepted % REFRESH == 0:
+                begin, end = 0, operators  # decide every eviction anew, so that the cost is the sequence's alone
+            limit = np.inf
+        if limit == np.inf:
+            count = _evictions(track, events)
+            if begin == 0 and end == operators and track.total[0] < control[0]:
+                control[0] = track.total[0]
+                best[:] = track.sequence

@@ -1,0 +1,183 @@
+"""Improving orders, one after the other: annealing over clusters of operators in compiled code."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...compiler.pipeline import Budget
+from .clusters import clusters
+from .problem import OrderProblem
+from .track import Arrays, Track
+
+__all__ = ["Found", "search_orders"]
+
+FIRST_MOVES = 40  # per block, of the first round; later rounds are longer, as the first must end early
+LONGEST_ROUND = 16  # times the moves of the first
+MOVES_AT_ONCE = 2_000  # between two looks at the clock
+HOT, COLD = 0.4, 0.004  # temperatures of a round, as shares of the bytes that one eviction moves on average
+SLOTS = 64  # resident buffers that a track has room for at first
+POLL_S = 0.02  # seconds between two looks at whether to end, while code is compiled
+
+
+@dataclass(frozen=True)
+class Found:
+    """An order and the bytes that eviction with known future moves in it: an upper bound on its additional traffic."""
+
+    order: tuple[int, ...]
+    spill: int
+
+
+def search_orders(
+    problem: OrderProblem,
+    budget: Budget,
+    *,
+    seed_orders: Iterable[Sequence[int]] = (),
+    blocks: Sequence[Sequence[int]] | None = None,
+    target: int = 0,
+    patience: int = 6,
+) -> Iterator[Found]:
+    """Orders of falling spill, the best of ``seed_orders`` (program order by default) arranged by clusters first.
+
+    Rounds of simulated annealing on the sequence of ``blocks`` (``clusters(problem)`` by default), alternately under
+    two eviction rules, from the best order found or from a seed order. Ends at a spill of ``target`` bytes or less,
+    which may be any lower bound; after ``patience`` rounds in a row that brought nothing; and when the budget ends, but
+    never by the clock in deterministic mode. Time per move hardly depends on the number of operators, moves per round
+    are in proportion to it.
+
+    The first use on a machine compiles for some seconds; a budget that ends meanwhile ends the search without a result.
+    """
+    halted = _halted(budget)
+    if not problem.touches or not _is_compiled(halted):
+        return
+    search = _Search(problem, clusters(problem) if blocks is None else blocks, budget.seed)
+    seeds = [search.sequence_of(order) for order in seed_orders] or [list(range(len(search.blocks)))]
+    for sequence in seeds:
+        for rule in search.rules:
+            if search.begin(sequence, rule):
+                yield search.found()
+    fruitless = 0
+    for number in range(1 << 62):
+        if search.spill <= target or fruitless >= patience or halted():
+            return
+        fruitless += 1
+        start = None if number % 4 < 2 else seeds[number // 4 % len(seeds)]
+        for _ in search.round(number, start, target, halted):
+            fruitless = 0
+            yield search.found()
+
+
+class _Search:
+    """A track of the order being changed, and the best sequence of blocks so far."""
+
+    def __init__(self, problem: OrderProblem, blocks: Sequence[Sequence[int]], seed: int) -> None:
+        from .walk import FURTHEST, LEAST_COST  # numba: only where it is needed
+
+        self.blocks = blocks
+        self.rules = (FURTHEST, LEAST_COST)
+        self._problem = problem
+        self._arrays = Arrays.of(problem, blocks)
+        self._track = Track.of(self._arrays, SLOTS)
+        self._random = np.random.default_rng(seed).integers(1, 1 << 63, 1, dtype=np.uint64)
+        self._best = np.arange(len(blocks))
+        self._control = np.array([1 << 60, 0])
+
+    @property
+    def spill(self) -> int:
+        """Bytes that the best order moves."""
+        return int(self._control[0])
+
+    def found(self) -> Found:
+        """The best order."""
+        return Found(tuple(op for block in self._best.tolist() for op in self.blocks[block]), self.spill)
+
+    def sequence_of(self, order: Sequence[int]) -> list[int]:
+        """Blocks in a legal order close to ``order``: the block whose last operator comes first there is next."""
+        position = {op: p for p, op in enumerate(order)}
+        last = [max(position[op] for op in block) for block in self.blocks]
+        arrays = self._arrays
+        waiting = np.diff(arrays.before_begin).tolist()
+        ready = [(last[k], k) for k, count in enumerate(waiting) if not count]
+        heapq.heapify(ready)
+        sequence: list[int] = []
+        while ready:
+            block = heapq.heappop(ready)[1]
+            sequence.append(block)
+            for k in arrays.after[arrays.after_begin[block] : arrays.after_begin[block + 1]].tolist():
+                waiting[k] -= 1
+                if not waiting[k]:
+                    heapq.heappush(ready, (last[k], k))
+        return sequence
+
+    def begin(self, sequence: Sequence[int], rule: int) -> bool:
+        """Put the track at ``sequence``; whether that is better than the best."""
+        from .walk import IMPOSSIBLE, place, walk
+
+        while True:
+            self._track.sequence[:] = sequence
+            place(self._arrays, self._track, 0, len(self.blocks))
+            cost = walk(self._arrays, self._track, 0, len(self._track.order), rule, True)
+            if cost != IMPOSSIBLE:
+                break
+            self._track = Track.of(self._arrays, 2 * len(self._track.resident))
+        if cost >= self.spill:
+            return False
+        self._control[0] = cost
+        self._best[:] = sequence
+        return True
+
+    def round(
+        self, number: int, start: Sequence[int] | None, target: int, halted: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Anneal from ``start``, or from the best sequence; stops at every improvement."""
+        rule = self.rules[number % 2]
+        self.begin(self._best.tolist() if start is None else start, rule)
+        evictions = int(np.count_nonzero(self._track.moved))
+        unit = self._track.total[0] / max(1, evictions)
+        moves = len(self.blocks) * FIRST_MOVES * min(LONGEST_ROUND, 1 << number // 2)
+        pieces = -(-moves // MOVES_AT_ONCE)
+        self._control[1] = target
+        for piece in range(pieces):
+            if halted() or self.spill <= target:
+                return
+            hot, cold = (unit * HOT * (COLD / HOT) ** (k / pieces) for k in (piece, piece + 1))
+            before = self.spill
+            self.move(MOVES_AT_ONCE, hot, cold, rule)
+            if self.spill < before:
+                yield
+
+    def move(self, moves: int, hot: float, cold: float, rule: int) -> None:
+        """Try ``moves`` moves on the track while the temperature falls."""
+        from .annealing import anneal
+
+        anneal(self._arrays, self._track, self._random, moves, hot, cold, rule, self._best, self._control)
+
+
+def _is_compiled(halted: Callable[[], bool]) -> bool:
+    """Load the compiled code, compiling it where there is none yet; ``False`` if ``halted`` says so meanwhile."""
+    thread = threading.Thread(target=_compile, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        if halted():
+            return False
+        thread.join(POLL_S)
+    return True
+
+
+def _compile() -> None:
+    """Run the compiled functions once, on a problem of one operator."""
+    problem = OrderProblem(1, ((),), ((),), (1,), (1,), ((0,),), (frozenset({0}),), ((0,),), (False,), (-1,))
+    search = _Search(problem, ((0,),), 0)
+    search.begin((0,), search.rules[0])
+    search.move(0, 1.0, 1.0, search.rules[0])
+
+
+def _halted(budget: Budget) -> Callable[[], bool]:
+    """Whether to end now: told to stop, or out of time where clocks may decide."""
+    if budget.deterministic:
+        return budget.stop.is_set
+    return lambda: budget.remaining_s <= 0
