@@ -98,20 +98,27 @@ def test_another_model_is_another_model(change: str) -> None:
 
 
 @given(graphs(min_ops=2, max_ops=8), st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_passes_computes_the_same_numbers(graph: Graph, data: st.DataObject) -> None:
-    """Buffers moved at random, operators shuffled: whatever is accepted gives the original's outputs, bit for bit."""
-    names = sorted(graph.buffers)
-    place = {
-        name: data.draw(st.sampled_from([n for n in names if n not in (name, *names[: names.index(name)])] or [name]))
-        for name in names
-        if data.draw(st.booleans())
-    }
-    chosen = {name: at for name, at in place.items() if at not in place}
-    order = data.draw(st.permutations(range(len(graph.ops)))) if data.draw(st.booleans()) else range(len(graph.ops))
+    """Results put anywhere, operators in any legal order: what is accepted gives the original's outputs, bit for bit.
+
+    About a tenth of these graphs are accepted.
+    """
+    place: dict[str, str] = {}
+    for _ in range(data.draw(st.integers(1, 2))):
+        result = data.draw(st.sampled_from([name for op in graph.ops for name in op.outputs]))
+        size = graph.tensor[result].nbytes
+        others = [name for name, base in graph.buffers.items() if base.nbytes >= size and name not in (result, *place)]
+        if result in graph.buffers and result not in place.values() and others:
+            place[result] = data.draw(st.sampled_from(others))
+    urgency = data.draw(st.permutations(range(len(graph.ops))))
+    order: list[int] = []
+    while len(order) < len(graph.ops):
+        ready = (i for i, before in enumerate(graph.predecessors) if i not in order and set(before) <= set(order))
+        order.append(min(ready, key=urgency.__getitem__))
     try:
-        rewritten = listed(moved(graph, **chosen), *order)
-    except ModelError:
+        rewritten = listed(moved(graph, **place), *order)
+    except ModelError:  # a view that is listed before what it is a view of, for example
         return
     if computes_same(rewritten, graph):
         sources = random_sources(graph)
