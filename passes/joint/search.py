@@ -1,0 +1,95 @@
+"""Best-first search of a state space: the least cost of any order and residency, or a bound on it when cut short."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+from .states import State, StateSpace
+
+__all__ = ["BestFirst", "Milestone"]
+
+
+class Milestone(NamedTuple):
+    """The operators ``done``, a bitmask closed under predecessors, and bytes that still move once no others have run."""
+
+    done: int
+    to_go: int
+
+
+@dataclass
+class BestFirst:
+    """A* over ``space`` from ``start``; resumable, and at any time ``bound`` bytes move at least.
+
+    ``milestones``, each containing the one before, say what is at least to go for states within them. States that
+    cannot end below ``ceiling`` are dropped: the cost of a known plan, which may be lowered between runs. ``found`` is
+    a state in which everything has run for ``bound`` bytes.
+    """
+
+    space: StateSpace
+    start: State
+    ceiling: int
+    milestones: Sequence[Milestone] = ()
+    bound: int = 0
+    found: State | None = None
+    expanded: int = 0
+    _open: list[tuple[int, int, int, State]] = field(default_factory=list)
+    _known: dict[int, list[State]] = field(default_factory=dict)
+    _ticket: count[int] = field(default_factory=count)
+
+    def __post_init__(self) -> None:
+        self._push(self.start, 0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing below ``bound`` is left to find: it is the least cost, or the ceiling is."""
+        return self.found is not None or self.bound >= self.ceiling
+
+    @property
+    def size(self) -> int:
+        """States held in memory, roughly."""
+        return len(self._open)
+
+    def run(self, halted: Callable[[], bool]) -> None:
+        """Search until complete, or ``halted``, which is asked at every state."""
+        while not self.is_complete:
+            if not self._open:
+                self.bound = self.ceiling
+                return
+            entry = heapq.heappop(self._open)
+            least, state = entry[0], entry[3]
+            self.bound = max(self.bound, min(least, self.ceiling))
+            if least >= self.ceiling or not any(known is state for known in self._known[state.done]):
+                continue
+            if state.done == self.space.full:
+                self.found = state
+            elif halted() or not self._expand(state, least, halted):
+                heapq.heappush(self._open, entry)
+                return
+
+    def _expand(self, state: State, least: int, halted: Callable[[], bool]) -> bool:
+        """Whether every child of ``state`` was looked at; one state can have very many."""
+        self.expanded += 1
+        for number, child in enumerate(self.space.children(state, self.ceiling - 1 - state.cost)):
+            self._push(child, least)
+            if number % 1024 == 1023 and halted():
+                return False
+        return True
+
+    def _push(self, state: State, least: int) -> None:
+        least = max(least, state.cost + self._to_go(state.done))
+        if least >= self.ceiling:
+            return
+        dominates = self.space.dominates
+        known = self._known.setdefault(state.done, [])
+        if any(dominates(other, state) for other in known):
+            return
+        known[:] = [other for other in known if not dominates(state, other)]
+        known.append(state)
+        heapq.heappush(self._open, (least, -state.depth, next(self._ticket), state))
+
+    def _to_go(self, done: int) -> int:
+        return next((milestone.to_go for milestone in self.milestones if not done & ~milestone.done), 0)

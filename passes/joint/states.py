@@ -1,0 +1,259 @@
+"""The state space of order and residency together: what has run, what is kept, and what the choices so far moved.
+
+A state stands for every way to run the operators ``done`` that leaves exactly ``kept`` in the scratchpad. A buffer
+that is live but not kept has left it: the load that brings it back, and the store that made this possible, are part of
+``cost`` already. Three facts, proven in docs/formulations.md, keep the space small without losing an optimum:
+
+* *Late decisions.* Everything is kept until some operator finds no room. Then one of the smallest sets of buffers that
+  makes the room is dropped, each from its last use on, which is no dearer than having dropped it then.
+* *Eager operators.* An operator whose operands are all kept, and whose outputs take no more room and cost no more to
+  drop than the operands that die with it, may run at once: no plan from this state is better for running it later.
+* *Dominance.* Of two states with the same ``done``, one that could drop what it keeps and the other does not, and then
+  be as cheap, makes the other superfluous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+from ..order.problem import OrderProblem
+
+__all__ = ["State", "StateSpace", "order_of"]
+
+MAX_DYING = 6  # operands that die with an operator and are weighed against each other; further ones count for nothing
+
+
+class State(NamedTuple):
+    """Operators run (``done``, a bitmask), buffers ``kept``, which of these are ``clean``, and bytes moved (``cost``).
+
+    ``clean`` buffers are held by backing memory as well, so dropping them needs no store. ``used`` is the room that
+    the kept ones take, ``ready`` the operators that may run next, ``depth`` how many have run, and ``ran`` those that
+    ran since ``parent``.
+    """
+
+    done: int
+    kept: frozenset[int]
+    clean: frozenset[int]
+    used: int
+    ready: tuple[int, ...]
+    depth: int
+    cost: int
+    parent: State | None
+    ran: tuple[int, ...]
+
+
+@dataclass
+class _Draft:
+    """A state while operators are added to it."""
+
+    done: int
+    kept: set[int]
+    clean: set[int]
+    used: int
+    ready: set[int]
+    ran: list[int]
+
+
+class StateSpace:
+    """Transitions of one problem in ``capacity`` bytes; holds bitmasks and nothing that changes."""
+
+    def __init__(self, problem: OrderProblem, capacity: int) -> None:
+        self.capacity = capacity
+        self.full = (1 << len(problem.predecessors)) - 1
+        self.problem = problem
+        self._users = [sum(1 << op for op in users) for users in problem.users]
+        self._writers = [0] * len(problem.users)
+        for op, written in enumerate(problem.writes):
+            for buffer in written:
+                self._writers[buffer] |= 1 << op
+        self._predecessors = [sum(1 << op for op in before) for before in problem.predecessors]
+        self._touched = [frozenset(touched) for touched in problem.touches]
+        self._sharing = [frozenset(o for b in touched for o in problem.users[b]) for touched in problem.touches]
+
+    def root(self) -> State:
+        """Nothing has run."""
+        return self.entry(0)
+
+    def entry(self, done: int) -> State:
+        """The operators ``done`` have run and every live buffer waits, paid for, in backing memory.
+
+        No state with these operators done has less left to pay, so the least cost from here bounds theirs.
+        """
+        ready = {o for o, before in enumerate(self._predecessors) if not done >> o & 1 and not before & ~done}
+        return self._closed(_Draft(done, set(), set(), 0, ready, []), set(ready), done.bit_count(), 0, None)
+
+    def children(self, state: State, spend: int) -> Iterator[State]:
+        """States after one more operator and the eager ones behind it, none dearer than ``state`` by over ``spend``."""
+        for op in state.ready:
+            need = (
+                state.used
+                - self.capacity
+                + sum(map(self.problem.footprint.__getitem__, self._touched[op] - state.kept))
+            )
+            if need <= 0:
+                yield self._after(state, op, (), 0)
+                continue
+            for dropped, cost in self._covers(state, op, need, spend):
+                yield self._after(state, op, dropped, cost)
+
+    def drop_cost(self, state: State, buffers: Iterable[int]) -> int:
+        """Bytes that move when ``state`` drops ``buffers``: a load each, and a store for those that are not clean."""
+        nbytes = self.problem.nbytes
+        return sum(nbytes[b] if b in state.clean else 2 * nbytes[b] for b in buffers)
+
+    def dominates(self, state: State, other: State) -> bool:
+        """Whether ``state``, with the same operators done, makes ``other`` superfluous."""
+        if state.cost > other.cost:
+            return False
+        surplus = state.kept - other.kept
+        if surplus and state.cost + self.drop_cost(state, surplus) > other.cost:
+            return False
+        return not (other.clean & state.kept) - state.clean
+
+    def _after(self, state: State, op: int, dropped: tuple[int, ...], cost: int) -> State:
+        draft = _Draft(state.done, set(state.kept), set(state.clean), state.used, set(state.ready), [op])
+        for buffer in dropped:
+            draft.kept.remove(buffer)
+            draft.clean.discard(buffer)
+            draft.used -= self.problem.footprint[buffer]
+        fresh = self._run(draft, op)
+        suspects = draft.ready if draft.used < state.used else draft.ready & self._sharing[op] | fresh
+        return self._closed(draft, set(suspects), state.depth + 1, state.cost + cost, state)
+
+    def _closed(self, draft: _Draft, suspects: set[int], depth: int, cost: int, parent: State | None) -> State:
+        """``draft`` after every eager operator has run, the first in program order first.
+
+        ``suspects`` are the ready operators that may have become eager; the others are known not to be.
+        """
+        while suspects:
+            op = min(suspects)
+            suspects.remove(op)
+            if not self._is_eager(draft, op):
+                continue
+            used = draft.used
+            fresh = self._run(draft, op)
+            draft.ran.append(op)
+            depth += 1
+            suspects |= draft.ready if draft.used < used else draft.ready & self._sharing[op] | fresh
+        ready = tuple(sorted(draft.ready))
+        return State(
+            draft.done,
+            frozenset(draft.kept),
+            frozenset(draft.clean),
+            draft.used,
+            ready,
+            depth,
+            cost,
+            parent,
+            tuple(draft.ran),
+        )
+
+    def _run(self, draft: _Draft, op: int) -> set[int]:
+        """Run ``op`` in ``draft``, which has room for it; returns the operators that became ready."""
+        draft.done |= 1 << op
+        draft.ready.remove(op)
+        problem, writes = self.problem, self.problem.writes[op]
+        for buffer in self._touched[op]:
+            live = self._users[buffer] & ~draft.done
+            if buffer not in draft.kept:
+                if not live:
+                    continue
+                draft.kept.add(buffer)
+                draft.clean.add(buffer)  # it was loaded, unless this operator writes it
+                draft.used += problem.footprint[buffer]
+            elif not live:
+                draft.kept.remove(buffer)
+                draft.clean.discard(buffer)
+                draft.used -= problem.footprint[buffer]
+                continue
+            if buffer in writes:
+                (draft.clean.add if problem.final_writer[buffer] == op else draft.clean.discard)(buffer)
+        fresh = {s for s in problem.successors[op] if not self._predecessors[s] & ~draft.done}
+        draft.ready |= fresh
+        return fresh
+
+    def _is_eager(self, draft: _Draft, op: int) -> bool:
+        """Whether no plan from ``draft`` is better for running the ready operator ``op`` later than now."""
+        problem = self.problem
+        later = ~(draft.done | 1 << op)
+        needs = grows = grown_cost = 0
+        dying: list[int] = []
+        for buffer in problem.touches[op]:
+            users, is_final = self._users[buffer], problem.final_writer[buffer] == op
+            if buffer in draft.kept:
+                if not users & later:
+                    dying.append(buffer)
+                elif buffer in draft.clean and buffer in problem.writes[op] and not is_final:
+                    return False  # overwritten, it would need a store that its old content does not need
+                continue
+            if users & draft.done:
+                return False  # it has to be loaded, and would take room from now on
+            needs += problem.footprint[buffer]
+            if users & later:
+                grows += problem.footprint[buffer]
+                is_backed = is_final or (problem.is_source[buffer] and buffer not in problem.writes[op])
+                grown_cost += problem.nbytes[buffer] * (1 if is_backed else 2)
+        if draft.used + needs > self.capacity:
+            return False
+        return not grows or self._makes_up(draft, dying[:MAX_DYING], grows, grown_cost)
+
+    def _makes_up(self, draft: _Draft, dying: list[int], grows: int, grown_cost: int) -> bool:
+        """Whether, whichever of ``dying`` a plan drops, dropping what has grown or nothing instead is no worse."""
+        problem = self.problem
+        freed = sum(problem.footprint[b] for b in dying)
+        if grows > freed:
+            return False
+        cost = {b: problem.nbytes[b] * (1 if b in draft.clean else 2) for b in dying}
+        if all(grown_cost <= one for one in cost.values()):
+            return True
+        return all(
+            grows <= freed - sum(problem.footprint[b] for b in dropped) or grown_cost <= sum(cost[b] for b in dropped)
+            for count in range(1, len(dying) + 1)
+            for dropped in combinations(dying, count)
+        )
+
+    def _covers(self, state: State, op: int, need: int, spend: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Smallest sets of kept buffers that free ``need`` bytes for ``op``, and their cost, at most ``spend``.
+
+        Of buffers that are alike for all that is to come, the first are dropped first.
+        """
+        problem = self.problem
+        footprint = problem.footprint
+        buffers = sorted(state.kept - self._touched[op], key=lambda b: (-footprint[b], b))
+        cost = [problem.nbytes[b] * (1 if b in state.clean else 2) for b in buffers]
+        alike = [self._likeness(state, b) for b in buffers]
+        behind = [0] * (len(buffers) + 1)
+        for i in reversed(range(len(buffers))):
+            behind[i] = behind[i + 1] + footprint[buffers[i]]
+
+        def extend(i: int, chosen: tuple[int, ...], left: int, spent: int) -> Iterator[tuple[tuple[int, ...], int]]:
+            if left <= 0:
+                if -left < footprint[chosen[-1]]:  # the last one is the smallest: without any, too little is freed
+                    yield chosen, spent
+                return
+            while i < len(buffers) and behind[i] >= left:
+                if spent + cost[i] <= spend:
+                    yield from extend(i + 1, (*chosen, buffers[i]), left - footprint[buffers[i]], spent + cost[i])
+                i = next((j for j in range(i + 1, len(buffers)) if alike[j] != alike[i]), len(buffers))
+
+        return extend(0, (), need, 0)
+
+    def _likeness(self, state: State, buffer: int) -> tuple[int, ...]:
+        """Equal for two kept buffers that all plans from ``state`` may exchange."""
+        if self._writers[buffer] & ~state.done:
+            return (buffer,)
+        nbytes, footprint = self.problem.nbytes[buffer], self.problem.footprint[buffer]
+        return footprint, nbytes, buffer in state.clean, self._users[buffer] & ~state.done
+
+
+def order_of(state: State) -> list[int]:
+    """The operators in the order in which they ran up to ``state``, without those before the state it began from."""
+    parts: list[tuple[int, ...]] = []
+    at: State | None = state
+    while at is not None:
+        parts.append(at.ran)
+        at = at.parent
+    return [op for part in reversed(parts) for op in part]
