@@ -6,7 +6,7 @@ import pytest
 
 from opweave.compiler.graph import Graph, Op, Role, Tensor
 from opweave.compiler.pipeline import Budget
-from opweave.compiler.plan import Load, Plan, Run, Store
+from opweave.compiler.plan import Load, Plan, Recompute, Run, Store
 from opweave.compiler.verify import verify
 from opweave.passes.registry import make
 from opweave.passes.residency.emit import emit
@@ -21,7 +21,7 @@ def written(plan: Plan, *dropped: Gap) -> list[str]:
     assert not verify(resident).faults
     assert verify(resident).additional_bytes == problem.additional_bytes(problem.index[gap] for gap in dropped)
     words = {Load: "load", Store: "store"}
-    return [i.op if isinstance(i, Run) else f"{words[type(i)]} {i.buffer}" for i in resident.instructions]
+    return [i.op if isinstance(i, Run | Recompute) else f"{words[type(i)]} {i.buffer}" for i in resident.instructions]
 
 
 def three_uses(*, output: bool = False, role: Role = Role.ACTIVATION) -> Plan:
