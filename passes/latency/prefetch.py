@@ -10,14 +10,14 @@ import msgspec
 
 from ...compiler.pipeline import Budget, Decision, Progress, run_pass
 from ...compiler.plan import PassRecord, Plan
-from ...compiler.simulate import latency_ns, simulate
+from ...compiler.simulate import latency_ns
 from ...errors import OptionError
 from ..address.exact import ExactPlacement
 from ..address.placement import PlacementError
 from .bound import latency_certificate
 from .issue import issue
 from .memory import Bytes, Places
-from .transfers import TransferProblem, rebuilt
+from .transfers import TransferProblem, rebuilt, step_seconds
 
 __all__ = ["Prefetch"]
 
@@ -95,8 +95,7 @@ class _Search:
         self.fastest = latency_ns(plan)
 
     def _problem(self, plan: Plan) -> tuple[TransferProblem, list[float]]:
-        timed = simulate(plan)
-        seconds = [(i.finish_s or 0.0) - (i.start_s or 0.0) for i in timed.instructions]
+        seconds = step_seconds(plan)
         return TransferProblem.of(plan, seconds, self.name), seconds
 
     def halted(self) -> bool:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import msgspec
 
 from ...compiler.plan import Instruction, Load, Plan, Residence, Store
+from ...compiler.simulate import simulate
 from ...errors import OptionError
 from ..residency.workset import aligned_bytes
 
-__all__ = ["Stay", "Transfer", "TransferProblem", "rebuilt"]
+__all__ = ["Stay", "Transfer", "TransferProblem", "rebuilt", "step_seconds"]
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,11 @@ def _room(stays: Sequence[Stay], anchors: int, capacity: int) -> list[int]:
         live += change[anchor]
         room.append(capacity - live)
     return room
+
+
+def step_seconds(plan: Plan) -> list[float]:
+    """Seconds each instruction takes, on the engine the simulator gives it."""
+    return [(i.finish_s or 0.0) - (i.start_s or 0.0) for i in simulate(plan).instructions]
 
 
 def rebuilt(problem: TransferProblem, sequence: Sequence[int], offsets: Sequence[int] | None = None) -> Plan:
