@@ -104,7 +104,7 @@ def _choose(arrays: Arrays, track: Track, step: int, resident: int, deficit: int
         ):
             single = k
     alone = track.victims[single]
-    chosen, freed, price = 0, 0, 0
+    chosen, freed = 0, 0
     while freed < deficit:
         best = chosen
         for k in range(chosen + 1, candidates):
@@ -113,12 +113,16 @@ def _choose(arrays: Arrays, track: Track, step: int, resident: int, deficit: int
         track.victims[chosen], track.victims[best] = track.victims[best], track.victims[chosen]
         track.due[chosen], track.due[best] = track.due[best], track.due[chosen]
         freed += arrays.footprint[track.victims[chosen]]
-        price += _price(arrays, track, track.victims[chosen])
         chosen += 1
-    if rule == LEAST_COST and single >= 0 and _price(arrays, track, alone) <= price:
-        track.victims[0] = alone
-        return 1
-    return _pruned(arrays, track, chosen, freed - deficit)
+    chosen = _pruned(arrays, track, chosen, freed - deficit)
+    if rule == LEAST_COST and single >= 0:
+        price = 0
+        for k in range(chosen):
+            price += _price(arrays, track, track.victims[k])
+        if _price(arrays, track, alone) <= price:
+            track.victims[0] = alone
+            return 1
+    return chosen
 
 
 @compiled
