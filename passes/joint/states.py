@@ -14,7 +14,7 @@ that is live but not kept has left it: the load that brings it back, and the sto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from ..order.problem import OrderProblem
 __all__ = ["State", "StateSpace", "order_of"]
 
 MAX_DYING = 6  # operands that die with an operator and are weighed against each other; further ones count for nothing
+
+MAX_CHAIN = 16  # operators that are tried as one eager chain
 
 
 class State(NamedTuple):
@@ -131,13 +133,16 @@ class StateSpace:
         while suspects:
             op = min(suspects)
             suspects.remove(op)
-            if not self._is_eager(draft, op):
-                continue
+            chain = (op,) if self._is_eager(draft, op) else self._eager_chain(draft, op)
             used = draft.used
-            fresh = self._run(draft, op)
-            draft.ran.append(op)
-            depth += 1
-            suspects |= draft.ready if draft.used < used else draft.ready & self._sharing[op] | fresh
+            for member in chain:
+                fresh = self._run(draft, member)
+                draft.ran.append(member)
+                depth += 1
+                suspects |= draft.ready & self._sharing[member] | fresh
+            if draft.used < used:
+                suspects |= draft.ready
+            suspects.difference_update(chain)
         ready = tuple(sorted(draft.ready))
         return State(
             draft.done,
@@ -198,15 +203,60 @@ class StateSpace:
                 grown_cost += problem.nbytes[buffer] * (1 if is_backed else 2)
         if draft.used + needs > self.capacity:
             return False
-        return not grows or self._makes_up(draft, dying[:MAX_DYING], grows, grown_cost)
+        return not grows or self._makes_up(dying[:MAX_DYING], draft.clean, grows, grown_cost)
 
-    def _makes_up(self, draft: _Draft, dying: list[int], grows: int, grown_cost: int) -> bool:
+    def _eager_chain(self, draft: _Draft, first: int) -> tuple[int, ...]:
+        """The shortest chain from ``first`` that may as well run at once, as one operator; empty if there is none.
+
+        What is live between its operators stands for the operands that die with an eager one.
+        """
+        trial = _Draft(draft.done, set(draft.kept), set(draft.clean), draft.used, set(draft.ready), [])
+        stages = [(draft.kept, draft.clean)]
+        op = first
+        for _ in range(MAX_CHAIN):
+            if not self._runs_freely(trial, op):
+                return ()
+            fresh = self._run(trial, op)
+            trial.ran.append(op)
+            if len(stages) > 1 and self._may_close(stages, trial):
+                return tuple(trial.ran)
+            if len(fresh) != 1:
+                return ()
+            stages.append((set(trial.kept), set(trial.clean)))
+            (op,) = fresh
+        return ()
+
+    def _runs_freely(self, draft: _Draft, op: int) -> bool:
+        """Whether ``op`` finds its operands kept, room for the others, and overwrites nothing that is clean."""
+        needs = 0
+        for buffer in self._touched[op]:
+            if buffer not in draft.kept:
+                if self._users[buffer] & draft.done:
+                    return False
+                needs += self.problem.footprint[buffer]
+            elif buffer in draft.clean and buffer in self.problem.writes[op]:
+                return False
+        return draft.used + needs <= self.capacity
+
+    def _may_close(self, stages: Sequence[tuple[set[int], set[int]]], trial: _Draft) -> bool:
+        """Whether what has grown since the first of ``stages`` makes up for what was live at each of them."""
+        problem = self.problem
+        grown = trial.kept - stages[0][0]
+        if any(not grown.isdisjoint(kept) for kept, _ in stages[1:]):
+            return False
+        grows = sum(problem.footprint[b] for b in grown)
+        cost = sum(problem.nbytes[b] * (1 if b in trial.clean else 2) for b in grown)
+        return not grows or all(
+            self._makes_up(sorted(kept - trial.kept)[:MAX_DYING], clean, grows, cost) for kept, clean in stages
+        )
+
+    def _makes_up(self, dying: Sequence[int], clean: Collection[int], grows: int, grown_cost: int) -> bool:
         """Whether, whichever of ``dying`` a plan drops, dropping what has grown or nothing instead is no worse."""
         problem = self.problem
         freed = sum(problem.footprint[b] for b in dying)
         if grows > freed:
             return False
-        cost = {b: problem.nbytes[b] * (1 if b in draft.clean else 2) for b in dying}
+        cost = {b: problem.nbytes[b] * (1 if b in clean else 2) for b in dying}
         if all(grown_cost <= one for one in cost.values()):
             return True
         return all(
