@@ -22,9 +22,12 @@ Decided = tuple[tuple[int, ...], frozenset[Key]]  # the order; and version and s
 
 
 class CosmaModel:
-    """The model and its variables by index and step; ``peak`` minimises peak memory instead of traffic (Eq. 13-15)."""
+    """The model and its variables by index and step; ``peak`` minimises peak memory instead of traffic (Eq. 13-15).
 
-    def __init__(self, of: CosmaProblem, *, peak: bool = False) -> None:
+    ``least_bytes`` is additional traffic proven to be unavoidable; it bounds the objective from below.
+    """
+
+    def __init__(self, of: CosmaProblem, *, least_bytes: int = 0, peak: bool = False) -> None:
         self.of = of
         self.peak = peak
         self.program = pulp.LpProblem("cosma", pulp.LpMinimize)
@@ -39,7 +42,7 @@ class CosmaModel:
             for step in range(version.window[0], version.window[1] + 1):
                 self._at_step[step].append((v, version))
         self._add_variables()
-        self._add_objective()
+        self._add_objective(least_bytes)
         self._add_order()
         for v, version in enumerate(of.versions):
             self._add_moves(v, version)
@@ -90,7 +93,7 @@ class CosmaModel:
 
     # -- objective and constraints ------------------------------------------------------------------------------------
 
-    def _add_objective(self) -> None:
+    def _add_objective(self, least_bytes: int) -> None:
         """Eq. 12, in units; Eq. 15 in peak mode."""
         if self.peak:
             self.peak_units = self.program.add_variable("peak", 0)
@@ -100,6 +103,9 @@ class CosmaModel:
         moves = (*self.retrieve.items(), *self.spill.items())
         terms = [(variable, units[self.of.versions[v].buffer]) for (v, _), variable in moves]
         self.program += pulp.LpAffineExpression(terms), "moved"
+        least_units = (least_bytes - self.of.constant_bytes) // self.of.unit
+        if terms and least_units > 0:
+            self.program += pulp.LpAffineExpression(terms) >= least_units, "unavoidable"
 
     def _add_order(self) -> None:
         """Eq. 7, and what the paper leaves out: one operator at each step, and dependencies that hold no bytes."""

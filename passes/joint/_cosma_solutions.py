@@ -10,7 +10,7 @@ gaps across it, all of which the solution holds as well.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Plan
@@ -101,10 +101,15 @@ def written_placed(
         if verify(stacked).ok:
             return Found(stacked, found.value, found.dropped)
     try:
-        placed = ExactPlacement(effort=PLACING_EFFORT).apply(found.plan, budget).plan
+        placed = _placed(found.plan, budget)
     except PlacementError:
         return None
     return Found(placed, found.value, found.dropped)
+
+
+def _placed(plan: Plan, budget: Budget) -> Plan:
+    quiet = replace(budget, listen=lambda _: None)  # the progress of placing is about arenas, not about traffic
+    return ExactPlacement(effort=PLACING_EFFORT).apply(plan, quiet).plan
 
 
 def heuristic(plan: Plan, reserve_bytes: int = 0) -> tuple[GapProblem, frozenset[int]]:
@@ -127,5 +132,6 @@ def placed_heuristic(plan: Plan, budget: Budget) -> Found:
             return found
     gaps = GapProblem.of(plan)
     everything = range(len(gaps.intervals))
-    placed = ExactPlacement(effort=PLACING_EFFORT).apply(emit(plan, gaps, everything), budget).plan
-    return Found(placed, gaps.additional_bytes(everything), frozenset(everything))
+    return Found(
+        _placed(emit(plan, gaps, everything), budget), gaps.additional_bytes(everything), frozenset(everything)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,8 +14,9 @@ from ..order.problem import OrderProblem
 from ..residency.gaps import GapProblem
 from ..residency.workset import require_fit
 from ._cosma_addresses import Addresses, heights_of
+from ._cosma_crossing import crossing_bound
 from ._cosma_model import CosmaModel
-from ._cosma_problem import CosmaProblem
+from ._cosma_problem import CosmaProblem, whole_units
 from ._cosma_solutions import (
     Found,
     decided_of,
@@ -33,7 +33,11 @@ __all__ = ["Cosma"]
 MAX_STEPS = 5_000  # operators beyond which even the windows of a free order take too long
 MAX_TERMS = 4_000_000  # non-zeros beyond which HiGHS does not get past the root in any reasonable time
 TERMS_PER_S = 150_000  # built and presolved on one busy core
-MAX_NODES = 2_000  # the search tree in deterministic mode, where no clock may decide
+# In deterministic mode no clock may decide. HiGHS counts no work but nodes, and spends most of it at the root, so it is
+# the model that is limited: to what a busy core ends with in seconds.
+DETERMINISTIC_NODES = 200
+DETERMINISTIC_TERMS = {"model": 200_000, "model with addresses": 30_000}
+DETERMINISTIC_FREEDOM = 200
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,14 @@ class Cosma:
       and may be fetched to another place right after it.
 
     Eq. 9 to 11 are added only when the optimum without them cannot be placed: as a relaxation its bound is valid for
-    both. A model too large for the time left is not built: the start is returned, and the note says so.
+    both. With ``cuts``, what no order avoids (``_cosma_crossing``) is asked first and added to the joint model as a
+    floor; the published model has no such thing, and often a root bound of 0. A model too large for the time left is
+    not built: the start is returned, and the note says so. In deterministic mode the search is limited by nodes.
     """
 
     mode: Literal["joint", "fixed", "peak"] = "joint"
     addresses: bool = True
+    cuts: bool = True
 
     @property
     def name(self) -> str:
@@ -114,12 +121,19 @@ class _Search:
             self.notes.append(f"a model of {len(self.plan.graph.ops)} steps is too large; this is the start")
             return
         of = CosmaProblem.of(self.plan, self.floor, fixed=fixed)
-        if not self._fits("model", of.terms()):
+        if self.options.cuts and not fixed and self.budget.remaining_s > 0:
+            nodes = DETERMINISTIC_NODES if self.budget.deterministic else None
+            proven = crossing_bound(self.plan.graph, of, self.floor, self.budget.share(0.3), max_nodes=nodes)
+            self.bound = max(self.bound, proven)
+        if self._is_done():
+            self.notes.append("no order moves less")
+            return
+        if not self._fits("model", of, of.terms()):
             return
         self._solve_relaxed(of)
         if not self.options.addresses or self._is_done():
             return
-        if self._fits("model with addresses", of.terms() + of.address_terms()):
+        if self._fits("model with addresses", of, of.terms() + of.address_terms()):
             self._solve_placed(of)
 
     def decision(self) -> Decision:
@@ -137,18 +151,14 @@ class _Search:
     def _is_done(self) -> bool:
         return self.best.value <= self.bound
 
-    def _fits(self, what: str, terms: int) -> bool:
-        """Whether a model can be built and looked at in the time left."""
-        limit = MAX_TERMS
-        if not self.budget.deterministic:
-            limit = min(limit, int(TERMS_PER_S * self.budget.remaining_s / 2))
-        if terms <= limit and self.budget.remaining_s > 0:
-            return True
-        self.notes.append(f"the {what} has about {terms:,} terms, too many for the time left")
-        return False
+    def _fits(self, what: str, of: CosmaProblem, terms: int) -> bool:
+        refusal = _too_large(what, of, terms, self.budget)
+        if refusal:
+            self.notes.append(refusal)
+        return not refusal
 
     def _solve_relaxed(self, of: CosmaProblem) -> None:
-        model = CosmaModel(of)
+        model = CosmaModel(of, least_bytes=self.bound)
         gaps = GapProblem.of(self.best.plan)
         start = model.start(decided_of(of, self.best.plan.order, gaps, self.best.dropped))
         share = 0.5 if self.options.addresses else 1.0
@@ -168,7 +178,7 @@ class _Search:
             self._keep(placed_heuristic(ordered, self.budget.share(0.3)))
 
     def _solve_placed(self, of: CosmaProblem) -> None:
-        model = CosmaModel(of)
+        model = CosmaModel(of, least_bytes=self.bound)
         addresses = Addresses(model, self.plan)
         gaps = GapProblem.of(self.best.plan)
         start = model.start(decided_of(of, self.best.plan.order, gaps, self.best.dropped))
@@ -191,11 +201,15 @@ class _Search:
             value = self.best.value
             if objective is not None:
                 value = min(value, of.constant_bytes + of.unit * round(objective))
-            proven = self.bound if bound is None else max(self.bound, of.constant_bytes + _whole(of, bound, columns))
+            proven = (
+                self.bound
+                if bound is None
+                else max(self.bound, of.constant_bytes + of.unit * whole_units(bound, columns))
+            )
             self._tell(value, min(value, proven))
 
         solution = _solved(model, start, budget, listen)
-        self.bound = max(self.bound, of.constant_bytes + _whole(of, solution.bound, columns))
+        self.bound = max(self.bound, of.constant_bytes + of.unit * whole_units(solution.bound, columns))
         ended = "solved" if solution.status == "optimal" else _limit(self.budget)
         self.notes.append(f"{columns:,} columns, {ended}")
         return solution
@@ -232,14 +246,13 @@ def _search_peak(
     if len(plan.graph.ops) > MAX_STEPS:
         return plan.order, 0, f"a model of {len(plan.graph.ops)} steps is too large; this is the given order"
     of = CosmaProblem.of(plan, 0, fixed=False)
-    limit = MAX_TERMS if budget.deterministic else min(MAX_TERMS, int(TERMS_PER_S * budget.remaining_s / 2))
-    if of.terms() > limit or budget.remaining_s <= 0:
-        return plan.order, 0, f"the model has about {of.terms():,} terms, too many for the time left"
+    if refusal := _too_large("model", of, of.terms(), budget):
+        return plan.order, 0, refusal
     model = CosmaModel(of, peak=True)
 
     def listen(objective: float | None, bound: float | None) -> None:
         found = value if objective is None else min(value, of.unit * round(objective))
-        proven = 0 if bound is None else min(found, _whole(of, bound, model.columns))
+        proven = 0 if bound is None else min(found, of.unit * whole_units(bound, model.columns))
         budget.listen(Progress(name, time.monotonic() - begin, found, proven))
 
     start = model.start(decided_of(of, plan.order, GapProblem.of(plan), ()))
@@ -248,7 +261,7 @@ def _search_peak(
     candidates = [plan.order] if decided is None else [decided[0], plan.order]
     ended = "solved" if solution.status == "optimal" else _limit(budget)
     best = min(candidates, key=problem.peak_bytes)
-    return best, _whole(of, solution.bound, model.columns), f"{model.columns:,} columns, {ended}"
+    return best, of.unit * whole_units(solution.bound, model.columns), f"{model.columns:,} columns, {ended}"
 
 
 def _solved(model: CosmaModel, start: dict[str, float], budget: Budget, listen: Listener) -> Solution:
@@ -257,7 +270,7 @@ def _solved(model: CosmaModel, start: dict[str, float], budget: Budget, listen: 
         budget,
         start=start,
         absolute_gap=0.99,  # objectives are whole units: less than one apart is no distance
-        max_nodes=MAX_NODES if budget.deterministic else None,
+        max_nodes=DETERMINISTIC_NODES if budget.deterministic else None,
         listen=listen,
     )
     if solution.status == "infeasible":
@@ -265,14 +278,17 @@ def _solved(model: CosmaModel, start: dict[str, float], budget: Budget, listen: 
     return solution
 
 
-def _whole(of: CosmaProblem, bound: float, columns: int) -> int:
-    """The least bytes of a whole number of units that is not below ``bound`` less what tolerances may add.
-
-    Each reduced cost may be off by the dual tolerance, 1e-7, over a range of 1; sums by a few units in the last place.
-    """
-    if not math.isfinite(bound):
-        return 0
-    return of.unit * max(0, math.ceil(bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound)))
+def _too_large(what: str, of: CosmaProblem, terms: int, budget: Budget) -> str:
+    """Why a model cannot be built and looked at in the time left; empty if it can."""
+    if budget.remaining_s <= 0:
+        return "the time limit came first"
+    if budget.deterministic:
+        if of.freedom <= DETERMINISTIC_FREEDOM and terms <= DETERMINISTIC_TERMS[what]:
+            return ""
+        return f"the {what} has about {terms:,} terms and {of.freedom} steps of freedom, too many without a clock"
+    if terms > min(MAX_TERMS, TERMS_PER_S * budget.remaining_s / 2):
+        return f"the {what} has about {terms:,} terms, too many for the time left"
+    return ""
 
 
 def _limit(budget: Budget) -> str:
