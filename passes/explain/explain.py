@@ -48,6 +48,7 @@ def explain(plan: Plan, budget: Budget) -> Explanation:
         tuple(_step(plan, problem, force, gaps) for force in proven),
         gaps.dropped(),
         findings.relaxations,
+        findings.untried,
     )
 
 

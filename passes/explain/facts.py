@@ -78,7 +78,8 @@ class Explanation(msgspec.Struct, frozen=True):
 
     ``unavoidable_bytes`` move whatever is resident: streamed weights read again. ``order_bound_bytes`` is proven for
     every residency without recomputation of the plan's order, ``graph_bound_bytes`` for every order. For an
-    ``infeasible`` model the steps are operators that do not fit alone, and the other figures are 0.
+    ``infeasible`` model the steps are operators that do not fit alone, and the other figures are 0. ``untried`` are
+    relaxations for which there was no time.
     """
 
     verdict: Verdict
@@ -92,6 +93,7 @@ class Explanation(msgspec.Struct, frozen=True):
     steps: tuple[BindingStep, ...]
     dropped: tuple[DroppedGap, ...]
     relaxations: tuple[Relaxation, ...]
+    untried: tuple[str, ...] = ()
 
     @property
     def forced_bytes(self) -> int:

@@ -10,8 +10,6 @@ up over positions is then valid for every residency: dropping a gap pays each po
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +20,7 @@ from ..residency.gaps import GapProblem
 
 __all__ = ["Force", "forces", "least_cover", "relaxed_cover"]
 
+Integers = NDArray[np.int64]
 MAX_CELLS = 1_000_000  # of one exact knapsack; larger ones count their LP relaxation
 MAX_EXACT = 200  # knapsacks solved exactly; those behind them count their LP relaxation
 
@@ -39,21 +38,21 @@ class _Purses:
     """What each gap can still pay, in bytes: its load, and its version's store as long as no one took it."""
 
     def __init__(self, problem: GapProblem) -> None:
-        self.version = [interval.version for interval in problem.intervals]
-        self.load = [interval.nbytes for interval in problem.intervals]
-        self.store = {i.version: i.nbytes for i in problem.intervals if i.version is not None}
+        numbers: dict[tuple[str, int], int] = {}
+        versions = [i.version for i in problem.intervals]
+        self.version = np.array([-1 if v is None else numbers.setdefault(v, len(numbers)) for v in versions], np.int64)
+        self.load = np.array([i.nbytes for i in problem.intervals], np.int64)
+        self.store = np.zeros(len(numbers) + 1, np.int64)  # the last one, for number -1, stays empty
+        self.store[self.version] = np.where(self.version < 0, 0, self.load)
 
-    def left(self, i: int) -> int:
-        version = self.version[i]
-        return self.load[i] + (0 if version is None else self.store[version])
+    def left(self, members: Integers) -> Integers:
+        return self.load[members] + self.store[self.version[members]]
 
-    def take(self, i: int, nbytes: int) -> None:
-        """The load first: the store is of use to other gaps."""
-        from_load = min(nbytes, self.load[i])
-        self.load[i] -= from_load
-        version = self.version[i]
-        if version is not None:
-            self.store[version] -= nbytes - from_load
+    def take(self, members: Integers, charges: Integers) -> None:
+        """The load first: the store is of use to other gaps. A position has one gap of a version at most."""
+        from_load = np.minimum(charges, self.load[members])
+        self.load[members] -= from_load
+        self.store[self.version[members]] -= charges - from_load
 
 
 def forces(problem: GapProblem) -> list[Force]:
@@ -61,59 +60,60 @@ def forces(problem: GapProblem) -> list[Force]:
 
     Greedy: the position that can prove most from the purses as they are, until none proves anything.
     """
+    if not problem.intervals:
+        return []
     need = -problem.slack(())
-    rows = [undominated(problem, frozenset(), need[d]) for d in range(need.shape[0])]
-    across = _across(problem, np.unique(np.concatenate(rows)))
+    begin, end = (np.array([getattr(i, edge) for i in problem.intervals], np.int64) for edge in ("begin", "end"))
+    sizes = np.array([i.sizes for i in problem.intervals], np.int64)
     purses = _Purses(problem)
-    queue = [(-math.inf, p, d) for d, positions in enumerate(rows) for p in positions.tolist()]
-    heapq.heapify(queue)
+    queue = _candidates(problem, need, 2 * int(sizes.max()))
     found: list[Force] = []
     while queue:
         promised, p, d = heapq.heappop(queue)
-        members = across[p]
-        sizes = [problem.intervals[i].sizes[d] for i in members]
-        costs = [purses.left(i) for i in members]
-        fresh = relaxed_cover(sizes, costs, int(need[d, p]))
+        members = np.flatnonzero((begin <= p) & (p < end))
+        costs, needed = purses.left(members), int(need[d, p])
+        fresh = relaxed_cover(sizes[members, d], costs, needed) if costs.any() else 0
         if fresh == 0:
             continue
-        if queue and -fresh > queue[0][0] and -fresh > promised:  # purses were emptied since it was promised
+        if queue and -fresh > queue[0][0] and fresh < -promised:  # purses were emptied since it was promised
             heapq.heappush(queue, (-fresh, p, d))
             continue
-        exact = least_cover(sizes, costs, int(need[d, p])) if len(found) < MAX_EXACT else fresh
-        found.append(Force(p, d, exact))
-        spans = [problem.intervals[i].end - problem.intervals[i].begin for i in members]
-        for i, charge in zip(members, _charges(sizes, costs, int(need[d, p]), exact, spans), strict=True):
-            purses.take(i, charge)
+        proven = least_cover(sizes[members, d], costs, needed) if len(found) < MAX_EXACT else fresh
+        found.append(Force(p, d, proven))
+        longest_first = np.argsort(begin[members] - end[members], kind="stable")
+        purses.take(members, _charges(sizes[members, d], costs, needed, proven, longest_first))
     return sorted(found, key=lambda force: (-force.nbytes, force.position))
 
 
-def _across(problem: GapProblem, positions: NDArray[np.intp]) -> dict[int, list[int]]:
-    """The gaps across each of ``positions``, which rise."""
-    across: dict[int, list[int]] = {p: [] for p in positions.tolist()}
-    for i, interval in enumerate(problem.intervals):
-        first, behind = np.searchsorted(positions, (interval.begin, interval.end))
-        for p in positions[first:behind].tolist():
-            across[p].append(i)
-    return across
+def _candidates(problem: GapProblem, need: Integers, largest: int) -> list[tuple[int, int, int]]:
+    """A heap of the positions that no other implies, each with a promise it cannot exceed, negated, and its dimension.
+
+    Freeing what is needed takes less than the need and one more gap, each byte of which moves twice at most.
+    """
+    queue = [
+        (-2 * int(need[d, p]) - 2 * largest, int(p), d)
+        for d in range(need.shape[0])
+        for p in undominated(problem, frozenset(), need[d])
+    ]
+    heapq.heapify(queue)
+    return queue
 
 
-def relaxed_cover(sizes: Sequence[int], costs: Sequence[int], need: int) -> int:
+def relaxed_cover(sizes: Integers, costs: Integers, need: int) -> int:
     """A lower bound on ``least_cover``: what must be taken is, and the rest may be taken in part; rounded up."""
     cost, need, rest = _compulsory(sizes, costs, need)
     if need <= 0:
         return cost
-    items = sorted((costs[i] / min(sizes[i], need), min(sizes[i], need), costs[i]) for i in rest)
-    left, fraction = need, 0.0
-    for _, size, price in items:
-        if left <= 0:
-            break
-        share = min(1.0, left / size)
-        fraction += share * price
-        left -= size
-    return cost + math.ceil(fraction * (1 - 1e-12) - 1e-6)
+    size, price = np.minimum(sizes[rest], need), costs[rest]
+    order = np.argsort(price / size, kind="stable")
+    last = order[int(np.searchsorted(np.cumsum(size[order]), need))]  # the item with which there is enough
+    # Its price by the byte is a dual solution. Any is, so that the bound holds though the order is one of floats.
+    p, s = int(price[last]), int(size[last])
+    excess = sum(max(0, p * int(item) - s * int(c)) for item, c in zip(size, price, strict=True))
+    return cost + max(0, -((excess - p * need) // s))
 
 
-def least_cover(sizes: Sequence[int], costs: Sequence[int], need: int) -> int:
+def least_cover(sizes: Integers, costs: Integers, need: int) -> int:
     """The least total of ``costs`` over items whose ``sizes`` sum to at least ``need``, which all of them do.
 
     Exact up to 1,000,000 cells of dynamic programming, else the LP relaxation's value.
@@ -121,42 +121,39 @@ def least_cover(sizes: Sequence[int], costs: Sequence[int], need: int) -> int:
     cost, rest_need, rest = _compulsory(sizes, costs, need)
     if rest_need <= 0:
         return cost
-    unit = math.gcd(*(sizes[i] for i in rest))
+    unit = int(np.gcd.reduce(sizes[rest]))
     width = -(-rest_need // unit)
     if width * len(rest) > MAX_CELLS:
         return relaxed_cover(sizes, costs, need)
-    unreachable = np.int64(2**62)
-    best = np.full(width + 1, unreachable)  # by units still needed, the least cost so far
+    unreachable = 2**62
+    best = np.full(width + 1, unreachable, np.int64)  # by units still needed, the least cost so far
     best[width] = 0
     for i in rest:
-        size = min(sizes[i] // unit, width)
-        taken = np.full(width + 1, unreachable)
+        size = min(int(sizes[i]) // unit, width)
+        taken = np.full(width + 1, unreachable, np.int64)
         taken[: width + 1 - size] = best[size:] + costs[i]
         taken[0] = best[: size + 1].min() + costs[i]
         np.minimum(best, taken, out=best)
     return cost + int(best[0])
 
 
-def _charges(sizes: Sequence[int], costs: Sequence[int], need: int, proven: int, spans: Sequence[int]) -> list[int]:
+def _charges(sizes: Integers, costs: Integers, need: int, proven: int, order: Integers) -> Integers:
     """As little of ``costs`` as still proves that ``proven`` must be paid.
 
     No more than all of it, and less if every choice with the item pays more than ``proven``: then what it pays too
-    much is left in the purse. Items that span the most positions come first, as others may need them.
+    much is left in the purse. Items come in ``order``: first those that leave most to other positions.
     """
-    charges = [min(cost, proven) for cost in costs]
-    if sum(sizes) // math.gcd(*sizes) * len(sizes) ** 2 > MAX_CELLS:
+    charges = np.minimum(costs, proven)
+    if need // int(np.gcd.reduce(sizes)) * len(sizes) ** 2 > MAX_CELLS:
         return charges
-    for i in sorted(range(len(sizes)), key=lambda i: -spans[i]):
-        others = [k for k in range(len(sizes)) if k != i]
-        rest = least_cover([sizes[k] for k in others], [charges[k] for k in others], need - sizes[i])
-        charges[i] -= min(charges[i], max(0, charges[i] + rest - proven))
+    for i in order:
+        others = np.flatnonzero(np.arange(len(sizes)) != i)
+        with_it = int(charges[i]) + least_cover(sizes[others], charges[others], need - int(sizes[i]))
+        charges[i] -= min(int(charges[i]), max(0, with_it - proven))
     return charges
 
 
-def _compulsory(sizes: Sequence[int], costs: Sequence[int], need: int) -> tuple[int, int, list[int]]:
+def _compulsory(sizes: Integers, costs: Integers, need: int) -> tuple[int, int, NDArray[np.intp]]:
     """Cost of the items without which the others do not suffice, what they leave to cover, and the others."""
-    total = sum(sizes)
-    must = [i for i, size in enumerate(sizes) if total - size < need]
-    chosen = set(must)
-    rest = [i for i in range(len(sizes)) if i not in chosen and sizes[i] > 0]
-    return sum(costs[i] for i in must), need - sum(sizes[i] for i in must), rest
+    must = int(sizes.sum()) - sizes < need
+    return int(costs[must].sum()), need - int(sizes[must].sum()), np.flatnonzero(~must)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -16,11 +16,12 @@ from ..registry import make, names
 from ..residency.gaps import GapProblem
 from ..residency.ilp import IlpResidency
 from ..residency.workset import aligned_bytes, least_capacity
-from .facts import Relaxation, RelaxationKind
+from .facts import Relaxation
 
 __all__ = ["Findings", "relax", "shortage_relaxations", "streamable_buffers"]
 
 RECOMPUTE = "residency/recompute"
+STREAMED = "weights streamed instead of resident"
 GROWTHS = (5, 10, 25)  # percent of the capacity
 
 
@@ -34,6 +35,7 @@ class Findings:
     order_bound: int
     graph_bound: int
     optimum_bound: int
+    untried: tuple[str, ...]
 
 
 def relax(plan: Plan, problem: GapProblem, budget: Budget) -> Findings:
@@ -45,66 +47,75 @@ def relax(plan: Plan, problem: GapProblem, budget: Budget) -> Findings:
     ordered = Plan.of_order(
         plan.graph, plan.machine, plan.order, streamed=plan.streamed, source=plan.source, pins=plan.pins
     )
-    growths = _growths(ordered, problem)
-    tasks = _tasks(ordered, growths, problem)
-    again = _planned(IlpResidency(), ordered, budget.share(1 / (len(tasks) + 1)))
-    order_bound = max([graph_bound, again.bound, *([] if recomputes else certified)])
-    ceiling = value - (graph_bound if recomputes else order_bound)
-    found = [Relaxation("order", "another order, none tried", None, value - graph_bound)]
-    what = "the least residency of this order, addresses aside"
-    found.append(Relaxation("residency", what, value - again.value, ceiling))
-    least = again.value
-    for number, task in enumerate(tasks):
-        relaxation, reached = task(value, min(least, value), budget.share(1 / (len(tasks) - number)))
-        least = reached if relaxation.kind == "capacity" else least
-        found.append(relaxation)
+    least = Relaxation("residency", "the least residency of this order, addresses aside", None, value - graph_bound)
+    tasks = [_Task(least, IlpResidency(), ordered), *_tasks(ordered, problem)]
+    results, untried = _run(tasks, value, budget, recomputes=recomputes)
+    proven = [certificate.bound for _, certificate in results[:1]]
+    order_bound = max([graph_bound, *proven, *([] if recomputes else certified)])
+    found = [relaxation for relaxation, _ in results]
+    found.append(Relaxation("order", "another order, none tried", None, value - graph_bound))
     peak = plan.machine.scratchpad_memory.capacity_bytes + max(0, int(-problem.slack(()).min(initial=0)))
     everything = value - problem.base_bytes
     found.append(Relaxation("capacity", "room for everything at once", everything, everything, peak))
     optimum = max([graph_bound, *certified] if recomputes else [order_bound])
-    return Findings(tuple(_ranked(found)), order_bound, graph_bound, optimum)
+    return Findings(tuple(_ranked(found)), order_bound, graph_bound, optimum, tuple(untried))
 
 
-Task = Callable[[int, int, Budget], tuple[Relaxation, int]]
+@dataclass(frozen=True)
+class _Task:
+    """A plan to be made by ``step``, and the relaxation it is an example of, with figures still open."""
+
+    relaxation: Relaxation
+    step: Pass
+    plan: Plan
 
 
-def _tasks(ordered: Plan, growths: Iterable[tuple[str, int]], problem: GapProblem) -> list[Task]:
-    """What is planned again: each task takes the plan's value, the least found so far, and its time."""
-    tasks = [_capacity_task(ordered, what, capacity) for what, capacity in growths]
+def _run(
+    tasks: Sequence[_Task], value: int, budget: Budget, *, recomputes: bool
+) -> tuple[list[tuple[Relaxation, Certificate]], list[str]]:
+    """Relaxations with what they save of ``value``, and those for which there was no time.
+
+    A plan that recomputes may save more than bounds without recomputation allow: nothing is proven then.
+    """
+    results: list[tuple[Relaxation, Certificate]] = []
+    least = value
+    for number, task in enumerate(tasks):
+        if budget.stop.is_set() or not (budget.deterministic or budget.remaining_s):
+            return results, [task.relaxation.what for task in tasks[number:]]
+        certificate = _planned(task.step, task.plan, budget.share(1 / (len(tasks) - number)))
+        reached = certificate.value
+        if task.relaxation.kind in ("residency", "capacity"):  # in the order of capacity: what fits less fits more
+            reached = least = min(least, reached)
+        bound = 0 if recomputes and isinstance(task.step, IlpResidency) else min(reached, certificate.bound)
+        saved, limit = max(0, value - reached), max(0, value - bound)
+        results.append((msgspec.structs.replace(task.relaxation, saved_bytes=saved, limit_bytes=limit), certificate))
+    return results, []
+
+
+def _tasks(ordered: Plan, problem: GapProblem) -> list[_Task]:
+    """What is planned again besides the plan as it is."""
+    tasks = []
+    for what, capacity in _growths(ordered, problem):
+        larger = msgspec.structs.replace(ordered, machine=with_capacity(ordered.machine, capacity))
+        tasks.append(_Task(Relaxation("capacity", what, None, 0, capacity), IlpResidency(), larger))
     if RECOMPUTE in names():
-        tasks.append(_task("recompute", "computing dropped tensors again", make(RECOMPUTE), ordered))
+        tasks.append(
+            _Task(Relaxation("recompute", "dropped tensors computed again", None, 0), make(RECOMPUTE), ordered)
+        )
     if any(pin.resident for pin in ordered.pins):
-        plan = msgspec.structs.replace(ordered, pins=())
-        tasks.append(_task("pins", "nothing pinned as resident", IlpResidency(), plan))
+        free = msgspec.structs.replace(ordered, pins=())
+        tasks.append(_Task(Relaxation("pins", "nothing pinned as resident", None, 0), IlpResidency(), free))
     streamed = tuple(sorted({*ordered.streamed, *streamable_buffers(ordered.graph)}))
     if streamed != ordered.streamed:
         plan = msgspec.structs.replace(ordered, streamed=streamed)
-        tasks.append(_task("weights", "weights streamed instead of resident", IlpResidency(), plan))
-    if problem.base_bytes and ordered.streamed:
-        plan = msgspec.structs.replace(ordered, streamed=())
-        if least_capacity(plan) <= plan.machine.scratchpad_memory.capacity_bytes:
-            tasks.append(_task("weights", "weights resident instead of streamed", IlpResidency(), plan))
+        tasks.append(_Task(Relaxation("weights", STREAMED, None, 0), IlpResidency(), plan))
+    plan = msgspec.structs.replace(ordered, streamed=())
+    fits = least_capacity(plan) <= plan.machine.scratchpad_memory.capacity_bytes
+    if ordered.streamed and problem.base_bytes and fits:  # streaming costs only what is read again
+        tasks.append(
+            _Task(Relaxation("weights", "weights resident instead of streamed", None, 0), IlpResidency(), plan)
+        )
     return tasks
-
-
-def _capacity_task(ordered: Plan, what: str, capacity: int) -> Task:
-    def run(value: int, least: int, budget: Budget) -> tuple[Relaxation, int]:
-        """What fits less room fits more."""
-        larger = msgspec.structs.replace(ordered, machine=with_capacity(ordered.machine, capacity))
-        certificate = _planned(IlpResidency(), larger, budget)
-        reached = min(least, certificate.value)
-        return Relaxation("capacity", what, value - reached, value - min(certificate.bound, reached), capacity), reached
-
-    return run
-
-
-def _task(kind: RelaxationKind, what: str, step: Pass, plan: Plan) -> Task:
-    def run(value: int, least: int, budget: Budget) -> tuple[Relaxation, int]:
-        certificate = _planned(step, plan, budget)
-        saved, limit = max(0, value - certificate.value), max(0, value - certificate.bound)
-        return Relaxation(kind, what, saved, limit), certificate.value
-
-    return run
 
 
 def _planned(step: Pass, plan: Plan, budget: Budget) -> Certificate:
@@ -161,5 +172,5 @@ def shortage_relaxations(plan: Plan) -> tuple[Relaxation, ...]:
     streamed = tuple(sorted({*plan.streamed, *streamable_buffers(plan.graph)}))
     saved = min(short, least - least_capacity(msgspec.structs.replace(plan, streamed=streamed)))
     if saved > 0:
-        found.append(Relaxation("weights", "weights streamed instead of resident", saved, saved))
+        found.append(Relaxation("weights", STREAMED, saved, saved))
     return tuple(found)

@@ -98,7 +98,9 @@ def _relaxations(e: Explanation) -> Iterator[str]:
     for relaxation in e.relaxations[:RELAXATIONS]:
         room = f" ({format_bytes(relaxation.capacity_bytes)})" if relaxation.capacity_bytes else ""
         yield f"{relaxation.what}{room}: {_saving(relaxation, e.verdict == 'infeasible')}"
-    if not e.relaxations:
+    if e.untried:
+        yield f"no time was left to try: {', '.join(e.untried)}"
+    if not e.relaxations and not e.untried:
         yield "nothing that this machine, order or residency could give"
 
 

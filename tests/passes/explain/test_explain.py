@@ -6,6 +6,7 @@ import json
 from itertools import combinations
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from opweave.passes.explain import Explanation, explain, explanation_text
 from opweave.passes.explain.pressure import forces, least_cover, relaxed_cover
 from opweave.passes.explain.relaxations import streamable_buffers, with_capacity
 from opweave.passes.planner import Planner
+from opweave.passes.registry import names
 from opweave.passes.residency.gaps import GapProblem
 from opweave.passes.residency.ilp import IlpResidency
 from opweave.passes.residency.workset import least_capacity, require_fit
@@ -50,8 +52,8 @@ def explained(spilling: Plan) -> Explanation:
 def test_least_cover_is_the_least_and_its_relaxation_is_below(
     items: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    sizes, costs = [size for size, _ in items], [cost for _, cost in items]
-    need = data.draw(st.integers(1, sum(sizes)))
+    sizes, costs = np.array(items, np.int64).T
+    need = data.draw(st.integers(1, int(sizes.sum())))
     choices = (c for count in range(len(items) + 1) for c in combinations(range(len(items)), count))
     least = min(sum(costs[i] for i in chosen) for chosen in choices if sum(sizes[i] for i in chosen) >= need)
     assert least_cover(sizes, costs, need) == least
@@ -239,8 +241,16 @@ def test_without_time_the_proof_is_still_one(spilling: Plan, explained: Explanat
     hurried = explain(spilling, Budget.of_seconds(0.0))
     assert hurried.steps == explained.steps
     assert hurried.order_bound_bytes <= explained.additional_bytes
-    for relaxation in hurried.relaxations:
-        assert (relaxation.saved_bytes or 0) <= relaxation.limit_bytes
+    assert {r.kind for r in hurried.relaxations} == {"order", "capacity"}
+    assert hurried.relaxations[0].is_exact
+    assert len(hurried.untried) == 4 + ("residency/recompute" in names())
+    assert "no time was left to try: the least residency of this order" in explanation_text(hurried)
+
+
+def test_told_to_stop_it_stops(spilling: Plan) -> None:
+    told = budget()
+    told.stop.set()
+    assert explain(spilling, told).untried == explain(spilling, Budget.of_seconds(0.0)).untried != ()
 
 
 def test_the_same_plan_is_explained_the_same_way(spilling: Plan, explained: Explanation) -> None:
