@@ -1,14 +1,17 @@
-"""Networks made here, as ONNX models with random weights, for the demo and for checks that need no download."""
+"""Networks made here, for the demo and for checks that need no download: ONNX models, and graphs of any size."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["darts_cifar"]
+from opweave.compiler.graph import Graph, Op, Role, Tensor
+
+__all__ = ["darts_cifar", "layered"]
 
 #: The second-order cells of Liu et al., "DARTS: Differentiable Architecture Search", ICLR 2019, figures 4 and 5: two
 #: (operation, state) pairs for each of four intermediate nodes.
@@ -111,3 +114,48 @@ def darts_cifar(cells: int = 6, channels: int = 16, image: int = 32, seed: int =
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+class _Layers:
+    """Appends operators over int8 tensors of some bytes; every method returns the name of the tensor it makes."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.ops: list[Op] = []
+
+    def source(self, name: str, nbytes: int) -> str:
+        self.tensors[name] = Tensor(name, (nbytes,), "int8", Role.INPUT)
+        return name
+
+    def op(self, inputs: list[str], nbytes: int) -> str:
+        name = f"t{len(self.ops)}"
+        self.tensors[name] = Tensor(name, (nbytes,), "int8")
+        self.ops.append(Op(f"op{len(self.ops)}", tuple(dict.fromkeys(inputs)), (name,)))
+        return name
+
+
+def layered(ops: int, width: int, seed: int) -> Graph:
+    """Stacked cells of ``width`` branches, as searched networks have them; exactly ``ops`` operators, no bodies.
+
+    A branch is a chain from one of the two cells before, which widens and narrows. Branches are added in pairs, and the
+    sums joined to the cell's result. Tensors have 16 to a few hundred KiB.
+    """
+    draw = random.Random(seed)
+    build = _Layers()
+    before = last = build.source("x", 200 << 10)
+    while len(build.ops) < ops:
+        size = draw.choice((16, 24, 32, 48)) << 10
+        ends: list[str] = []
+        for _ in range(width):
+            end = draw.choice((before, last))
+            for _ in range(draw.randint(2, 5)):
+                end = build.op([end], size * draw.choice((1, 1, 1, 2, 3)))
+            ends.append(build.op([end], size))
+        sums = [build.op([a, b], size) for a, b in zip(ends[::2], ends[1::2], strict=False)]
+        before, last = last, build.op([*sums, *ends[2 * len(sums) :]], size * max(1, width // 2))
+    del build.ops[ops:]
+    kept = {"x", *(op.outputs[0] for op in build.ops)}
+    read = {name for op in build.ops for name in op.inputs}
+    outputs = tuple(op.outputs[0] for op in build.ops if op.outputs[0] not in read)
+    tensors = tuple(tensor for name, tensor in build.tensors.items() if name in kept)
+    return Graph(f"layered_{ops}", tensors, tuple(build.ops), outputs)
