@@ -13,16 +13,20 @@ when each operator alone does. Those plans are valid and keep the bound proven b
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from ..compiler.pipeline import Budget, Pass, confirm, run_pass
 from ..compiler.plan import Certificate, PassRecord, Plan
+from ..compiler.verify import verify
 from ..errors import OptionError
 from .address.banks import require_places
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
+from .joint.best_first import BestFirstJoint
+from .objective.claims import restated
 from .registry import make, names
 from .residency.gaps import Cut, gaps_of_residences
 from .residency.ilp import IlpResidency
@@ -31,6 +35,8 @@ from .residency.workset import require_fit
 
 __all__ = ["Planner", "place"]
 
+#: The folders of the passes that take each decision.
+DECIDED_BY = {"order": ("order", "joint"), "residency": ("residency",), "address": ("address",)}
 MAX_CUTS = 50  # conflicts beyond this many are fragmentation in general: a reserve settles it sooner
 RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
 
@@ -43,15 +49,15 @@ class Planner:
         OptionError: a pass is unknown, an option of it is, or it takes another decision.
     """
 
-    order: str = "order/beam"
+    order: str = "joint/best_first"
     residency: str = "residency/ilp"
     address: str = "address/exact"
 
     def __post_init__(self) -> None:
-        for decision in ("order", "residency", "address"):
+        for decision, folders in DECIDED_BY.items():
             name = make(getattr(self, decision)).name
-            if name.partition("/")[0] != decision:
-                known = ", ".join(known for known in names() if known.startswith(f"{decision}/"))
+            if name.partition("/")[0] not in folders:
+                known = ", ".join(known for known in names() if known.partition("/")[0] in folders)
                 raise OptionError(f"pass {name!r} does not decide {decision}", hint=f"those that do are {known}")
 
     def plan(self, plan: Plan, budget: Budget) -> Plan:
@@ -64,7 +70,50 @@ class Planner:
         order, residency, address = make(self.order), make(self.residency), make(self.address)
         require_fit(plan)
         require_places(plan, budget)
+        if order.name.startswith("joint/"):
+            return _place_joint(order, residency, address, plan, budget)
         return place(run_pass(order, plan, budget.share(0.3)), residency, address, budget)
+
+
+def _place_joint(joint: Pass, residency: Pass, address: Pass, plan: Plan, budget: Budget) -> Plan:
+    """Place what ``joint`` decided; where addresses refuse, the best of what its order allows and of tighter plans.
+
+    A plan made for a smaller scratchpad leaves room for fragmentation. The bound over every order stays.
+    """
+    decided = run_pass(joint, plan, budget.share(0.6))
+    residences = decided.residences or ()
+    if all(residence.offset is not None for residence in residences) and residences:
+        return decided
+    if residency == IlpResidency():  # what it would decide has been decided
+        try:
+            return run_pass(address, decided, budget.share(0.4))
+        except PlacementError:
+            pass
+    placed = restated(place(decided.with_order(decided.order), residency, address, budget.share(0.5)))
+    if not isinstance(joint, BestFirstJoint) or residency != IlpResidency():
+        return placed
+    return min((placed, *_tighter(joint, address, decided, budget)), key=_traffic)
+
+
+def _tighter(joint: BestFirstJoint, address: Pass, decided: Plan, budget: Budget) -> Iterator[Plan]:
+    """Placed plans that ``joint`` makes with some of the capacity in reserve, until they must move more."""
+    capacity = decided.machine.scratchpad_memory.capacity_bytes
+    for part in RESERVES:
+        if not budget.remaining_s:
+            return
+        reserve = capacity // part
+        tight = run_pass(replace(joint, reserve_bytes=reserve), decided.with_order(decided.order), budget.share(0.3))
+        kept = [*decided.passes, msgspec.structs.replace(tight.passes[-1], certificate=None)]
+        try:
+            placed = run_pass(address, msgspec.structs.replace(tight, passes=tuple(kept)), budget.share(0.3))
+        except PlacementError:
+            continue
+        yield restated(placed)
+        return
+
+
+def _traffic(plan: Plan) -> int:
+    return verify(msgspec.structs.replace(plan, passes=())).additional_bytes
 
 
 def place(plan: Plan, residency: Pass, address: Pass, budget: Budget) -> Plan:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
-from ...errors import OptionError
+from ...errors import Infeasible, InternalError, OptionError
 from ..order.beam import BeamOrder
 from ..order.problem import OrderProblem
-from ..residency.gaps import GapProblem
+from ..residency.gaps import base_bytes
 from ..residency.ilp import IlpResidency
-from ..residency.workset import aligned_bytes, require_fit
+from ..residency.workset import aligned_bytes, planned_buffers, require_fit
 from .search import BestFirst
 from .states import StateSpace, order_of
 
@@ -22,6 +22,7 @@ __all__ = ["BestFirstJoint"]
 
 FIRST_STATES = 4_000  # expanded before other methods look for a better order: enough for most networks, well under 1 s
 QUANTUM_STATES = 2_000  # expanded between two reports
+PROHIBITIVE = 1 << 60  # bytes, more than any plan moves
 ORDER_SHARE = 0.35  # of the time left, for finding a good order when the first states do not settle it
 
 
@@ -56,25 +57,28 @@ class BestFirstJoint:
         return "joint/best_first"
 
     def apply(self, plan: Plan, budget: Budget) -> Decision:
-        """Decide order and residency. Raises Infeasible as ``require_fit``."""
+        """Decide order and residency.
+
+        Raises:
+            Infeasible: as ``require_fit``; or no order was found in which what is pinned as resident leaves room.
+        """
         require_fit(plan)
-        problem = OrderProblem.of(plan)
         best = _Incumbent(self.name, plan, budget, self.reserve_bytes)
-        search = self._searched(problem, best, budget)
+        search = self._searched(_problem(plan), best, budget)
         certificate = _certificate(best, search, self.reserve_bytes)
-        return Decision(best.decision.plan, certificate, _note(search, best, budget))
+        return Decision(best.plan, certificate, _note(search, best, budget))
 
     def _searched(self, problem: OrderProblem, best: _Incumbent, budget: Budget) -> BestFirst:
-        memory = best.plan.machine.scratchpad_memory
+        memory = best.given.machine.scratchpad_memory
         capacity = aligned_bytes(memory.capacity_bytes, memory.alignment_bytes) - self.reserve_bytes
         largest = max((sum(problem.footprint[b] for b in touched) for touched in problem.touches), default=0)
         space = StateSpace(problem, max(capacity, largest))
-        search = BestFirst(space, space.root(), best.value - best.base)
+        search = BestFirst(space, space.root(), best.ceiling)
         self._run(search, best, budget, FIRST_STATES)
         if not search.is_complete and budget.remaining_s > 0:
-            ordered = BeamOrder().apply(best.plan, budget if budget.deterministic else budget.share(ORDER_SHARE))
+            ordered = BeamOrder().apply(best.given, budget if budget.deterministic else budget.share(ORDER_SHARE))
             best.offer(ordered.plan.order, "order/beam")
-            search.ceiling = min(search.ceiling, best.value - best.base)
+            search.ceiling = best.ceiling
             self._run(search, best, budget, self.max_expanded if budget.deterministic else None)
         if search.found is not None:
             best.offer(order_of(search.found), self.name)
@@ -92,32 +96,60 @@ class BestFirstJoint:
 
 
 class _Incumbent:
-    """The best order so far, with its optimal residency."""
+    """The best order so far, with its optimal residency; before the first one, why the given order has none."""
 
     def __init__(self, name: str, plan: Plan, budget: Budget, reserve_bytes: int) -> None:
-        self.name, self.plan, self.budget = name, plan, budget
+        self.name, self.given, self.budget = name, plan, budget
         self.residency = IlpResidency(reserve_bytes=reserve_bytes)
         self.begin = time.monotonic()
-        self.base = GapProblem.of(plan).base_bytes
+        self.base = base_bytes(plan)
         self.method = "the given order"
-        self.decision, self.value = self._resident(plan)
-        self.tell(self.base)
+        self.found: tuple[Plan, int] | None = None
+        self.failure: Infeasible | None = None
+        self.offer(plan.order, self.method)
+
+    @property
+    def plan(self) -> Plan:
+        """The best plan. Raises Infeasible when there is none."""
+        if self.found is None:
+            raise self.failure or InternalError("neither a plan nor a reason")
+        return self.found[0]
+
+    @property
+    def value(self) -> int:
+        """Its additional traffic, in bytes."""
+        return PROHIBITIVE if self.found is None else self.found[1]
+
+    @property
+    def ceiling(self) -> int:
+        """What a better order would have to stay below, in bytes that depend on the order."""
+        return self.value - (0 if self.found is None else self.base)
 
     def offer(self, order: Sequence[int], method: str) -> None:
-        """Keep ``order`` if its residency moves fewer bytes."""
-        decision, value = self._resident(self.plan.with_order(order))
-        if value < self.value:
-            self.decision, self.value, self.method = decision, value, method
-
-    def _resident(self, plan: Plan) -> tuple[Decision, int]:
-        decision = self.residency.apply(plan, self.budget)
+        """Keep ``order`` if its residency moves fewer bytes; what is pinned may leave it none at all."""
+        try:
+            decision = self.residency.apply(self.given.with_order(order), self.budget)
+        except Infeasible as failure:
+            self.failure = self.failure or failure
+            return
         assert decision.certificate is not None
-        return decision, decision.certificate.value
+        if decision.certificate.value < self.value:
+            self.found, self.method = (decision.plan, decision.certificate.value), method
+            self.tell(self.base)
 
     def tell(self, bound: int) -> None:
-        """Let the listener know."""
-        elapsed = time.monotonic() - self.begin
-        self.budget.listen(Progress(self.name, elapsed, self.value, min(bound, self.value)))
+        """Let the listener know, once there is something to tell."""
+        if self.found is not None:
+            elapsed = time.monotonic() - self.begin
+            self.budget.listen(Progress(self.name, elapsed, self.value, min(bound, self.value)))
+
+
+def _problem(plan: Plan) -> OrderProblem:
+    """The order problem, in which it costs too much to drop what is pinned as resident."""
+    problem = OrderProblem.of(plan)
+    staying = {pin.buffer for pin in plan.pins if pin.resident}
+    nbytes = (PROHIBITIVE if name in staying else size for name, size in planned_buffers(plan).items())
+    return replace(problem, nbytes=tuple(nbytes))
 
 
 def _certificate(best: _Incumbent, search: BestFirst, reserve_bytes: int) -> Certificate:

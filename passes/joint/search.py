@@ -14,7 +14,7 @@ __all__ = ["BestFirst", "Milestone"]
 
 
 class Milestone(NamedTuple):
-    """The operators ``done``, a bitmask closed under predecessors, and bytes that still move once no others have run."""
+    """Operators ``done``, a bitmask closed under predecessors, and bytes still to move while no others have run."""
 
     done: int
     to_go: int

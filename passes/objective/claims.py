@@ -53,7 +53,8 @@ def _weakened(record: PassRecord, traffic_bound: int) -> PassRecord:
 def restated(plan: Plan) -> Plan:
     """``plan`` with the values of its traffic certificates for every order as they are now, and no refuted one.
 
-    A bound over every order stays a bound whatever the plan; one over less goes with the value it was stated for.
+    A bound over every order stays a bound for plans of the kind it was proven for; that it is above the plan's traffic
+    shows one of another kind, such as one that recomputes. A bound over less goes with the value it was stated for.
     """
     traffic = verify(msgspec.structs.replace(plan, passes=())).additional_bytes
     return msgspec.structs.replace(plan, passes=tuple(_restated(record, traffic) for record in plan.passes))
@@ -63,6 +64,6 @@ def _restated(record: PassRecord, traffic: int) -> PassRecord:
     certificate = record.certificate
     if certificate is None or certificate.objective != "additional_traffic_bytes" or certificate.value == traffic:
         return record
-    if certificate.scope != "order":
+    if certificate.scope != "order" or certificate.bound > traffic:
         return msgspec.structs.replace(record, certificate=None)
     return msgspec.structs.replace(record, certificate=msgspec.structs.replace(certificate, value=traffic))

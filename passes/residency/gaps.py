@@ -21,7 +21,7 @@ from ...compiler.plan import Certificate, Plan, Run
 from ...errors import Infeasible
 from .workset import aligned_bytes, planned_buffers
 
-__all__ = ["Cut", "Gap", "GapProblem", "Interval", "Lifetime", "gaps_of_residences"]
+__all__ = ["Cut", "Gap", "GapProblem", "Interval", "Lifetime", "base_bytes", "gaps_of_residences"]
 
 
 class Gap(NamedTuple):
@@ -110,7 +110,7 @@ class GapProblem:
             intervals.extend(() if stays else _intervals(lifetime, sizes))
         if staying:
             _check_room(plan, lifetimes, room[0] + reserve_bytes)
-        return cls(lifetimes, tuple(intervals), np.maximum(room, 0), _base_bytes(plan))
+        return cls(lifetimes, tuple(intervals), np.maximum(room, 0), base_bytes(plan))
 
     @cached_property
     def index(self) -> dict[Gap, int]:
@@ -237,7 +237,8 @@ def _intervals(lifetime: Lifetime, sizes: tuple[int, ...]) -> Iterable[Interval]
         )
 
 
-def _base_bytes(plan: Plan) -> int:
+def base_bytes(plan: Plan) -> int:
+    """Additional traffic of ``plan``'s graph that no order and no residency avoids, in bytes."""
     graph = plan.graph
     readers = dict.fromkeys(graph.buffers, 0)
     written: set[str] = set()
