@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -11,7 +11,7 @@ import msgspec
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Certificate, Plan
-from ..order.least_peak import least_peak_order
+from ..order._peak_search import least_peak_order, plain_bound
 from ..order.problem import OrderProblem, decide
 from ..residency.workset import planned_buffers
 from ._overwrite import candidates, last_in_any_order, last_in_order, overwritten
@@ -54,10 +54,7 @@ def _with_order(plan: Plan, budget: Budget) -> Decision:
     index = {buffer: number for number, buffer in enumerate(planned_buffers(plan))}
     overwrites = [tuple(index[b] for b in buffers if b in index) for buffers in candidates(graph)]
     found = least_peak_order(problem, budget, overwrites=overwrites, start=plan.order)
-    bound = found.bound
-    if problem.footprint != problem.nbytes:  # the certificate counts plain bytes
-        plain = replace(problem, footprint=problem.nbytes)
-        bound = least_peak_order(plain, budget, overwrites=overwrites, start=found.order).bound
+    bound = plain_bound(problem, found, budget, overwrites=overwrites)
     chosen = last_in_order(graph, found.order)
     fresh = _fresh(plan, overwritten(graph, chosen, found.order))
     peak = OrderProblem.of(fresh).peak_bytes(fresh.order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,14 +14,14 @@ from ...compiler.pipeline import Budget, Progress
 from . import _reach as reach
 from .problem import OrderProblem
 
-__all__ = ["LeastPeak", "Overwrites", "aligned_peak", "least_peak_order"]
+__all__ = ["LeastPeak", "Overwrites", "aligned_peak", "least_peak_order", "plain_bound"]
 
 #: For each operator, the buffers whose place its result may take if it is the last to use them; of equal size.
 Overwrites = Sequence[Sequence[int]]
 
 EFFORT = 200_000  # down-sets expanded in deterministic mode
-INTERPRETED = 5_000  # operators times expansions, from both ends each, before machine code is worth its import
-SLICE = 1_000  # expansions of the first compiled round, doubled every round
+INTERPRETED = 5_000  # operators times expansions, from each end, before machine code is worth its import
+SLICE = 500  # expansions of the first compiled round, doubled every round
 LONGEST_PROBE = 1 << 20  # expansions
 POLL = 2_000_000  # operators times expansions between two looks at the clock
 STATE_BYTES = 1 << 28  # memory for the down-sets of one end
@@ -43,20 +43,39 @@ def least_peak_order(
     overwrites: Overwrites | None = None,
     start: Sequence[int] | None = None,
     effort: int = EFFORT,
+    floor: int = 0,
 ) -> LeastPeak:
     """The order whose largest sum of live bytes is least, with a bound proven over every order.
 
     Bytes are aligned ones: the ``footprint`` of ``problem``. A bound equal to the peak means that no order has a lower
     one, nor, with ``overwrites``, any choice of what is overwritten. Never fails because time ran out: the order is
     then the best found, at worst ``start`` (program order by default). Told to be deterministic, it stops after
-    ``effort`` expanded down-sets instead of a time.
+    ``effort`` expanded down-sets instead of a time. ``floor`` is a bound that is known already.
     """
     count = len(problem.predecessors)
     first = tuple(range(count)) if start is None else tuple(start)
     allowed: Overwrites = overwrites if overwrites is not None else [()] * count
-    search = _Search(problem, allowed, budget, effort, first, aligned_peak(problem, first, allowed))
+    search = _Search(problem, allowed, budget, effort, first, aligned_peak(problem, first, allowed), floor)
     search.run()
     return LeastPeak(search.order, search.peak, search.bound)
+
+
+def plain_bound(
+    problem: OrderProblem,
+    found: LeastPeak,
+    budget: Budget,
+    *,
+    overwrites: Overwrites | None = None,
+    effort: int = EFFORT,
+) -> int:
+    """The bound of ``found`` in plain bytes, as certificates count them; another order may have the least of those."""
+    if problem.footprint == problem.nbytes:
+        return found.bound
+    plain = replace(problem, footprint=problem.nbytes)
+    # Where the most aligned bytes are live, all but their padding are plain.
+    floor = found.bound - (sum(problem.footprint) - sum(problem.nbytes))
+    start = found.order
+    return least_peak_order(plain, budget, overwrites=overwrites, start=start, effort=effort, floor=floor).bound
 
 
 def aligned_peak(problem: OrderProblem, order: Sequence[int], overwrites: Overwrites | None = None) -> int:
@@ -86,6 +105,7 @@ class _Search:
     peak: int
     bound: int = 0
     expanded: int = 0
+    compiled: bool = field(default_factory=reach.is_compiled)
     begin: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
@@ -100,7 +120,7 @@ class _Search:
         if self.bound == self.peak:
             return
         ends = [_End(problem, self.overwrites, backward=backward) for backward in (False, True)]
-        expansions = max(1, INTERPRETED // len(self.order))
+        expansions = SLICE if self.compiled else max(1, INTERPRETED // len(self.order))
         turn = 0
         while not self._over() and expansions <= LONGEST_PROBE:
             for end in ends:
@@ -109,6 +129,7 @@ class _Search:
                 self._probe(PROBES[turn % len(PROBES)], expansions, backward=turn % 2 == 0)
             turn += 1
             expansions = max(SLICE, 2 * expansions)
+            self.compiled = True
 
     def _over(self) -> bool:
         if self.bound == self.peak or self.budget.stop.is_set():
@@ -134,8 +155,7 @@ class _Search:
         """Explore from ``end`` for at most so many ``expansions``; keeps what it finds, returns how many it took."""
         count = len(self.order)
         before = end.expanded
-        compiled = _worth_compiling(self.expanded, count)
-        status = end.explore(max(1, min(expansions, POLL // count)), compiled=compiled)
+        status = end.explore(max(1, min(expansions, POLL // count)), compiled=self.compiled)
         if status == reach.FOUND:
             order = end.order()
             self.order, self.peak = order, aligned_peak(self.problem, order, self.overwrites)
@@ -150,10 +170,6 @@ class _Search:
     def _tell(self) -> None:
         elapsed = time.monotonic() - self.begin
         self.budget.listen(Progress("order/least_peak", elapsed, self.peak, self.bound))
-
-
-def _worth_compiling(expanded: int, operators: int) -> bool:
-    return expanded * operators >= 2 * INTERPRETED
 
 
 class _End:

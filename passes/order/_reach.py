@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ __all__ = [
     "Scratch",
     "compiled",
     "explore",
+    "is_compiled",
 ]
 
 BITS = 63  # operators in one word: shifts stay positive
@@ -190,13 +192,16 @@ def restore(g: Graph, r: Reached, w: Scratch, state: int) -> int:
     """Set up ``left``, ``waiting`` and ``ready`` as they are after down-set ``state``; returns how many are ready."""
     w.left[:] = g.users
     w.waiting[:] = g.before
-    for op in range(len(g.before)):
-        if r.bits[state, op // BITS] >> (op % BITS) & 1:
-            for k in range(g.touch_start[op], g.touch_start[op + 1]):
-                w.left[g.touched[k]] -= 1
-            for k in range(g.after_start[op], g.after_start[op + 1]):
-                w.waiting[g.after[k]] -= 1
-            w.waiting[op] = -1
+    for index in range(r.bits.shape[1]):
+        op, word = index * BITS, r.bits[state, index]
+        while word != 0:
+            if word & 1:
+                for k in range(g.touch_start[op], g.touch_start[op + 1]):
+                    w.left[g.touched[k]] -= 1
+                for k in range(g.after_start[op], g.after_start[op + 1]):
+                    w.waiting[g.after[k]] -= 1
+                w.waiting[op] = -1
+            op, word = op + 1, word >> 1
     ready = 0
     for op in range(len(g.before)):
         if w.waiting[op] == 0:
@@ -312,11 +317,20 @@ def ran(r: Reached, state: int) -> int:
 def compiled() -> Callable[..., int]:
     """``explore`` as machine code, kept on disk where there is a place for it, free of Python's lock."""
     from numba import njit
-    from numba.extending import register_jitable
 
-    for function in (run, undo, chain, settle, open_after, restore, record, expand, ran):
-        register_jitable(function)
-    try:
-        return cast(Callable[..., Any], njit(cache=True, nogil=True)(explore))
-    except RuntimeError:  # no folder that numba may write to
-        return cast(Callable[..., Any], njit(nogil=True)(explore))
+    functions: dict[str, Any] = dict(globals())
+    for function in (run, undo, chain, open_after, settle, restore, record, expand, ran, explore):
+        # The same code, calling what has been compiled before it. Calls copy every array's description: what is called
+        # most often is made part of its caller.
+        code = FunctionType(function.__code__, functions, function.__name__)
+        options = {"nogil": True, "inline": "always" if function in (run, undo) else "never"}
+        try:
+            functions[function.__name__] = njit(cache=True, **options)(code)
+        except RuntimeError:  # no folder that numba may write to
+            functions[function.__name__] = njit(**options)(code)
+    return cast(Callable[..., int], functions["explore"])
+
+
+def is_compiled() -> bool:
+    """Whether ``compiled`` has been called, so that calling it again costs nothing."""
+    return compiled.cache_info().currsize > 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Certificate, Plan
 from ...errors import OptionError
-from ._peak_search import EFFORT, LeastPeak, least_peak_order
+from ._peak_search import EFFORT, LeastPeak, least_peak_order, plain_bound
 from .problem import OrderProblem
 
 __all__ = ["LeastPeak", "LeastPeakOrder", "least_peak_order"]
@@ -46,11 +46,9 @@ class LeastPeakOrder:
         """Search within ``budget``; returns the best order found when it ends or is told to stop."""
         problem = OrderProblem.of(plan)
         found = least_peak_order(problem, budget, start=plan.order, effort=self.effort)
-        bound, note = found.bound, ""
+        bound = plain_bound(problem, found, budget, effort=self.effort)
+        note = ""
         if problem.footprint != problem.nbytes:
-            # The certificate counts plain bytes, whose least peak may be another order's.
-            plain = replace(problem, footprint=problem.nbytes)
-            bound = least_peak_order(plain, budget, start=found.order, effort=self.effort).bound
             note = f"{found.peak:,} bytes as aligned, at least {found.bound:,} in any order"
         proof: Literal["analytic", "exhaustive"] = (
             "analytic" if bound <= problem.largest_working_set() else "exhaustive"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 
 import msgspec
@@ -128,18 +128,25 @@ def test_closes_the_gap_of_a_stack_of_cells() -> None:
     assert certificate.value < OrderProblem.of(plan).peak_bytes(plan.order)
 
 
-def test_compiled_and_interpreted_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same levels, same order: compiling changes how long it takes and nothing else."""
-    problem = OrderProblem.of(plan_of(cells(4)))
+@given(graphs(min_ops=4, max_ops=10), st.booleans(), st.booleans())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_compiled_and_interpreted_find_the_same(graph: Graph, backward: bool, in_place: bool) -> None:
+    """Same levels, same order, step by step: compiling changes how long it takes and nothing else."""
+    plan = plan_of(graph)
+    overwrites = overwrites_of(plan) if in_place else [()] * len(graph.ops)
+    steps: list[list[tuple[int, int, int]]] = []
     orders = []
-    for interpreted in (0, 1 << 40):
-        monkeypatch.setattr(_peak_search, "_worth_compiling", _constant(not interpreted))
-        orders.append(least_peak_order(problem, AMPLE()))
+    for compiled in (False, True):
+        end = _peak_search._End(OrderProblem.of(plan), overwrites, backward=backward)
+        steps.append([])
+        while not steps[-1] or steps[-1][-1][0] != FOUND:
+            status = end.explore(3, compiled=compiled)
+            steps[-1].append((status, end.capacity, end.expanded))
+            if status == CAPACITY_TOO_SMALL:
+                end.raise_to(end.next_capacity())
+        orders.append(end.order())
+    assert steps[0] == steps[1]
     assert orders[0] == orders[1]
-
-
-def _constant(value: bool) -> Callable[..., bool]:
-    return lambda *_: value
 
 
 @given(graphs(min_ops=4, max_ops=10), st.integers(1, 6))
