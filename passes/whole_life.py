@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from ..compiler.export.tflite import whole_life
+from pathlib import Path
+
+from ..compiler.export.tflite import planned_tflite, whole_life
 from ..compiler.pipeline import Budget, run_pass
 from ..compiler.plan import Plan
-from ..errors import Infeasible
+from ..errors import Infeasible, ModelError, OptionError
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
 
-__all__ = ["place_whole_life"]
+__all__ = ["place_whole_life", "save_planned_tflite"]
 
 
 def place_whole_life(plan: Plan, budget: Budget) -> Plan:
@@ -31,3 +33,20 @@ def place_whole_life(plan: Plan, budget: Budget) -> Plan:
             available_bytes=capacity,
             hint="compile for a larger scratchpad, or give it more time",
         ) from error
+
+
+def save_planned_tflite(plan: Plan, model: str | Path, output: str | Path, budget: Budget) -> None:
+    """Write the ``.tflite`` file ``model`` to ``output`` with an address for the whole life of each tensor of ``plan``.
+
+    Raises as ``place_whole_life`` and ``planned_tflite``, ModelError for a file that cannot be read, and OptionError for
+    one that cannot be written.
+    """
+    try:
+        data = Path(model).read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read model {str(model)!r}: {error.strerror}") from error
+    planned = planned_tflite(data, place_whole_life(plan, budget))
+    try:
+        Path(output).write_bytes(planned)
+    except OSError as error:
+        raise OptionError(f"cannot write {str(output)!r}: {error.strerror}", hint="name another file") from error

@@ -9,9 +9,9 @@ from typing import Literal
 from ...errors import PlanError, VerificationError
 from ..graph import Role
 from ..plan import Load, Plan, Residence, Store
-from ..verify import verify
+from ..verify import Verification, verify
 
-__all__ = ["Call", "Layout", "Operand", "Transfer", "layout", "require_placed"]
+__all__ = ["Call", "Layout", "Operand", "Transfer", "layout", "require_placed", "require_right"]
 
 _READ_ONLY = (Role.WEIGHT, Role.CONSTANT)
 Place = Literal["scratchpad", "backing", "nowhere"]
@@ -74,16 +74,20 @@ class Layout:
     read_only_bytes: int
 
 
-def require_placed(plan: Plan) -> None:
-    """Check that ``plan`` has addresses and verifies. Raises PlanError or VerificationError."""
+def require_right(plan: Plan) -> Verification:
+    """Check that ``plan`` verifies as far as it is decided. Raises VerificationError."""
     verification = verify(plan)
     if not verification.ok:
         listed = "; ".join(str(finding) for finding in verification.faults[:3])
         raise VerificationError(f"the plan has {len(verification.faults)} faults and is not exported: {listed}")
-    if verification.level not in ("address", "timed"):
-        raise PlanError(
-            f"the plan has decided its {verification.level}, but no addresses", hint="export what `compile` wrote"
-        )
+    return verification
+
+
+def require_placed(plan: Plan) -> None:
+    """Check that ``plan`` has addresses and verifies. Raises PlanError or VerificationError."""
+    level = require_right(plan).level
+    if level not in ("address", "timed"):
+        raise PlanError(f"the plan has decided its {level}, but no addresses", hint="export what `compile` wrote")
 
 
 def layout(plan: Plan) -> Layout:

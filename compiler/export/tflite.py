@@ -23,7 +23,7 @@ from ..graph import Role, contiguous_strides
 from ..plan import Instruction, Load, Plan, Residence, Run, Store
 from ..verify import verify
 from .flatbuffer import TfliteModel, add_metadata, read_tflite
-from .layout import require_placed
+from .layout import require_placed, require_right
 
 __all__ = ["METADATA_NAME", "offline_memory_allocation", "planned_tflite", "tensor_offsets", "whole_life"]
 
@@ -39,9 +39,11 @@ def whole_life(plan: Plan) -> Plan:
     Inputs are resident from the first operator on and outputs until the last; weights and constants are streamed.
 
     Raises:
+        VerificationError: the plan claims something that is not so.
         PlanError: the plan spills; names a tensor that is fetched or computed again.
         Infeasible: these residences need more bytes at once than the scratchpad has.
     """
+    require_right(plan)
     _refuse_spills(plan)
     graph = plan.graph
     written = {buffer for buffers in graph.writes for buffer in buffers}
@@ -61,7 +63,7 @@ def whole_life(plan: Plan) -> Plan:
         end = len(steps) if buffer in graph.output_buffers else len(loads) + positions[-1] + 1
         residences.append(Residence(buffer, plan.machine.scratchpad, begin, end))
     residences.sort(key=lambda residence: (residence.begin, residence.buffer))
-    fresh = Plan.of_order(graph, plan.machine, plan.order, streamed=streamed, source=plan.source)
+    fresh = Plan.of_order(graph, plan.machine, plan.order, streamed=streamed, source=plan.source, pins=plan.pins)
     static = msgspec.structs.replace(fresh, instructions=tuple(steps), residences=tuple(residences))
     peak, capacity = verify(static).peak_bytes, plan.machine.scratchpad_memory.capacity_bytes
     if peak > capacity:

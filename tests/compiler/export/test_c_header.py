@@ -179,6 +179,21 @@ def test_the_header_is_clean_and_may_be_included_twice(tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_the_loop_in_the_documentation_compiles(tmp_path: Path) -> None:
+    docs = next(parent for parent in Path(__file__).parents if (parent / "docs").is_dir()) / "docs" / "exporting.md"
+    loop = docs.read_text(encoding="utf-8").partition("```c\n")[2].partition("```")[0]
+    assert "net_instructions[i]" in loop
+    (tmp_path / "plan.h").write_text(c_header(planned(all_graphs()["chain"]), prefix="net"), encoding="ascii")
+    program = (
+        '#include "plan.h"\n#include <string.h>\nstatic uint8_t arena[NET_ARENA_BYTES], backing[NET_BACKING_BYTES];\n'
+        "typedef void (*kernel_t)(const net_operand_t *, uint32_t, uint32_t);\n"
+        f"static const kernel_t kernels[NET_OPERATORS] = {{ 0 }};\nint main(void) {{\n{loop}return 0;\n}}\n"
+    )
+    (tmp_path / "loop.c").write_text(program, encoding="ascii")
+    run_compiler(*STRICT, "-fsyntax-only", "loop.c", folder=tmp_path)
+
+
+@needs_compiler
 def test_memories_beyond_32_bits_get_64_bit_sizes(tmp_path: Path) -> None:
     huge = Graph(
         "huge",

@@ -22,9 +22,9 @@ from opweave.compiler.graph import Graph, Op, Role, Tensor
 from opweave.compiler.pipeline import Budget
 from opweave.compiler.plan import Plan
 from opweave.compiler.verify import verify
-from opweave.errors import Infeasible, ModelError, PlanError
+from opweave.errors import Infeasible, ModelError, OptionError, PlanError, VerificationError
 from opweave.passes.planner import Planner
-from opweave.passes.whole_life import place_whole_life
+from opweave.passes.whole_life import place_whole_life, save_planned_tflite
 from tests.compiler.export.tflite_files import ADD, INT8, RELU, Node, Slot, tflite_file
 from tests.graphs.build import all_graphs, machine
 from tests.graphs.strategies import graphs
@@ -296,3 +296,20 @@ def test_files_without_one_subgraph_are_refused() -> None:
         read_tflite(sample(subgraphs=2))
     with pytest.raises(ModelError, match="identifier 'TFL3' is missing"):
         read_tflite(b"not a model")
+
+
+def test_files_are_read_and_written(tmp_path: Path) -> None:
+    (tmp_path / "model.tflite").write_bytes(sample())
+    plan, seconds = sample_plan(), Budget.of_seconds(10)
+    save_planned_tflite(plan, tmp_path / "model.tflite", tmp_path / "planned.tflite", seconds)
+    assert (tmp_path / "planned.tflite").read_bytes() == planned_tflite(sample(), plan)
+    with pytest.raises(ModelError, match="cannot read model"):
+        save_planned_tflite(plan, tmp_path / "missing.tflite", tmp_path / "planned.tflite", seconds)
+    with pytest.raises(OptionError, match="cannot write"):
+        save_planned_tflite(plan, tmp_path / "model.tflite", tmp_path / "missing" / "planned.tflite", seconds)
+
+
+def test_a_faulty_plan_is_not_exported() -> None:
+    plan = sample_plan()
+    with pytest.raises(VerificationError, match="faults and is not exported"):
+        whole_life(msgspec.structs.replace(plan, instructions=plan.instructions[:-3]))
