@@ -38,8 +38,8 @@ def place_whole_life(plan: Plan, budget: Budget) -> Plan:
 def save_planned_tflite(plan: Plan, model: str | Path, output: str | Path, budget: Budget) -> None:
     """Write the ``.tflite`` file ``model`` to ``output`` with an address for the whole life of each tensor of ``plan``.
 
-    Raises as ``place_whole_life`` and ``planned_tflite``, ModelError for a file that cannot be read, and OptionError for
-    one that cannot be written.
+    Raises as ``place_whole_life`` and ``planned_tflite``, ModelError for a file that cannot be read, and OptionError
+    for one that cannot be written.
     """
     try:
         data = Path(model).read_bytes()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flatbuffers  # type: ignore[import-untyped]  # the package ships no type information
+import flatbuffers.table  # type: ignore[import-untyped]  # as above
 import numpy as np
 
-__all__ = ["FLOAT32", "INT8", "Node", "Slot", "tflite_file"]
+__all__ = ["ADD", "FLOAT32", "INT8", "NODES", "RELU", "SLOTS", "Node", "Slot", "metadata_of", "sample", "tflite_file"]
 
 FLOAT32, INT8 = 0, 9
 ADD, RELU = 0, 19
@@ -130,3 +132,52 @@ def _vector(b: Any, references: Sequence[int]) -> int:
     for reference in reversed(references):
         b.PrependUOffsetTRelative(reference)
     return int(b.EndVector())
+
+
+#: y = relu(relu(x) + relu(z) + c), and the sum of the first two is returned as well: tensors in an order of their own.
+SLOTS = (
+    Slot("c", (4, 8), data=struct.pack("<32f", *range(32))),
+    Slot("y", (4, 8)),
+    Slot("x", (4, 8)),
+    Slot("a", (4, 8)),
+    Slot("sum", (4, 8)),
+    Slot("z", (4, 8)),
+    Slot("b", (4, 8)),
+    Slot("shifted", (4, 8)),
+)
+NODES = (
+    Node(RELU, (2,), (3,)),
+    Node(RELU, (5,), (6,)),
+    Node(ADD, (3, 6), (4,)),
+    Node(ADD, (4, 0), (7,)),
+    Node(RELU, (7,), (1,)),
+)
+
+
+def sample(**changes: Any) -> bytes:
+    return tflite_file(**{"slots": SLOTS, "nodes": NODES, "inputs": (2, 5), "outputs": (4, 1), **changes})
+
+
+def metadata_of(data: bytes) -> dict[str, bytes]:
+    """Metadata as the flatbuffers runtime reads it, which shares no code with the exporter."""
+    position = struct.unpack_from("<I", data)[0]
+    root = flatbuffers.table.Table(bytearray(data), position)
+
+    def vector(table: Any, field: int) -> list[Any]:
+        offset = table.Offset(4 + 2 * field)
+        if not offset:
+            return []
+        start = table.Vector(offset)
+        elements = (table.Indirect(start + 4 * i) for i in range(table.VectorLen(offset)))
+        return [flatbuffers.table.Table(table.Bytes, element) for element in elements]
+
+    buffers = vector(root, 4)
+    found = {}
+    for entry in vector(root, 6):
+        number = entry.Get(flatbuffers.number_types.Uint32Flags, entry.Offset(6) + entry.Pos)
+        held = buffers[number]
+        offset = held.Offset(4)
+        start, size = held.Vector(offset), held.VectorLen(offset)
+        assert start % 16 == 0
+        found[entry.String(entry.Offset(4) + entry.Pos).decode()] = bytes(data[start : start + size])
+    return found
