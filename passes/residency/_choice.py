@@ -165,8 +165,10 @@ class Realised:
     def _lifetime(self, t: int, position: dict[int, int]) -> Lifetime:
         track = self.occurrences.tracks[t]
         uses = [track.uses[k] for k in self._uses(t, position)]
+        versions = tuple(use.version for use in uses)
         return replace(
             track.lifetime,
             positions=tuple(position[use.event] for use in uses),
-            versions=tuple(use.version for use in uses),
+            versions=versions,
+            stored_after=None if track.lifetime.stored_after is None else versions.index(versions[-1]),
         )
