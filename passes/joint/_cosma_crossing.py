@@ -70,7 +70,8 @@ def crossing_bound(graph: Graph, of: CosmaProblem, base_bytes: int, budget: Budg
         for op, across in enumerate(crossing):
             need = sum(sizes[b] for b in touched[op]) + sum(sizes[c.buffer] for c in across) - capacity
             if need > 0:
-                _add_need(program, fetch, f"{d}_{op}", [(c, min(sizes[c.buffer], need)) for c in across], need)
+                leaving = [(c, min(sizes[c.buffer], need)) for c in across if c.buffer not in of.staying]
+                _add_need(program, fetch, f"{d}_{op}", leaving, need)
     if not fetch:
         return base_bytes
     _add_costs(program, fetch, of)

@@ -14,7 +14,7 @@ import pulp
 
 from ._cosma_problem import CosmaProblem, Version
 
-__all__ = ["CosmaModel", "Decided"]
+__all__ = ["CosmaModel", "Decided", "Key"]
 
 Term = tuple[Any, int]  # a variable and its coefficient
 Key = tuple[int, int]  # operator or version, and step
@@ -68,16 +68,20 @@ class CosmaModel:
                 self.preserve[v, step] = self._binary(f"preserve_{v}_{step}")
             for step in self._retrieve_steps(version):
                 self.retrieve[v, step] = self._binary(f"retrieve_{v}_{step}")
-            for step in () if version.backed or self.peak else later:
+            for step in () if version.backed or self._stays(version) else later:
                 self.spill[v, step] = self._binary(f"spill_{v}_{step}")
                 self.spilled[v, step] = self.program.add_variable(f"spilled_{v}_{step}", 0, 1)
 
     def _binary(self, name: str) -> Any:
         return self.program.add_variable(name, 0, 1, pulp.LpBinary)
 
+    def _stays(self, version: Version) -> bool:
+        """Whether the version may not leave between its uses: all in peak mode, else those pinned as resident."""
+        return self.peak or version.buffer in self.of.staying
+
     def _retrieve_steps(self, version: Version) -> list[int]:
-        """Steps at which a user may run and the version may have been away before; in peak mode, of sources only."""
-        if self.peak and version.creator is not None:
+        """Steps at which a user may run and the version may have been away before; of what stays, sources only."""
+        if self._stays(version) and version.creator is not None:
             return []
         begin = version.window[0] + (version.creator is not None)
         windows = (self.of.windows[user] for user in version.users)
@@ -131,7 +135,7 @@ class CosmaModel:
             for step in range(self.of.windows[user][0], self.of.windows[user][1] + 1):
                 terms = [(self.create[user, step], 1), *self._resident(v, step, -1)]
                 self._row(terms, "<=", 0, f"operand_{v}_{user}_{step}")
-        if self.peak and version.creator is None:  # what a source needs is fetched once, and never again
+        if self._stays(version) and version.creator is None:  # fetched once, and never again
             self._row([(self.retrieve[v, s], 1) for s in self._retrieve_steps(version)], "==", 1, f"fetched_{v}")
         for step in range(first, last + 1):
             self._add_step(v, version, step)

@@ -44,6 +44,7 @@ class CosmaProblem:
     ``windows`` holds the first and last step each operator can run at: as many operators must come before and after
     it (ASAP and ALAP), or the one step of a fixed order. ``predecessors`` are reduced to those no other implies.
     ``sizes[d][b]`` of ``capacities[d]`` is what buffer ``b`` takes of capacity dimension ``d``, as in ``GapProblem``.
+    ``staying`` are buffers pinned as resident: never spilled, and fetched once if they are sources.
     ``constant_bytes`` is what the objective counts besides fetches and stores, negative for compulsory fetches.
     """
 
@@ -54,6 +55,7 @@ class CosmaProblem:
     sizes: tuple[tuple[int, ...], ...]
     capacities: tuple[int, ...]
     versions: tuple[Version, ...]
+    staying: frozenset[int]
     constant_bytes: int
 
     @classmethod
@@ -78,6 +80,7 @@ class CosmaProblem:
         if capacities[0] != memory.capacity_bytes:
             sizes.append(nbytes)
             capacities.append(memory.capacity_bytes)
+        pinned = {pin.buffer for pin in plan.pins if pin.resident}
         versions = _versions(plan.graph, names, windows)
         compulsory = sum(nbytes[v.buffer] for v in versions if v.creator is None)
         return cls(
@@ -88,6 +91,7 @@ class CosmaProblem:
             sizes=tuple(sizes),
             capacities=tuple(capacities),
             versions=versions,
+            staying=frozenset(b for b, name in enumerate(names) if name in pinned),
             constant_bytes=base_bytes - compulsory,
         )
 

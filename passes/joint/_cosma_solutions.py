@@ -9,8 +9,10 @@ gaps across it, all of which the solution holds as well.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+
+import msgspec
 
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Plan
@@ -25,7 +27,7 @@ from ..residency.gaps import GapProblem
 from ..residency.least_cost import least_cost
 from ..residency.search import repair
 from ._cosma_addresses import Heights, restacked
-from ._cosma_model import Decided
+from ._cosma_model import Decided, Key
 from ._cosma_problem import CosmaProblem
 
 __all__ = [
@@ -64,14 +66,24 @@ def dropped_of(of: CosmaProblem, gaps: GapProblem, decided: Decided) -> frozense
     return frozenset(dropped)
 
 
+def first_fetches(of: CosmaProblem, order: Sequence[int]) -> frozenset[Key]:
+    """Each source's version and the step of its first use."""
+    position = {op: step for step, op in enumerate(order)}
+    return frozenset(
+        (v, min(position[user] for user in version.users))
+        for v, version in enumerate(of.versions)
+        if version.creator is None
+    )
+
+
 def decided_of(of: CosmaProblem, order: tuple[int, ...], gaps: GapProblem, dropped: Collection[int]) -> Decided:
     """The order, and a retrieval at the end of every dropped gap and at each source's first use."""
-    retrieved = {(of.index[lt.buffer, 0], lt.positions[0]) for lt in gaps.lifetimes if lt.is_source}
     lifetimes = {lifetime.buffer: lifetime for lifetime in gaps.lifetimes}
+    fetched = set()
     for i in dropped:
         buffer, after = gaps.intervals[i].gap
-        retrieved.add((of.index[buffer, lifetimes[buffer].versions[after]], gaps.intervals[i].end))
-    return order, frozenset(retrieved)
+        fetched.add((of.index[buffer, lifetimes[buffer].versions[after]], gaps.intervals[i].end))
+    return order, first_fetches(of, order) | fetched
 
 
 def polished(gaps: GapProblem, dropped: Collection[int]) -> frozenset[int]:
@@ -98,7 +110,7 @@ def written_placed(
     found = written(plan, gaps, dropped)
     if heights is not None:
         stacked = restacked(found.plan, heights)
-        if verify(stacked).ok:
+        if verify(msgspec.structs.replace(stacked, passes=())).ok:  # what passes before claimed is decided again
             return Found(stacked, found.value, found.dropped)
     try:
         placed = _placed(found.plan, budget)

@@ -21,6 +21,7 @@ from ._cosma_solutions import (
     Found,
     decided_of,
     dropped_of,
+    first_fetches,
     heuristic,
     placed_heuristic,
     polished,
@@ -63,9 +64,10 @@ class Cosma:
       and may be fetched to another place right after it.
 
     Eq. 9 to 11 are added only when the optimum without them cannot be placed: as a relaxation its bound is valid for
-    both. With ``cuts``, what no order avoids (``_cosma_crossing``) is asked first and added to the joint model as a
-    floor; the published model has no such thing, and often a root bound of 0. A model too large for the time left is
-    not built: the start is returned, and the note says so. In deterministic mode the search is limited by nodes.
+    both. They know neither banks nor pinned offsets; placing does, so those cost the proof at most. With ``cuts``, what
+    no order avoids (``_cosma_crossing``) is asked first and added to the joint model as a floor; the published model
+    has no such thing, and often a root bound of 0. A model too large for the time left is not built: the start is
+    returned, and the note says so. In deterministic mode models are limited by their size, and the search by nodes.
     """
 
     mode: Literal["joint", "fixed", "peak"] = "joint"
@@ -81,7 +83,8 @@ class Cosma:
         """Decide.
 
         Raises:
-            Infeasible: an operator's working set alone exceeds the scratchpad (not in mode ``peak``).
+            Infeasible: an operator's working set alone exceeds the scratchpad, or what is pinned as resident does not
+                fit beside it in the plan's order (neither in mode ``peak``).
         """
         if self.mode == "peak":
             return _least_peak(self.name, plan, budget)
@@ -255,7 +258,7 @@ def _search_peak(
         proven = 0 if bound is None else min(found, of.unit * whole_units(bound, model.columns))
         budget.listen(Progress(name, time.monotonic() - begin, found, proven))
 
-    start = model.start(decided_of(of, plan.order, GapProblem.of(plan), ()))
+    start = model.start((plan.order, first_fetches(of, plan.order)))
     solution = _solved(model, start, budget, listen)
     decided = model.decided(solution.values) if solution.values else None
     candidates = [plan.order] if decided is None else [decided[0], plan.order]

@@ -11,7 +11,7 @@ import msgspec
 
 from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Plan, Run
-from ...errors import Infeasible
+from ...errors import Infeasible, OptionError
 from ..residency.emit import emit
 from ..residency.gaps import Gap, GapProblem, Lifetime
 from ..residency.workset import aligned_bytes, require_fit
@@ -46,15 +46,21 @@ class LinearAllocation:
         """Decide residency and addresses, in milliseconds whatever the budget.
 
         Raises:
+            OptionError: the scratchpad has banks, or the plan has pins: this allocator knows neither.
             Infeasible: as ``require_fit``; with ``give_up`` also where an operator's operands leave no gap for another.
         """
+        if plan.pins or plan.machine.scratchpad_memory.banks_bytes:
+            raise OptionError(
+                f"pass {self.name!r} knows neither pins nor banks, and the plan has {'pins' if plan.pins else 'banks'}",
+                hint="joint/cosma and the address passes honour them",
+            )
         require_fit(plan)
         gaps = GapProblem.of(plan)
         walk = _Walk(self, plan, gaps)
         for position, op in enumerate(plan.order):
             walk.run(position, op)
         dropped = {gaps.index[gap] for gap in walk.dropped}
-        note = f"{walk.fresh} operators laid out afresh: their operands were in the way" if walk.fresh else ""
+        note = f"layouts begun afresh because operands were in the way: {walk.fresh}" if walk.fresh else ""
         return Decision(_at(emit(plan, gaps, dropped), walk.offsets), gaps.certificate(dropped), note)
 
 

@@ -96,7 +96,7 @@ def assert_not_worse(name: str, before: Plan, after: Plan) -> None:
         case "order" if name not in TRAVERSALS:
             problem = OrderProblem.of(before)
             assert problem.spill_bytes(after.order) <= problem.spill_bytes(before.order)
-        case "residency":
+        case "residency" | "joint":
             baseline = run_pass(PASSES["residency/refetch"], before, Budget.of_seconds(SECONDS))
             assert verify(after).additional_bytes <= verify(baseline).additional_bytes
         case "latency":

@@ -7,6 +7,7 @@ from itertools import combinations
 
 from opweave.compiler.pipeline import Budget
 from opweave.compiler.plan import Plan
+from opweave.errors import Infeasible
 from opweave.passes.address.exact import ExactPlacement
 from opweave.passes.address.placement import PlacementError
 from opweave.passes.residency.emit import emit
@@ -87,21 +88,26 @@ def _subsets(buffers: frozenset[str]) -> list[frozenset[str]]:
     return [frozenset(chosen) for count in range(len(ordered) + 1) for chosen in combinations(ordered, count)]
 
 
-def least_placeable_traffic(plan: Plan, *, all_orders: bool = True) -> int:
+def least_placeable_traffic(plan: Plan, *, all_orders: bool = True, placed: bool = True) -> int:
     """Additional bytes of the best residency that has a placement, of any order or of the plan's own.
 
-    Tries all subsets of gaps of each order, the cheapest first, and asks ``address/exact`` for a placement.
+    Tries all subsets of gaps of each order, the cheapest first, and asks ``address/exact`` for a placement. Pins and
+    banks are honoured; without ``placed``, so far as bytes go.
     """
     best: int | None = None
     for order in topological_orders(plan) if all_orders else (plan.order,):
         ordered = plan.with_order(order)
-        problem = GapProblem.of(ordered)
+        try:
+            problem = GapProblem.of(ordered)
+        except Infeasible:  # what is pinned as resident does not fit in this order
+            continue
         every = range(len(problem.intervals))
         choices = [c for count in range(len(every) + 1) for c in combinations(every, count)]
         for dropped in sorted(choices, key=problem.additional_bytes):
             if best is not None and problem.additional_bytes(dropped) >= best:
                 break
-            if (problem.slack(dropped) >= 0).all() and _is_placeable(emit(ordered, problem, dropped)):
+            fits = bool((problem.slack(dropped) >= 0).all())
+            if fits and (not placed or _is_placeable(emit(ordered, problem, dropped))):
                 best = problem.additional_bytes(dropped)
     assert best is not None, "refetching everything is always placeable"
     return best

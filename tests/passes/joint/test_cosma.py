@@ -7,12 +7,12 @@ import threading
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.graph import Graph, Op, Role, Tensor
 from opweave.compiler.pipeline import Budget, Decision, Progress, confirm
-from opweave.compiler.plan import Certificate, Plan
+from opweave.compiler.plan import Certificate, Pin, Plan
 from opweave.compiler.verify import verify
 from opweave.errors import Infeasible
 from opweave.passes.joint._cosma_addresses import restacked
@@ -89,6 +89,32 @@ def test_with_addresses_the_optimum_is_over_what_can_be_placed(plan: Plan, fixed
     certificate = certified(decision)
     assert all(residence.offset is not None for residence in decision.plan.residences or ())
     assert certificate.value == certificate.bound == least_placeable_traffic(plan, all_orders=not fixed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowded_graphs(max_ops=5), st.integers(0, 40), st.data())
+def test_what_is_pinned_as_resident_never_leaves(graph: Graph, more_bytes: int, data: st.DataObject) -> None:
+    """The optimum is over orders and residencies that keep it; none better exists."""
+    touched = sorted({b for buffers in graph.touches for b in buffers})
+    pins = [Pin(name, resident=True) for name in data.draw(st.sets(st.sampled_from(touched), max_size=2))]
+    least = least_capacity(Plan.of_order(graph, machine(1, 1)))
+    plan = Plan.of_order(graph, machine(least + more_bytes, 1), pins=pins)
+    try:
+        decision = Cosma(addresses=False).apply(plan, budget())
+    except Infeasible:
+        assume(False)
+    certificate = certified(decision)
+    assert certificate.value == certificate.bound == least_placeable_traffic(plan, placed=False)
+
+
+def test_pinned_offsets_and_banks_are_honoured() -> None:
+    graph = all_graphs()["diamond"]
+    pinned = Plan.of_order(graph, machine(4096), pins=[Pin("a", offset=1024)])
+    decision = Cosma().apply(pinned, budget())
+    assert certified(decision).value == 0
+    assert {r.offset for r in decision.plan.residences or () if r.buffer == "a"} == {1024}
+    banked = Plan.of_order(graph, machine(1536).with_banks(1024, 512))
+    assert certified(Cosma().apply(banked, budget())).gap == 0
 
 
 def fragmented(operators: int, seed: int, more_bytes: int) -> Plan:
