@@ -11,12 +11,14 @@ import msgspec
 from ...compiler.pipeline import Budget, Progress, confirm, run_pass
 from ...compiler.plan import PassRecord, Plan
 from ...errors import Infeasible, OptionError
+from ..address.exact import ExactPlacement
 from ..latency.bound import latency_certificate
 from ..latency.issue import issue
 from ..latency.memory import Bytes
 from ..latency.prefetch import Prefetch
 from ..latency.transfers import TransferProblem, rebuilt, step_seconds
 from ..order.problem import OrderProblem
+from ..residency.ilp import IlpResidency
 from ..residency.least_cost import LeastCostResidency
 from ..residency.workset import aligned_bytes, least_capacity
 from .claims import for_another_order, for_the_full_capacity, restated
@@ -69,6 +71,7 @@ class _Search:
         self.budget = budget
         self.first = self.values = measured(plan, objectives)
         self.floors = floors(plan, objectives)
+        self.capacity_bytes: int | None = None  # that the best plan was made for, when it is not the machine's
 
     def halted(self) -> bool:
         """Whether to end: nothing is left to gain, told to stop, or out of time where clocks may decide."""
@@ -95,7 +98,9 @@ class _Search:
             middle = low + 1 if probe == 0 else aligned_bytes((low + high) // 2, alignment)
             if self.halted() or not low < middle <= min(high, machine.scratchpad_memory.capacity_bytes):
                 return
-            if not self.offer(self._planned(self.best.order, self.budget.share(1 / (PROBES - probe + 2)), middle)):
+            if self.offer(self._planned(self.best.order, self.budget.share(1 / (PROBES - probe + 2)), middle)):
+                self.capacity_bytes = middle
+            else:
                 low = middle
 
     def reorder(self) -> None:
@@ -106,7 +111,7 @@ class _Search:
         fruitless = 0
         while fruitless < ROUNDS and not self.halted():
             order = self._screened(draw)
-            better = order is not None and self.offer(self._planned(order, self.budget.share(0.3)))
+            better = order is not None and self.offer(self._planned(order, self.budget.share(0.3), self.capacity_bytes))
             fruitless = 0 if better else fruitless + 1
 
     def offer(self, plan: Plan | None) -> bool:
@@ -118,25 +123,33 @@ class _Search:
         self.budget.listen(Progress(NAME, time.monotonic() - self.begin, values[0], self.floors[0]))
         return True
 
-    def _planned(self, order: Sequence[int], budget: Budget, capacity_bytes: int | None = None) -> Plan | None:
+    def _planned(self, order: Sequence[int], budget: Budget, capacity_bytes: int | None) -> Plan | None:
         """The best plan of ``order``, for a scratchpad of ``capacity_bytes`` if given; ``None`` when nothing fits."""
         base = self.given if tuple(order) == self.given.order else for_another_order(self.given)
-        machine = self.given.machine if capacity_bytes is None else self.given.machine.with_scratchpad(capacity_bytes)
-        ordered = msgspec.structs.replace(base.with_order(order), machine=machine)
+        ordered = base.with_order(order)
         try:
-            found = self.replan(ordered, budget)
+            if capacity_bytes is None:
+                found = self.replan(ordered, budget)
+            elif Objective.ARENA in self.objectives:
+                small = self.given.machine.with_scratchpad(capacity_bytes)
+                found = self.replan(msgspec.structs.replace(ordered, machine=small), budget)
+                found = for_the_full_capacity(msgspec.structs.replace(found, machine=self.given.machine), base)
+            else:  # few bytes at a time, wherever they lie
+                reserve = self.given.machine.scratchpad_memory.capacity_bytes - capacity_bytes
+                resident = run_pass(IlpResidency(reserve_bytes=reserve), ordered, budget.share(0.6))
+                found = run_pass(ExactPlacement(), resident, budget)
         except Infeasible:
             return None
-        if Objective.LATENCY in self.objectives:
-            faster = run_pass(Prefetch(), found, budget)
-            found = min(found, faster, key=lambda p: measured(p, self.objectives))
-        if capacity_bytes is None:
+        if Objective.LATENCY not in self.objectives:
             return found
-        return for_the_full_capacity(msgspec.structs.replace(found, machine=self.given.machine), base)
+        return min(found, run_pass(Prefetch(), found, budget), key=lambda p: measured(p, self.objectives))
 
     def _screened(self, draw: random.Random) -> list[int] | None:
         """An order whose estimate is smaller than that of the best plan's order, by descent over neighbours."""
-        problem = OrderProblem.of(self.best)
+        machine = self.given.machine
+        if self.capacity_bytes is not None:
+            machine = machine.with_scratchpad(self.capacity_bytes)
+        problem = OrderProblem.of(msgspec.structs.replace(self.best, machine=machine))
         order = list(self.best.order)
         estimate = start = self._estimate(problem, order)
         cost = len(order) * (SLOWER if Objective.LATENCY in self.objectives else 1)
