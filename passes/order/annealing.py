@@ -1,4 +1,8 @@
-"""Simulated annealing on an order of blocks, compiled by numba: two neighbouring stretches of blocks change places."""
+"""Simulated annealing on an order of blocks, compiled by numba.
+
+A move changes a short stretch of the sequence: two neighbouring parts of it change places where no dependency
+forbids that, or its last block moves to its front with all it depends on, or its first to its end likewise.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from .walk import compiled, place, walk
 
 __all__ = ["anneal"]
 
+EXCHANGES = 0.25  # share of moves that exchange two stretches; others move a block with what it hangs on
+LONGEST_PULL = 64  # blocks that the latter move by, at most
 LONGEST = 24  # blocks of the stretch that is picked; the one it changes places with may be longer
 AIMED = 0.7  # share of moves that begin where something is evicted or used again
 FURTHEST_MOVE = 512  # blocks that a stretch may move by
@@ -32,12 +38,53 @@ def _random(seed: NDArray[np.uint64]) -> Any:
 
 
 @compiled
-def _rotate(track: Track, begin: int, middle: int, end: int, scratch: Integers) -> None:
-    """Exchange the stretches ``begin`` to ``middle`` and ``middle`` to ``end`` of the sequence."""
-    for k in range(begin, end):
-        scratch[k - begin] = track.sequence[k]
-    for k in range(begin, end):
-        track.sequence[k] = scratch[(k - begin + middle - begin) % (end - begin)]
+def _rotate(track: Track, begin: int, middle: int, end: int, before: Integers) -> None:
+    """Exchange the stretches ``begin`` to ``middle`` and ``middle`` to ``end``, which was ``before``."""
+    for k in range(end - begin):
+        track.sequence[begin + k] = before[(k + middle - begin) % (end - begin)]
+
+
+@compiled
+def _pull(arrays: Arrays, track: Track, begin: int, end: int, before: Integers, chosen: NDArray[np.bool_]) -> None:
+    """Move the last block of ``begin`` to ``end``, and what it depends on there, to the front of that stretch."""
+    front = 0
+    for i in range(end - 1, begin - 1, -1):
+        block = before[i - begin]
+        chosen[block] = i == end - 1
+        for k in range(arrays.after_begin[block], arrays.after_begin[block + 1]):
+            after = arrays.after[k]
+            if i < track.rank[after] < end and chosen[after]:
+                chosen[block] = True
+        front += chosen[block]
+    _part(track, begin, end, before, chosen, front)
+
+
+@compiled
+def _push(arrays: Arrays, track: Track, begin: int, end: int, before: Integers, chosen: NDArray[np.bool_]) -> None:
+    """Move the first block of ``begin`` to ``end``, and what depends on it there, to the end of that stretch."""
+    front = 0
+    for i in range(begin, end):
+        block = before[i - begin]
+        chosen[block] = i != begin
+        for k in range(arrays.before_begin[block], arrays.before_begin[block + 1]):
+            earlier = arrays.before[k]
+            if begin <= track.rank[earlier] < i and not chosen[earlier]:
+                chosen[block] = False
+        front += chosen[block]
+    _part(track, begin, end, before, chosen, front)
+
+
+@compiled
+def _part(track: Track, begin: int, end: int, before: Integers, chosen: NDArray[np.bool_], front: int) -> None:
+    """The ``front`` blocks that are ``chosen`` first, then the others, both in the order they had."""
+    first, second = begin, begin + front
+    for k in range(end - begin):
+        if chosen[before[k]]:
+            track.sequence[first] = before[k]
+            first += 1
+        else:
+            track.sequence[second] = before[k]
+            second += 1
 
 
 @compiled
@@ -94,7 +141,7 @@ def _aim(arrays: Arrays, track: Track, events: Integers, count: int, seed: NDArr
 
 
 @compiled
-def _propose(arrays: Arrays, track: Track, begin: int, seed: NDArray[np.uint64]) -> Any:
+def _exchange(arrays: Arrays, track: Track, begin: int, seed: NDArray[np.uint64]) -> Any:
     """Bounds of two neighbouring stretches that may change places, one of them beginning at ``begin``.
 
     First index, index of the second stretch, index behind it; the first two are equal where nothing can move.
@@ -106,6 +153,33 @@ def _propose(arrays: Arrays, track: Track, begin: int, seed: NDArray[np.uint64])
         return begin - min(span, 1 + int(span * _random(seed) ** 2)), begin, end
     span = min(FURTHEST_MOVE, _latest(arrays, track, begin, end) - end)
     return begin, (end if span else begin), end + min(span, 1 + int(span * _random(seed) ** 2))
+
+
+@compiled
+def _change(
+    arrays: Arrays, track: Track, at: int, seed: NDArray[np.uint64], before: Integers, chosen: NDArray[np.bool_]
+) -> Any:
+    """Rearrange blocks near index ``at``; bounds of the stretch, which ends in ``before`` as it was."""
+    blocks = len(track.sequence)
+    kind = _random(seed)
+    reach = 1 + int(math.exp(_random(seed) * math.log(float(LONGEST_PULL))))
+    if kind < EXCHANGES:
+        first, middle, last = _exchange(arrays, track, at, seed)
+        if first == middle:
+            last = first
+    elif kind < (1.0 + EXCHANGES) / 2.0:
+        first, last = max(0, at - reach), at + 1
+    else:
+        first, last = at, min(blocks, at + 1 + reach)
+    for k in range(first, last):
+        before[k - first] = track.sequence[k]
+    if kind < EXCHANGES:
+        _rotate(track, first, middle, last, before)
+    elif kind < (1.0 + EXCHANGES) / 2.0:
+        _pull(arrays, track, first, last, before, chosen)
+    else:
+        _push(arrays, track, first, last, before, chosen)
+    return first, last
 
 
 @compiled
@@ -126,24 +200,25 @@ def anneal(
     both are replaced by what is better. The search ends early at a cost of ``control[1]`` or less.
     """
     operators = len(track.order)
-    scratch = np.empty(len(track.sequence), np.int64)
+    before = np.empty(len(track.sequence), np.int64)
+    chosen = np.zeros(len(track.sequence), np.bool_)
     events = np.empty(operators, np.int64)
     count = _evictions(track, events)
     accepted = 0
     for move in range(moves):
         if control[0] <= control[1]:
             break
-        first, middle, last = _propose(arrays, track, _aim(arrays, track, events, count, seed), seed)
-        if first == middle:
+        at = _aim(arrays, track, events, count, seed)
+        first, last = _change(arrays, track, at, seed, before, chosen)
+        if first == last:
             continue
         limit = track.total[0] - hot * (cold / hot) ** (move / moves) * math.log(1.0 - _random(seed))
-        _rotate(track, first, middle, last, scratch)
         place(arrays, track, first, last)
         begin, end = max(0, track.start[first] - int(LOOK_BACK * _random(seed))), track.start[last]
         for record in (False, True):
             cost = walk(arrays, track, begin, end, rule, record)
             if cost > limit:
-                _rotate(track, first, first + last - middle, last, scratch)
+                track.sequence[first:last] = before[: last - first]
                 place(arrays, track, first, last)
                 break
             accepted += record

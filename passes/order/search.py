@@ -12,7 +12,7 @@ import numpy as np
 from ...compiler.pipeline import Budget
 from .clusters import clusters
 from .problem import OrderProblem
-from .track import Arrays, Track
+from .track import Arrays, Integers, Track
 
 __all__ = ["Found", "search_orders"]
 
@@ -83,6 +83,7 @@ class _Search:
         self._arrays = Arrays.of(problem, blocks)
         self._track = Track.of(self._arrays, SLOTS)
         self._random = np.random.default_rng(seed).integers(1, 1 << 63, 1, dtype=np.uint64)
+        self._keys = np.random.default_rng(seed).integers(1, 1 << 63, len(blocks))
         self._best = np.arange(len(blocks))
         self._control = np.array([1 << 60, 0])
 
@@ -149,6 +150,30 @@ class _Search:
             self.move(MOVES_AT_ONCE, hot, cold, rule)
             if self.spill < before:
                 yield
+        if self._join(rule):
+            yield
+
+    def _join(self, rule: int) -> bool:
+        """Take from the track's sequence the stretches in which it is better than the best; whether that helped.
+
+        A stretch lies between two places up to which both have run the same blocks. What a stretch costs depends a
+        little on what is resident when it begins, so the result is walked before it counts.
+        """
+        other, theirs = self._track.sequence.copy(), self._moved()
+        if self._control[0] == self._track.total[0]:
+            return False
+        best = self._best.copy()
+        self.begin(best.tolist(), rule)
+        mine = self._moved()
+        done = (np.bitwise_xor.accumulate(self._keys[sequence]) for sequence in (best, other))
+        (cuts,) = np.nonzero(np.equal(*done))
+        begins = np.concatenate(([0], cuts[:-1] + 1))
+        better = np.add.reduceat(theirs, begins) < np.add.reduceat(mine, begins)
+        return self.begin(np.where(np.repeat(better, np.diff(cuts, prepend=-1)), other, best).tolist(), rule)
+
+    def _moved(self) -> Integers:
+        """Bytes that evictions move before the operators of each block of the track's sequence."""
+        return np.add.reduceat(self._track.moved, self._track.start[:-1])
 
     def move(self, moves: int, hot: float, cold: float, rule: int) -> None:
         """Try ``moves`` moves on the track while the temperature falls."""
