@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ...compiler.pipeline import Budget, Decision, Progress
@@ -18,6 +18,8 @@ from .repair import fit_by_repair
 
 __all__ = ["ExactPlacement"]
 
+FIRST_QUESTION_SECONDS = 0.5  # of the first round of minimising
+
 
 @dataclass(frozen=True)
 class ExactPlacement:
@@ -28,9 +30,10 @@ class ExactPlacement:
     best fit solves is done; every other is asked of CP-SAT and of a search for canonical placements in turn, then of
     CP-SAT around what ends too high, in windows of steps that grow to the whole part (``repair.fit_by_repair``,
     ``no_overlap.fit_by_constraints``, ``restarts.fit_by_search``).
-    Minimising asks for capacities by bisection between the bytes of the fullest step and the best arena so far.
+    Minimising asks for capacities by bisection between the bytes of the fullest step and the best arena so far, in
+    rounds of ever longer questions: what is easy to answer is answered first, wherever it lies.
 
-    ``effort`` is the limit of each question in CP-SAT's deterministic seconds, used in deterministic mode only.
+    ``effort`` is the limit of a question in CP-SAT's deterministic seconds, used in deterministic mode only.
     """
 
     minimize: bool = False
@@ -92,7 +95,7 @@ class _Search:
 
     def fit(self, items: list[int]) -> None:
         """Place a component within the machine's capacity. Raises PlacementError."""
-        answer, window = self._ask(items, self.packing.capacity)
+        answer, window = self._ask(items, self.packing.capacity, self._seconds(1.0))
         if answer.verdict is Verdict.PLACED:
             self._keep(items, answer.offsets)
             self._tell()
@@ -103,7 +106,8 @@ class _Search:
         conflict = reduced(self.packing, window, self.budget, seconds=self._seconds(0.3))
         raise no_placement(self.packing, conflict, proven=True, required_bytes=arena)
 
-    def _ask(self, items: list[int], capacity: int) -> tuple[Answer, list[int]]:
+    def _ask(self, items: list[int], capacity: int, limit: float) -> tuple[Answer, list[int]]:
+        """Whether ``items`` fit ``capacity``, in ``limit`` seconds or a little more."""
         offsets = [self.offsets[i] for i in items]
         return fit_by_repair(
             self.packing,
@@ -111,7 +115,7 @@ class _Search:
             offsets,
             capacity,
             self.budget,
-            seconds=lambda complete: self._seconds(0.9 if complete else 0.12),
+            seconds=lambda complete: (0.9 if complete else 0.12) * min(limit, self._seconds(1.0)),
         )
 
     def minimize(self) -> None:
@@ -129,24 +133,40 @@ class _Search:
         """Search capacities from ``low`` to the component's arena: its bound proven, and whether a search proved it.
 
         There is no use in less than ``low``. The first question is ``low`` itself, which often holds. Questions that
-        time left open count as too small for where to look next, never for what is proven.
+        time left open count as too small for where to look next in their round, never for what is proven.
         """
         grain = self.packing.grain(items)
         least = max(self.packing.fullest_step(items)[0], self.packing.least_end(items))
         proven = -(-least // grain) * grain
-        asked = middle = max(proven, -(-low // grain) * grain)
+        first = max(proven, -(-low // grain) * grain)
         by_search = False
-        while asked < self._arena(items) and not self._halted():
-            answer, _ = self._ask(items, middle)
-            if answer.verdict is Verdict.PLACED:
-                self._keep(items, answer.offsets)
-                self._tell()
-            else:
-                asked = middle + grain
-                if answer.verdict is Verdict.IMPOSSIBLE:
-                    proven, by_search = asked, True
-            middle = (asked + self._arena(items)) // 2 // grain * grain
+        for limit in self._limits():
+            asked = middle = first
+            near = (self._arena(items) - first) // 8  # closer to the arena only if longer questions gain nothing
+            while asked < self._arena(items) - near and not self._halted():
+                answer, _ = self._ask(items, middle, limit)
+                if answer.verdict is Verdict.PLACED:
+                    self._keep(items, answer.offsets)
+                    self._tell()
+                else:
+                    asked = middle + grain
+                    if answer.verdict is Verdict.IMPOSSIBLE:
+                        first = proven = asked
+                        by_search = True
+                middle = (asked + self._arena(items)) // 2 // grain * grain
+            if first >= self._arena(items) or self._halted():
+                break
         return proven, by_search
+
+    def _limits(self) -> Iterator[float]:
+        """Seconds for each question of a round, round by round."""
+        if self.budget.deterministic:
+            yield from (self.options.effort / divisor for divisor in (16, 4, 1))
+            return
+        limit = FIRST_QUESTION_SECONDS
+        while True:
+            yield limit
+            limit *= 2
 
     def _halted(self) -> bool:
         return self.budget.stop.is_set() if self.budget.deterministic else self.budget.remaining_s <= 0

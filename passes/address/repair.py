@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Protocol
 
 from ...compiler.pipeline import Budget
-from .no_overlap import Answer, Verdict, fit_by_constraints
+from .no_overlap import POLL_S, Answer, Verdict, fit_by_constraints
 from .packing import Packing
 
-__all__ = ["fit_by_repair"]
+__all__ = ["Ask", "fit_by_repair", "race"]
 
 SMALLEST_WINDOW = 8  # distinct first steps
+FIRST_SECONDS = 0.5  # what importing the search for canonical placements takes anyway
+
+
+class Ask(Protocol):
+    """A way to place items within a capacity."""
+
+    def __call__(
+        self, packing: Packing, items: Sequence[int], capacity: int, budget: Budget, *, seconds: float
+    ) -> Answer:
+        """Place ``items`` within ``capacity`` bytes, or say that it is impossible."""
 
 
 def fit_by_repair(
@@ -24,8 +38,9 @@ def fit_by_repair(
 ) -> tuple[Answer, list[int]]:
     """Place a component ``items``, now at ``offsets`` (units), within ``capacity`` bytes.
 
-    The whole is asked of CP-SAT and of the search for canonical placements, in turn and briefly at first: what takes
-    one of them long is often quick for the other. Then, around the first item that ends too high, a window of steps is
+    The whole is asked of CP-SAT and of the search for canonical placements: what takes one of them long is often quick
+    for the other. With two workers both run at once, and the first to know is heard; with one, or where time must not
+    decide, they take turns. Then, around the first item that ends too high, a window of steps is
     cleared and its items are placed anew between those that stay; while that fails, the window grows, in the end to
     the whole component, which makes the method complete. Items of one window that cannot be placed even by themselves
     prove that nothing can.
@@ -38,18 +53,9 @@ def fit_by_repair(
     first_steps = sorted({packing.begins[i] for i in items})
     window = SMALLEST_WINDOW
     if len(first_steps) > 4 * window:
-        from .restarts import fit_by_search  # only hard placements pay for importing numba
-
-        brief = seconds(False)
-        for ask, limit in (
-            (fit_by_constraints, brief / 4),
-            (fit_by_search, brief / 2),
-            (fit_by_constraints, brief),
-            (fit_by_search, seconds(True) / 2),
-        ):
-            whole = ask(packing, items, capacity, budget, seconds=limit)
-            if whole.verdict is not Verdict.UNKNOWN:
-                return whole, list(items)
+        whole = _ask_both(packing, items, capacity, budget, seconds=seconds)
+        if whole.verdict is not Verdict.UNKNOWN:
+            return whole, list(items)
     while high := [i for i in items if not packing.lies_within(i, place[i], capacity)]:
         cleared = _cleared(packing, items, first_steps, high[0], window)
         complete = len(cleared) == len(items)
@@ -71,6 +77,42 @@ def fit_by_repair(
         else:
             window *= 2
     return Answer(Verdict.PLACED, tuple(place[i] for i in items)), []
+
+
+def _ask_both(
+    packing: Packing, items: Sequence[int], capacity: int, budget: Budget, *, seconds: Callable[[bool], float]
+) -> Answer:
+    """The answer of CP-SAT or the search for canonical placements; what takes CP-SAT a moment needs no numba."""
+    brief = seconds(False)
+    answer = fit_by_constraints(packing, items, capacity, budget, seconds=min(FIRST_SECONDS, brief / 4))
+    if answer.verdict is not Verdict.UNKNOWN:
+        return answer
+    from .restarts import fit_by_search  # only hard placements pay for importing numba
+
+    if budget.workers > 1 and not budget.deterministic:
+        return race((fit_by_constraints, fit_by_search), packing, items, capacity, budget, seconds=seconds(True) / 2)
+    for ask, limit in ((fit_by_search, brief / 2), (fit_by_constraints, brief), (fit_by_search, seconds(True) / 2)):
+        answer = ask(packing, items, capacity, budget, seconds=limit)
+        if answer.verdict is not Verdict.UNKNOWN:
+            return answer
+    return answer
+
+
+def race(
+    asked: Sequence[Ask], packing: Packing, items: Sequence[int], capacity: int, budget: Budget, *, seconds: float
+) -> Answer:
+    """The first verdict of those ``asked``, each on a worker of its own; the others are stopped."""
+    alone = replace(budget, workers=1, stop=threading.Event())
+    with ThreadPoolExecutor(len(asked)) as threads:
+        running = {threads.submit(ask, packing, items, capacity, alone, seconds=seconds) for ask in asked}
+        decided = Answer(Verdict.UNKNOWN)
+        try:
+            while running and decided.verdict is Verdict.UNKNOWN and not budget.stop.is_set():
+                done, running = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                decided = next((a for a in (f.result() for f in done) if a.verdict is not Verdict.UNKNOWN), decided)
+        finally:
+            alone.stop.set()
+        return decided
 
 
 def _cleared(packing: Packing, items: Sequence[int], first_steps: Sequence[int], centre: int, window: int) -> list[int]:
