@@ -58,7 +58,9 @@ class Relaxation(msgspec.Struct, frozen=True):
     """What giving way in one respect would save, everything else unchanged.
 
     ``saved_bytes`` was found by planning again without addresses (``None``: nothing was planned), ``limit_bytes`` is
-    proven: nothing saves more. Of an infeasible model, what is saved is bytes of the shortage.
+    proven: none of the plans that were searched saves more. Those are all residencies of the order, for ``recompute``
+    what ``residency/recompute`` ranges over, for ``order`` everything. Of an infeasible model, what is saved is bytes
+    of the shortage.
     """
 
     kind: RelaxationKind

@@ -109,7 +109,9 @@ def relaxed_cover(sizes: Integers, costs: Integers, need: int) -> int:
     last = order[int(np.searchsorted(np.cumsum(size[order]), need))]  # the item with which there is enough
     # Its price by the byte is a dual solution. Any is, so that the bound holds though the order is one of floats.
     p, s = int(price[last]), int(size[last])
-    excess = sum(max(0, p * int(item) - s * int(c)) for item, c in zip(size, price, strict=True))
+    largest = max(p, s, 1) * int(max(size.max(), price.max()))
+    exact = (size, price) if largest * len(size) < 2**62 else (size.astype(object), price.astype(object))
+    excess = int(np.maximum(p * exact[0] - s * exact[1], 0).sum())
     return cost + max(0, -((excess - p * need) // s))
 
 

@@ -58,6 +58,8 @@ def test_least_cover_is_the_least_and_its_relaxation_is_below(
     least = min(sum(costs[i] for i in chosen) for chosen in choices if sum(sizes[i] for i in chosen) >= need)
     assert least_cover(sizes, costs, need) == least
     assert relaxed_cover(sizes, costs, need) <= least
+    huge = 2**45  # products beyond 64 bits
+    assert relaxed_cover(sizes * huge, costs * huge, need * huge) <= least * huge
 
 
 @settings(max_examples=60, deadline=None)
