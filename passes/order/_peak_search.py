@@ -5,26 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from ...compiler.pipeline import Budget, Progress
 from . import _reach as reach
+from ._peak_arrays import COUNT, EXPANDED, LAST, NEVER, STACKED, Overwrites, graph_of, reached_of, scratch_of
 from .problem import OrderProblem
 
 __all__ = ["LeastPeak", "Overwrites", "aligned_peak", "least_peak_order", "plain_bound"]
-
-#: For each operator, the buffers whose place its result may take if it is the last to use them; of equal size.
-Overwrites = Sequence[Sequence[int]]
 
 EFFORT = 200_000  # down-sets expanded in deterministic mode
 INTERPRETED = 5_000  # operators times expansions, from each end, before machine code is worth its import
 SLICE = 500  # expansions of the first compiled round, doubled every round
 LONGEST_PROBE = 1 << 20  # expansions
 POLL = 2_000_000  # operators times expansions between two looks at the clock
-STATE_BYTES = 1 << 28  # memory for the down-sets of one end
+MEMORY_BYTES = 1 << 28  # for the down-sets of one end
 PROBES = (1.0, 0.5, 0.75)  # where between bound and peak probes are made, in turn
 
 
@@ -176,27 +173,17 @@ class _End:
     """Down-sets reached within ``capacity`` from the first operators on or, ``backward``, from the last ones."""
 
     def __init__(self, problem: OrderProblem, overwrites: Overwrites, *, backward: bool) -> None:
-        count = len(problem.predecessors)
         self.capacity = 0
         self.full = False
         self._backward = backward
-        self._graph = _graph_of(problem, overwrites, backward=backward)
-        words = -(-count // reach.BITS)
-        self._reached = _room(words, min(STATE_BYTES // (8 * words + 150), 1 << min(count, 40)), count)
-        self._scratch = reach.Scratch(
-            left=np.zeros(len(problem.users), np.int64),
-            waiting=np.zeros(count, np.int64),
-            ready=np.zeros(count, np.int64),
-            fresh=np.zeros(count, np.int64),
-            trace=np.zeros(count, np.int64),
-            word=np.zeros(words, np.int64),
-            children=np.zeros(count, np.int64),
-        )
+        self._graph = graph_of(problem, overwrites, backward=backward)
+        self._reached = reached_of(self._graph, MEMORY_BYTES)
+        self._scratch = scratch_of(self._graph)
 
     @property
     def expanded(self) -> int:
         """Down-sets expanded so far."""
-        return int(self._reached.counters[reach.EXPANDED])
+        return int(self._reached.counters[EXPANDED])
 
     def raise_to(self, capacity: int) -> None:
         """Explore within ``capacity`` from now on: what it opens goes back to the stack."""
@@ -204,16 +191,16 @@ class _End:
             return
         self.capacity = capacity
         r = self._reached
-        opened = np.nonzero(r.blocked[: r.counters[reach.COUNT]] <= capacity)[0]
-        r.blocked[opened] = reach.NEVER
-        stacked = int(r.counters[reach.STACKED])
+        opened = np.nonzero(r.blocked[: r.counters[COUNT]] <= capacity)[0]
+        r.blocked[opened] = NEVER
+        stacked = int(r.counters[STACKED])
         r.stack[stacked : stacked + len(opened)] = opened
-        r.counters[reach.STACKED] += len(opened)
+        r.counters[STACKED] += len(opened)
 
     def next_capacity(self) -> int:
         """Least capacity at which there is more to reach, once everything within this one has been."""
         r = self._reached
-        return int(r.blocked[: r.counters[reach.COUNT]].min())
+        return int(r.blocked[: r.counters[COUNT]].min())
 
     def explore(self, expansions: int, *, compiled: bool) -> int:
         """Go on, for at most so many ``expansions``; returns what ``reach.explore`` does."""
@@ -225,53 +212,9 @@ class _End:
     def order(self) -> tuple[int, ...]:
         """The operators as they ran up to the last down-set."""
         r = self._reached
-        state = int(r.counters[reach.LAST])
+        state = int(r.counters[LAST])
         order: list[int] = []
         while state > 0:
             order += r.log[r.log_start[state] : r.log_stop[state]].tolist()[::-1]
             state = int(r.parent[state])
         return tuple(order if self._backward else reversed(order))
-
-
-def _graph_of(problem: OrderProblem, overwrites: Overwrites, *, backward: bool) -> reach.Graph:
-    before, after = problem.predecessors, problem.successors
-    if backward:
-        before, after = after, before
-    keys = np.random.default_rng(0).integers(0, reach.NEVER, len(before))  # to hash with, nothing depends on them
-    return reach.Graph(
-        *_rows(problem.touches),
-        np.array([len(others) for others in before], np.int64),
-        *_rows(after),
-        *_rows(overwrites),
-        np.array(problem.footprint, np.int64),
-        np.array([len(users) for users in problem.users], np.int64),
-        keys,
-        int(backward),
-    )
-
-
-def _rows(lists: Sequence[Sequence[int]]) -> tuple[reach.Integers, reach.Integers]:
-    """Where each list starts, and all of them one after the other."""
-    starts = np.array([0, *accumulate(map(len, lists))], np.int64)
-    return starts, np.array([item for items in lists for item in items], np.int64)
-
-
-def _room(words: int, states: int, count: int) -> reach.Reached:
-    """Empty room for so many down-sets, the empty one on the stack; memory is taken as it is used."""
-    reached = reach.Reached(
-        bits=np.zeros((states, words), np.int64),
-        hashed=np.zeros(states, np.int64),
-        live=np.zeros(states, np.int64),
-        blocked=np.zeros(states, np.int64),
-        parent=np.zeros(states, np.int64),
-        log_start=np.zeros(states, np.int64),
-        log_stop=np.zeros(states, np.int64),
-        log=np.zeros(count + 8 * states, np.int64),
-        table=np.zeros(2 << states.bit_length(), np.int64),
-        stack=np.zeros(states, np.int64),
-        counters=np.zeros(5, np.int64),
-    )
-    reached.blocked[0] = reach.NEVER
-    reached.table[0] = 1
-    reached.counters[reach.COUNT] = reached.counters[reach.STACKED] = 1
-    return reached

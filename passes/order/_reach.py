@@ -11,91 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = [
-    "CAPACITY_TOO_SMALL",
-    "COUNT",
-    "EXPANDED",
-    "FOUND",
-    "FULL",
-    "LAST",
-    "LOGGED",
-    "NEVER",
-    "STACKED",
-    "UNFINISHED",
-    "Graph",
-    "Reached",
-    "Scratch",
-    "compiled",
-    "explore",
-    "is_compiled",
-]
+from ._peak_arrays import BITS, COUNT, EXPANDED, LAST, LOGGED, NEVER, STACKED, Graph, Reached, Scratch
 
-BITS = 63  # operators in one word: shifts stay positive
-NEVER = 1 << 62
+__all__ = ["CAPACITY_TOO_SMALL", "FOUND", "FULL", "UNFINISHED", "compiled", "explore", "is_compiled"]
+
 FOUND, CAPACITY_TOO_SMALL, UNFINISHED, FULL = range(4)
-COUNT, LOGGED, STACKED, LAST, EXPANDED = range(5)  # of Reached.counters
-
-Integers = NDArray[np.int64]
-
-
-class Graph(NamedTuple):
-    """What is searched, by operator or by buffer; ``start`` arrays delimit the ranges of the array named after them.
-
-    ``after`` are an operator's successors and ``before`` counts its predecessors. ``overwritten`` are buffers whose
-    place an operator's result may take when the operator is the last to use them. ``backward`` is 1 where arrows and
-    time are turned around: an operator is then the last to use what it is the first to touch.
-    """
-
-    touch_start: Integers
-    touched: Integers
-    before: Integers
-    after_start: Integers
-    after: Integers
-    overwrite_start: Integers
-    overwritten: Integers
-    size: Integers
-    users: Integers
-    key: Integers
-    backward: int
-
-
-class Reached(NamedTuple):
-    """The down-sets reached, by number; number 0 is the empty one.
-
-    ``bits`` are their operators and ``hashed`` the exclusive or of the operators' keys; ``live`` bytes are live after
-    them; ``blocked`` is the least capacity at which one more continuation opens. ``parent`` is the down-set each was
-    reached from, by running ``log[log_start:log_stop]``. ``table`` finds numbers by hash and holds them plus 1;
-    ``stack`` are those still to be expanded. ``counters`` are indexed by ``COUNT`` to ``EXPANDED``.
-    """
-
-    bits: Integers
-    hashed: Integers
-    live: Integers
-    blocked: Integers
-    parent: Integers
-    log_start: Integers
-    log_stop: Integers
-    log: Integers
-    table: Integers
-    stack: Integers
-    counters: Integers
-
-
-class Scratch(NamedTuple):
-    """Room to work in: users left by buffer; predecessors left by operator, -1 once it ran; lists of operators."""
-
-    left: Integers
-    waiting: Integers
-    ready: Integers
-    fresh: Integers
-    trace: Integers
-    word: Integers
-    children: Integers
 
 
 def run(g: Graph, w: Scratch, op: int, live: int) -> tuple[int, int]:
@@ -117,7 +41,7 @@ def run(g: Graph, w: Scratch, op: int, live: int) -> tuple[int, int]:
             live -= g.size[b]
     for k in range(g.after_start[op], g.after_start[op + 1]):
         w.waiting[g.after[k]] -= 1
-    w.waiting[op] = -1
+    w.waiting[op] -= 1
     return during, live
 
 
@@ -127,7 +51,7 @@ def undo(g: Graph, w: Scratch, op: int) -> None:
         w.left[g.touched[k]] += 1
     for k in range(g.after_start[op], g.after_start[op + 1]):
         w.waiting[g.after[k]] += 1
-    w.waiting[op] = 0
+    w.waiting[op] += 1
 
 
 def chain(g: Graph, w: Scratch, op: int, live: int, capacity: int, traced: int) -> tuple[int, int]:
@@ -188,26 +112,44 @@ def open_after(g: Graph, w: Scratch, op: int, ready: int) -> int:
     return ready
 
 
-def restore(g: Graph, r: Reached, w: Scratch, state: int) -> int:
-    """Set up ``left``, ``waiting`` and ``ready`` as they are after down-set ``state``; returns how many are ready."""
-    w.left[:] = g.users
-    w.waiting[:] = g.before
-    for index in range(r.bits.shape[1]):
-        op, word = index * BITS, r.bits[state, index]
+def move(g: Graph, r: Reached, w: Scratch, state: int) -> None:
+    """Make ``w`` describe down-set ``state``: what it and the present one differ in is run or taken back."""
+    changed = 0
+    for index in range(len(w.here)):
+        op, word = index * BITS, w.here[index] ^ r.bits[state, index]
+        ran_now = r.bits[state, index]
+        w.here[index] = ran_now
         while word != 0:
             if word & 1:
+                sign = 1 if ran_now & 1 else -1
                 for k in range(g.touch_start[op], g.touch_start[op + 1]):
-                    w.left[g.touched[k]] -= 1
+                    w.left[g.touched[k]] -= sign
                 for k in range(g.after_start[op], g.after_start[op + 1]):
-                    w.waiting[g.after[k]] -= 1
-                w.waiting[op] = -1
-            op, word = op + 1, word >> 1
-    ready = 0
-    for op in range(len(g.before)):
-        if w.waiting[op] == 0:
-            w.ready[ready] = op
-            ready += 1
-    return ready
+                    w.waiting[g.after[k]] -= sign
+                w.waiting[op] -= sign
+                w.trace[changed] = op
+                changed += 1
+            op, word, ran_now = op + 1, word >> 1, ran_now >> 1
+    for position in range(changed):
+        op = w.trace[position]
+        list_if_ready(w, op)
+        for k in range(g.after_start[op], g.after_start[op + 1]):
+            list_if_ready(w, g.after[k])
+
+
+def list_if_ready(w: Scratch, op: int) -> None:
+    """Put ``op`` into the list of those that are ready, or take it out."""
+    is_ready, place, count = w.waiting[op] == 0, w.place[op], w.counts[0]
+    if is_ready and place < 0:
+        w.ready[count] = op
+        w.place[op] = count
+        w.counts[0] = count + 1
+    elif not is_ready and place >= 0:
+        last = w.ready[count - 1]
+        w.ready[place] = last
+        w.place[last] = place
+        w.place[op] = -1
+        w.counts[0] = count - 1
 
 
 def record(g: Graph, r: Reached, w: Scratch, parent: int, live: int, traced: int) -> int:
@@ -240,7 +182,8 @@ def record(g: Graph, r: Reached, w: Scratch, parent: int, live: int, traced: int
 
 def expand(g: Graph, r: Reached, w: Scratch, state: int, capacity: int) -> int:
     """Record what follows ``state`` within ``capacity`` in ``children``; returns how many, or -2 without room."""
-    ready = restore(g, r, w, state)
+    move(g, r, w, state)
+    ready = w.counts[0]
     w.fresh[:ready] = w.ready[:ready]
     r.blocked[state] = NEVER
     children = 0
@@ -250,6 +193,8 @@ def expand(g: Graph, r: Reached, w: Scratch, state: int, capacity: int) -> int:
         if number >= 0:
             w.children[0] = number
             children = 1
+        for k in range(traced - 1, -1, -1):
+            undo(g, w, w.trace[k])
         return -2 if number == -2 else children
     for position in range(ready):
         op = w.ready[position]
@@ -319,11 +264,11 @@ def compiled() -> Callable[..., int]:
     from numba import njit
 
     functions: dict[str, Any] = dict(globals())
-    for function in (run, undo, chain, open_after, settle, restore, record, expand, ran, explore):
+    for function in (run, undo, chain, open_after, settle, list_if_ready, move, record, expand, ran, explore):
         # The same code, calling what has been compiled before it. Calls copy every array's description: what is called
         # most often is made part of its caller.
-        code = FunctionType(function.__code__, functions, function.__name__)
-        options = {"nogil": True, "inline": "always" if function in (run, undo) else "never"}
+        code: Any = FunctionType(function.__code__, functions, function.__name__)
+        options: dict[str, Any] = {"nogil": True, "inline": "always" if function in (run, undo) else "never"}
         try:
             functions[function.__name__] = njit(cache=True, **options)(code)
         except RuntimeError:  # no folder that numba may write to

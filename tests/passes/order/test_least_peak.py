@@ -16,7 +16,8 @@ from opweave.compiler.plan import Plan
 from opweave.errors import OptionError
 from opweave.passes.inplace._overwrite import candidates
 from opweave.passes.order import _peak_search
-from opweave.passes.order._peak_search import Overwrites, aligned_peak, least_peak_order
+from opweave.passes.order._peak_arrays import Overwrites
+from opweave.passes.order._peak_search import aligned_peak, least_peak_order
 from opweave.passes.order._reach import CAPACITY_TOO_SMALL, FOUND
 from opweave.passes.order.least_peak import LeastPeakOrder
 from opweave.passes.order.problem import OrderProblem
@@ -164,7 +165,7 @@ def test_full_memory_leaves_a_sound_bound(monkeypatch: pytest.MonkeyPatch) -> No
     plan = plan_of(cells(3))
     problem = OrderProblem.of(plan)
     least = least_peak_order(problem, AMPLE()).peak
-    monkeypatch.setattr(_peak_search, "STATE_BYTES", 2_000)
+    monkeypatch.setattr(_peak_search, "MEMORY_BYTES", 2_000)
     found = least_peak_order(problem, AMPLE(), effort=20_000)
     assert found.bound <= least <= found.peak <= problem.peak_bytes(plan.order)
 
