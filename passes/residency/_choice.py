@@ -141,6 +141,18 @@ class Realised:
         held: NDArray[np.int64] = np.cumsum(change, axis=1)[:, :-1] + np.array(occurrences.worksets).T
         return held
 
+    def moved_to(self, other: Occurrences) -> Realised:
+        """The same choice among the events of ``other``, which has all of these and maybe more."""
+        index = {event: e for e, event in enumerate(other.events)}
+        moved = [index[event] for event in self.occurrences.events]
+        kept: set[tuple[int, int]] = set()
+        for s in self.stretches:
+            if s.kept:
+                uses = self.occurrences.tracks[s.track].uses
+                first, last = moved[uses[s.first].event], moved[uses[s.last].event]
+                kept |= {(s.track, k) for k, use in enumerate(other.tracks[s.track].uses) if first <= use.event < last}
+        return Realised(other, Choice(frozenset(moved[e] for e in self.choice.again), frozenset(kept)))
+
     def plan(self) -> Plan:
         """The plan of this choice."""
         occurrences = self.occurrences

@@ -41,7 +41,7 @@ class Question:
     at_most: int | None = None
 
 
-def build(question: Question) -> pulp.LpProblem:
+def build(question: Question, *, max_row_terms: int = MAX_ROW_TERMS) -> pulp.LpProblem:
     """The model of ``question``."""
     occurrences = question.occurrences
     problem = pulp.LpProblem("recompute", pulp.LpMinimize)
@@ -56,7 +56,7 @@ def build(question: Question) -> pulp.LpProblem:
         for name, row in _track_rows(occurrences, variables, t):
             problem += row, name
     for d in range(len(occurrences.limits)):
-        _add_capacity(problem, occurrences, variables, d)
+        _add_capacity(problem, occurrences, variables, d, max_row_terms)
     for c, cover in enumerate(question.covers):
         problem += _sum([(variables[n], 1) for n in sorted(cover)]) <= len(cover) - 1, f"cover_{c}"
     return problem
@@ -151,19 +151,23 @@ def _track_rows(occurrences: Occurrences, variables: _Variables, t: int) -> Iter
             yield f"store_{t}_{k}", _sum([(stored, 1), (source, -1)]) >= 0
 
 
-def _add_capacity(problem: pulp.LpProblem, occurrences: Occurrences, variables: _Variables, d: int) -> None:
+def _add_capacity(
+    problem: pulp.LpProblem, occurrences: Occurrences, variables: _Variables, d: int, max_row_terms: int
+) -> None:
     """What stays across an event and what the event touches fit together; in units of the sizes' common divisor."""
-    unit = math.gcd(*(track.sizes[d] for track in occurrences.tracks))
+    unit = math.gcd(*(track.sizes[d] for track in occurrences.tracks)) or 1
     begins: list[list[tuple[str, int]]] = [[] for _ in range(len(occurrences.events) + 1)]
     ends: list[list[tuple[str, int]]] = [[] for _ in range(len(occurrences.events) + 1)]
     terms = 0
     for t, track in enumerate(occurrences.tracks):
         for k, (use, following) in enumerate(zip(track.uses, track.uses[1:], strict=False)):
+            if following.event == use.event + 1:
+                continue  # across nothing
             begins[use.event + 1].append((f"keep_{t}_{k}", track.sizes[d] // unit))
             ends[following.event].append((f"keep_{t}_{k}", track.sizes[d] // unit))
             terms += following.event - use.event - 1
     touching = _touching(occurrences, variables, d, unit)
-    chained = terms > MAX_ROW_TERMS
+    chained = terms > max_row_terms
     across: dict[str, int] = {}
     held: Any = None
     for e, event in enumerate(occurrences.events):

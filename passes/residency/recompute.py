@@ -68,10 +68,13 @@ class RecomputeResidency:
         prices = Prices(plan, self.objective)
         require_fit(plan)
         without = IlpResidency(reserve_bytes=self.reserve_bytes).apply(plan, budget.share(0.3))
-        occurrences = Occurrences.of(plan, prices, self.depth, self.reserve_bytes)
+        occurrences = Occurrences.of(plan, prices, 0, self.reserve_bytes)
+        outcome = _Outcome(_incumbent(occurrences, without.plan), 0, complete=False)
+        for depth in sorted({min(1, self.depth), self.depth}):  # what short chains reach is where longer ones begin
+            occurrences = Occurrences.of(plan, prices, depth, self.reserve_bytes)
+            search = _Search(self.name, occurrences, prices, budget if depth == self.depth else budget.share(0.3))
+            outcome = search.run(outcome.found.moved_to(occurrences))
         base = occurrences.problem.base_bytes
-        search = _Search(self.name, occurrences, prices, budget)
-        outcome = search.run(_incumbent(occurrences, without.plan))
         bound = base
         if self.objective == "traffic" and not self.reserve_bytes:
             bound += outcome.bound

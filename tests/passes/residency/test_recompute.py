@@ -18,7 +18,11 @@ from opweave.errors import OptionError
 from opweave.hw_models.cost import op_joules, op_seconds, transfer_joules, transfer_seconds
 from opweave.hw_models.model import EngineKind, HardwareModel
 from opweave.hw_models.registry import load
+from opweave.passes._solver.highs import solve
 from opweave.passes.address.first_fit import FirstFit
+from opweave.passes.residency._occurrences import Occurrences
+from opweave.passes.residency._prices import Prices
+from opweave.passes.residency._recompute_model import Question, build
 from opweave.passes.residency.ilp import IlpResidency
 from opweave.passes.residency.recompute import RecomputeResidency
 from opweave.passes.residency.refetch import RefetchResidency
@@ -121,6 +125,18 @@ def test_traffic_is_what_exhaustive_search_finds(plan: Plan) -> None:
     assert sum(isinstance(i, Recompute) for i in decision.plan.instructions) <= int(
         decision.note.split(" of ")[1].split()[0]
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(plans())
+def test_chained_rows_say_the_same(plan: Plan) -> None:
+    """Large graphs write capacity as differences of neighbours."""
+    prices = Prices(plan, "traffic")
+    occurrences = Occurrences.of(plan, prices, DEEP, 0)
+    question = Question(occurrences, prices, 1)
+    values = [solve(build(question, max_row_terms=terms), budget(), absolute_gap=0.5).objective for terms in (10**9, 0)]
+    assert values[0] == pytest.approx(values[1])
+    assert values[0] == pytest.approx(least_price(plan, bytes_of(plan)))
 
 
 @settings(max_examples=25, deadline=None)
