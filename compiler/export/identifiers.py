@@ -14,19 +14,21 @@ LONGEST_STRING = 1000  # bytes; C99 promises 4095 characters, and an escaped byt
 def identifiers(names: Iterable[str]) -> list[str]:
     """An identifier for each of ``names``, all different: letters, digits and ``_``, to be used behind a prefix.
 
-    Every run of other characters becomes one ``_``, and what is longer than 36 characters is cut. A name that would
-    repeat an earlier identifier gets the first number appended that is free, from 2 on. Names that need no change keep
-    theirs, whatever comes before them.
+    Every run of other characters becomes one ``_``; of what is longer than 36 characters the end stays, which tells
+    more in names that are paths. A name that would repeat an earlier identifier gets the first number appended that is
+    free, from 2 on. Names that need no change keep theirs, whatever comes before them.
     """
-    wanted = [re.sub(r"[^A-Za-z0-9]+", "_", name)[:LONGEST_IDENTIFIER] or "_" for name in names]
-    plain = {word for word, name in zip(wanted, names, strict=True) if word == name}
+    listed = list(names)
+    wanted = [re.sub(r"[^A-Za-z0-9]+", "_", name)[-LONGEST_IDENTIFIER:] or "_" for name in listed]
+    plain = {word for word, name in zip(wanted, listed, strict=True) if word == name}
     taken: set[str] = set()
+    last: dict[str, int] = {}  # the highest number given to each word
     result = []
-    for word, name in zip(wanted, names, strict=True):
-        chosen, number = word, 1
+    for word, name in zip(wanted, listed, strict=True):
+        chosen = word
         while chosen in taken or (chosen in plain and chosen != name):
-            number += 1
-            chosen = f"{word}_{number}"
+            last[word] = last.get(word, 1) + 1
+            chosen = f"{word}_{last[word]}"
         taken.add(chosen)
         result.append(chosen)
     return result

@@ -213,7 +213,8 @@ def test_identifiers_keep_what_needs_no_change() -> None:
     """A name that is an identifier already is not displaced by one that only becomes it."""
     assert identifiers(["conv 1", "conv_1", "conv-1", "9", ""]) == ["conv_1_2", "conv_1", "conv_1_3", "9", "_"]
     long = "layer" * 20
-    assert identifiers([long + "a", long + "b"]) == [long[:36], long[:36] + "_2"]
+    assert identifiers(["a/" + long, "b/" + long, long]) == [long[-36:], long[-36:] + "_2", long[-36:] + "_3"]
+    assert len(set(identifiers(f"{i} {long}" for i in range(20_000)))) == 20_000
 
 
 def test_strings_hold_no_trigraph_and_end_where_they_should() -> None:

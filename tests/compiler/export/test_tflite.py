@@ -23,13 +23,16 @@ from opweave.passes.planner import Planner
 from opweave.passes.whole_life import place_whole_life, save_planned_tflite
 from tests.compiler.export.tflite_files import (
     ADD,
+    FLOAT32,
     INT8,
+    INT32,
     NODES,
     RELU,
     SLOTS,
     Node,
     Slot,
     metadata_of,
+    random_model,
     sample,
     tflite_file,
 )
@@ -45,7 +48,7 @@ def graph_of(
 ) -> Graph:
     """The operator graph that a frontend would read from the file."""
     roles = dict.fromkeys(inputs, Role.INPUT) | {n: Role.CONSTANT for n, slot in enumerate(slots) if slot.data}
-    dtype = {0: "float32", INT8: "int8"}
+    dtype = {FLOAT32: "float32", INT32: "int32", INT8: "int8"}
     tensors = tuple(Tensor(s.name, s.shape, dtype[s.type], roles.get(n, Role.ACTIVATION)) for n, s in enumerate(slots))
     ops = tuple(
         Op(f"op{i}", tuple(slots[n].name for n in node.inputs), tuple(slots[n].name for n in node.outputs))
@@ -72,8 +75,7 @@ def test_offsets_are_written_in_the_model_s_own_order() -> None:
 def test_tensors_that_live_at_once_share_no_byte() -> None:
     """By brute force over the file's own lifetimes: inputs from before the first operator, outputs past the last."""
     offsets = tensor_offsets(sample_plan(), [slot.name for slot in SLOTS])
-    begin = {2: 0, 5: 0} | {n: i for i, node in enumerate(NODES, 1) for n in node.outputs}
-    end = {n: i for i, node in enumerate(NODES, 1) for n in (*node.inputs, *node.outputs)} | {4: 5, 1: 5}
+    begin, end = lifetimes(NODES, (2, 5), (4, 1))
     for a, b in combinations(begin, 2):
         if begin[a] <= end[b] and begin[b] <= end[a]:
             assert offsets[a] + 128 <= offsets[b] or offsets[b] + 128 <= offsets[a]
@@ -121,6 +123,45 @@ def test_the_runtime_itself_computes_the_same_with_the_plan(tmp_path: Path) -> N
         interpreter.invoke()
         for i, value in enumerate(expected):
             np.testing.assert_array_equal(interpreter.get_output(i), value)
+
+
+def lifetimes(
+    nodes: tuple[Node, ...], inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """First and last operator by tensor, as the runtime counts them: 0 is before all of them."""
+    begin = dict.fromkeys(inputs, 0) | {n: i for i, node in enumerate(nodes, 1) for n in node.outputs}
+    end = {n: i for i, node in enumerate(nodes, 1) for n in (*node.inputs, *node.outputs)}
+    return begin, end | dict.fromkeys(outputs, len(nodes))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_models_share_bytes_only_in_turn(seed: int) -> None:
+    slots, nodes, outputs = random_model(seed)
+    plan = place_whole_life(Plan.of_order(graph_of(slots, nodes, (1,), outputs), machine()), Budget.of_seconds(10))
+    planned = planned_tflite(tflite_file(slots, nodes, (1,), outputs), plan)
+    offsets = struct.unpack(f"<{3 + len(slots)}i", metadata_of(planned)[NAME])[3:]
+    begin, end = lifetimes(nodes, (1,), outputs)
+    for a, b in combinations(begin, 2):
+        if begin[a] <= end[b] and begin[b] <= end[a]:
+            assert offsets[a] + 4 * slots[a].shape[0] <= offsets[b] or offsets[b] + 4 * slots[b].shape[0] <= offsets[a]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_runtime_itself_computes_random_models_the_same(seed: int, tmp_path: Path) -> None:
+    runtime = pytest.importorskip(
+        "tflite_micro.python.tflite_micro.runtime", reason="the package 'tflite-micro' is not installed"
+    )
+    slots, nodes, outputs = random_model(seed)
+    plan = place_whole_life(Plan.of_order(graph_of(slots, nodes, (1,), outputs), machine()), Budget.of_seconds(10))
+    model = tflite_file(slots, nodes, (1,), outputs)
+    results = []
+    for data in (model, planned_tflite(model, plan)):
+        (tmp_path / "model.tflite").write_bytes(data)
+        interpreter = runtime.Interpreter.from_file(str(tmp_path / "model.tflite"), arena_size=1 << 21)
+        interpreter.set_input(np.random.default_rng(seed).standard_normal(slots[1].shape, dtype=np.float32), 0)
+        interpreter.invoke()
+        results.append(interpreter.get_output(0))
+    np.testing.assert_array_equal(*results)
 
 
 @given(st.data())

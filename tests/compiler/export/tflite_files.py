@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,25 @@ import flatbuffers  # type: ignore[import-untyped]  # the package ships no type 
 import flatbuffers.table  # type: ignore[import-untyped]  # as above
 import numpy as np
 
-__all__ = ["ADD", "FLOAT32", "INT8", "NODES", "RELU", "SLOTS", "Node", "Slot", "metadata_of", "sample", "tflite_file"]
+__all__ = [
+    "ADD",
+    "FLOAT32",
+    "INT32",
+    "INT8",
+    "NODES",
+    "RELU",
+    "SLOTS",
+    "Node",
+    "Slot",
+    "metadata_of",
+    "random_model",
+    "sample",
+    "tflite_file",
+]
 
-FLOAT32, INT8 = 0, 9
-ADD, RELU = 0, 19
+FLOAT32, INT32, INT8 = 0, 2, 9
+ADD, CONCATENATION, RELU, SPLIT = 0, 2, 19, 49
+_OPTIONS = {ADD: 11, CONCATENATION: 10, SPLIT: 35}  # the kind of an operator's options; of a split, how many parts
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,9 @@ def _subgraph(
     for node in nodes:
         operands = [b.CreateNumpyVector(np.array(part, dtype=np.int32)) for part in (node.inputs, node.outputs)]
         fields = [("u32", 0, codes.index(node.code)), ("ref", 1, operands[0]), ("ref", 2, operands[1])]
-        if node.code == ADD:
-            fields += [("u8", 3, 11), ("ref", 4, _table(b, []))]  # AddOptions
+        if node.code in _OPTIONS:
+            kind, options = _OPTIONS[node.code], [("i32", 0, len(node.outputs))] if node.code == SPLIT else []
+            fields += [("u8", 3, kind), ("ref", 4, _table(b, options))]
         operators.append(_table(b, fields))
     ends = [b.CreateNumpyVector(np.array(part, dtype=np.int32)) for part in (inputs, outputs)]
     parts = [("ref", 0, _vector(b, tensors)), ("ref", 1, ends[0]), ("ref", 2, ends[1])]
@@ -156,6 +173,30 @@ NODES = (
 
 def sample(**changes: Any) -> bytes:
     return tflite_file(**{"slots": SLOTS, "nodes": NODES, "inputs": (2, 5), "outputs": (4, 1), **changes})
+
+
+def random_model(seed: int, operators: int = 40) -> tuple[tuple[Slot, ...], tuple[Node, ...], tuple[int, ...]]:
+    """A model whose tensors grow, shrink and wait for each other: slots, nodes, and its output; input 1."""
+    draw = random.Random(seed)
+    slots = [Slot("axis", (), INT32, struct.pack("<i", 0)), Slot("x", (draw.randrange(64, 512) * 4,))]
+    nodes: list[Node] = []
+
+    def results(*extents: int) -> tuple[int, ...]:
+        first = len(slots)
+        slots.extend(Slot(f"t{first + i}", (extent,)) for i, extent in enumerate(extents))
+        return tuple(range(first, len(slots)))
+
+    while len(nodes) < operators:
+        left, right = (draw.randrange(max(1, len(slots) - 6), len(slots)) for _ in range(2))
+        extent, joined = slots[left].shape[0], slots[left].shape[0] + slots[right].shape[0]
+        match draw.randrange(5):
+            case 0 if joined < 4096:
+                nodes.append(Node(CONCATENATION, (left, right), results(joined)))
+            case 1 | 2 if extent % 8 == 0:
+                nodes.append(Node(SPLIT, (0, left), results(extent // 2, extent // 2)))
+            case _:
+                nodes.append(Node(RELU, (left,), results(extent)))
+    return tuple(slots), tuple(nodes), nodes[-1].outputs
 
 
 def metadata_of(data: bytes) -> dict[str, bytes]:
