@@ -32,7 +32,7 @@ Replan = Callable[[Plan, Budget], Plan]
 
 NAME = "objective/refine"
 PROBES = 8  # capacities tried
-ROUNDS = 3  # times in a row that looking for another order may bring nothing
+ROUNDS = 5  # times in a row that looking for another order may bring nothing
 SCREENED = 100_000  # operators x orders estimated in one round, within the limits that follow
 FEWEST, MOST = 20, 400
 SLOWER = 50  # an estimate of latency takes that many times as long as one of bytes
@@ -71,13 +71,14 @@ class _Search:
         self.budget = budget
         self.first = self.values = measured(plan, objectives)
         self.floors = floors(plan, objectives)
+        self.longest_s = 0.0  # that planning an order took: with less time left another would come too late
         self.capacity_bytes: int | None = None  # that the best plan was made for, when it is not the machine's
 
     def halted(self) -> bool:
         """Whether to end: nothing is left to gain, told to stop, or out of time where clocks may decide."""
         if self.budget.stop.is_set() or all(v <= f for v, f in zip(self.values, self.floors, strict=True)):
             return True
-        return not self.budget.deterministic and self.budget.remaining_s <= 0
+        return not self.budget.deterministic and self.budget.remaining_s <= self.longest_s
 
     def prefetch(self) -> None:
         """Move the transfers of the plan given."""
@@ -125,6 +126,7 @@ class _Search:
 
     def _planned(self, order: Sequence[int], budget: Budget, capacity_bytes: int | None) -> Plan | None:
         """The best plan of ``order``, for a scratchpad of ``capacity_bytes`` if given; ``None`` when nothing fits."""
+        begin = time.monotonic()
         base = self.given if tuple(order) == self.given.order else for_another_order(self.given)
         ordered = base.with_order(order)
         try:
@@ -140,6 +142,8 @@ class _Search:
                 found = run_pass(ExactPlacement(), resident, budget)
         except Infeasible:
             return None
+        finally:
+            self.longest_s = max(self.longest_s, time.monotonic() - begin)
         if Objective.LATENCY not in self.objectives:
             return found
         return min(found, run_pass(Prefetch(), found, budget), key=lambda p: measured(p, self.objectives))
