@@ -131,6 +131,8 @@ def _aim(arrays: Arrays, track: Track, events: Integers, count: int, seed: NDArr
         return int(_random(seed) * len(track.sequence))
     step = events[int(_random(seed) * count)]
     side = _random(seed)
+    if track.again[step] < 0:
+        side = 1.0  # nothing is evicted there since the list was made
     if side < 0.6:
         step += int((track.again[step] - step) * _random(seed))
     elif side < 0.8:
@@ -197,17 +199,20 @@ def anneal(
     """Try ``moves`` moves while the temperature, in bytes, falls from ``hot`` to ``cold``.
 
     The track must have been recorded, and ends recorded. ``control[0]`` is the least cost met, ``best`` its sequence;
-    both are replaced by what is better. The search ends early at a cost of ``control[1]`` or less.
+    both are replaced by what is better. Before an order counts as better its evictions are decided anew from the first
+    step on, so that the cost is that of the sequence alone; long orders are not looked at that closely every time. The
+    search ends early at a cost of ``control[1]`` or less.
     """
     operators = len(track.order)
+    patience = 1 + operators // 1024
     before = np.empty(len(track.sequence), np.int64)
     chosen = np.zeros(len(track.sequence), np.bool_)
     events = np.empty(operators, np.int64)
     count = _evictions(track, events)
-    accepted = 0
+    accepted = listed = decided = 0
     for move in range(moves):
         if control[0] <= control[1]:
-            break
+            return
         at = _aim(arrays, track, events, count, seed)
         first, last = _change(arrays, track, at, seed, before, chosen)
         if first == last:
@@ -215,18 +220,21 @@ def anneal(
         limit = track.total[0] - hot * (cold / hot) ** (move / moves) * math.log(1.0 - _random(seed))
         place(arrays, track, first, last)
         begin, end = max(0, track.start[first] - int(LOOK_BACK * _random(seed))), track.start[last]
-        for record in (False, True):
-            cost = walk(arrays, track, begin, end, rule, record)
-            if cost > limit:
-                track.sequence[first:last] = before[: last - first]
-                place(arrays, track, first, last)
-                break
-            accepted += record
-            if cost < control[0] or accepted % REFRESH == 0:
-                begin, end = 0, operators  # decide every eviction anew, so that the cost is the sequence's alone
-            limit = np.inf
-        if limit == np.inf:
-            count = _evictions(track, events)
-            if begin == 0 and end == operators and track.total[0] < control[0]:
-                control[0] = track.total[0]
-                best[:] = track.sequence
+        cost = walk(arrays, track, begin, end, rule, False)
+        if cost > limit:
+            track.sequence[first:last] = before[: last - first]
+            place(arrays, track, first, last)
+            continue
+        accepted += 1
+        if accepted >= decided + (patience if cost < control[0] else REFRESH * patience):
+            begin, end, decided = 0, operators, accepted
+        walk(arrays, track, begin, end, rule, True)
+        if end == operators and begin == 0 and track.total[0] < control[0]:
+            control[0] = track.total[0]
+            best[:] = track.sequence
+        if accepted >= listed + patience:
+            count, listed = _evictions(track, events), accepted
+    walk(arrays, track, 0, operators, rule, True)
+    if track.total[0] < control[0]:
+        control[0] = track.total[0]
+        best[:] = track.sequence

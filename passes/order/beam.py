@@ -1,4 +1,4 @@
-"""Beam search over down-sets for the order that spills least, then windows of it ordered afresh."""
+"""Beam search over down-sets for the order that spills least, then local search on the best order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Plan
 from ...errors import OptionError
 from .down_sets import DownSets, Rule
+from .greedy import list_schedule
 from .problem import OrderProblem, decide
+from .search import search_orders
 from .windows import improve
 
 __all__ = ["BeamOrder"]
 
+SMALL = 64  # operators up to which plain windows are quicker than loading compiled code
+LARGE = 4_000  # operators from which on no beams are run: their bitmasks would take gigabytes
+FIRST_WIDTH = 16  # widest beam where compiled search comes next; it finds better orders sooner than wider beams
+WINDOWS_A_ROUND = 160  # windows without improvement that one round of the compiled search stands for
+MOST_MOVES = 5_000_000  # of the compiled search in deterministic mode
 MASK_WORK = 1_000_000_000  # operators^2 x width of the widest beam: its bitmasks grow with the operators
 WINDOW_WORK = 2_000_000  # operators x windows in a row without improvement
 
@@ -29,8 +36,10 @@ class BeamOrder:
     Formulation: with ``M`` the scratchpad's bytes and ``live(D)`` the bytes live after the down-set ``D`` of operators
     ran, an order is a path of down-sets from none to all. Its proxy cost is the sum of rises of
     ``max(0, live - M)`` (see ``down_sets.Rule``). Beams of width 1, 4, 16 ... up to ``width`` are run under two rules;
-    every complete order is judged by eviction with known future, and the best is kept. Windows of it are then ordered
-    afresh the same way until ``patience`` of them in a row brought nothing (``patience=0`` leaves this out).
+    every complete order is judged by eviction with known future, and the best is kept. If it spills, small graphs have
+    windows of it ordered afresh the same way until ``patience`` of them in a row brought nothing. Graphs of more than
+    64 operators stop at beams of width 16, or at list scheduling if they are too large for bitmasks, and go on with
+    annealing over clusters (``search.search_orders``). ``patience=0`` leaves both out.
 
     The result depends on a clock only if the budget ends first, never in deterministic mode.
     """
@@ -53,20 +62,38 @@ class BeamOrder:
         """Search within ``budget``; returns the best order found when it ends or is told to stop."""
         problem = OrderProblem.of(plan)
         best = _Incumbent(self.name, problem, budget, list(plan.order))
-        halted = _halted(budget)
-        for rule, width in _schedule(problem.capacity, self._widest(len(best.order))):
-            if best.is_roomy or halted():
-                break
-            order = best.down_sets.order(rule, width, halted)
-            if order is not None:
-                best.offer(order)
-        if best.spill:
-            patience = min(self.patience, WINDOW_WORK // max(1, len(best.order)))
-            best.offer(
-                improve(problem, best.order, patience=patience, seed=budget.seed, halted=halted, found=best.tell)
-            )
+        if len(best.order) < LARGE:
+            self._run_beams(best)
+        elif not best.is_roomy:
+            best.offer(list_schedule(problem))
+        if best.spill and self.patience:
+            self._improve(best)
         note = f"estimated {best.spill:,} additional bytes, {best.given:,} in the given order"
         return decide(plan, problem, best.order, note=note)
+
+    def _run_beams(self, best: _Incumbent) -> None:
+        halted, down_sets = _halted(best.budget), DownSets(best.problem)
+        for rule, width in _schedule(best.problem.capacity, self._widest(len(best.order))):
+            search_next = best.spill and self.patience and len(best.order) > SMALL
+            if best.is_roomy or halted() or (search_next and width > FIRST_WIDTH):
+                break
+            order = down_sets.order(rule, width, halted)
+            if order is not None:
+                best.offer(order)
+
+    def _improve(self, best: _Incumbent) -> None:
+        problem, budget, operators = best.problem, best.budget, len(best.order)
+        if operators <= SMALL:
+            patience = min(self.patience, WINDOW_WORK // operators)
+            improved = improve(
+                problem, best.order, patience=patience, seed=budget.seed, halted=_halted(budget), found=best.tell
+            )
+            best.offer(improved)
+            return
+        patience = -(-self.patience // WINDOWS_A_ROUND)
+        seeds = (best.order, best.first)
+        for found in search_orders(problem, budget, seed_orders=seeds, patience=patience, most_moves=MOST_MOVES):
+            best.offer(list(found.order))
 
     def _widest(self, operators: int) -> int:
         return max(1, min(self.width, MASK_WORK // max(1, operators) ** 2))
@@ -83,7 +110,7 @@ class _Incumbent:
     begin: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.down_sets = DownSets(self.problem)
+        self.first = self.order
         self.spill, self.peak = self._cost(self.order)
         self.given = self.spill
         self.tell(self.spill)

@@ -8,7 +8,7 @@ from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Plan
 from .problem import OrderProblem, decide
 
-__all__ = ["GreedyOrder"]
+__all__ = ["GreedyOrder", "list_schedule"]
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,26 @@ class GreedyOrder:
     def apply(self, plan: Plan, budget: Budget) -> Decision:
         """Order the operators; time grows with operators times ready operators."""
         problem = OrderProblem.of(plan)
-        left = [len(users) for users in problem.users]
-        waiting = [len(before) for before in problem.predecessors]
-        ready = [op for op, count in enumerate(waiting) if not count]
-        order: list[int] = []
-        while ready:
-            op = min(ready, key=lambda i: (*_growth(problem, left, i), i))
-            ready.remove(op)
-            order.append(op)
-            for buffer in problem.touches[op]:
-                left[buffer] -= 1
-            for after in problem.successors[op]:
-                waiting[after] -= 1
-                if not waiting[after]:
-                    ready.append(after)
-        return decide(plan, problem, order)
+        return decide(plan, problem, list_schedule(problem))
+
+
+def list_schedule(problem: OrderProblem) -> list[int]:
+    """Operators by least growth in live bytes among those that are ready."""
+    left = [len(users) for users in problem.users]
+    waiting = [len(before) for before in problem.predecessors]
+    ready = [op for op, count in enumerate(waiting) if not count]
+    order: list[int] = []
+    while ready:
+        op = min(ready, key=lambda i: (*_growth(problem, left, i), i))
+        ready.remove(op)
+        order.append(op)
+        for buffer in problem.touches[op]:
+            left[buffer] -= 1
+        for after in problem.successors[op]:
+            waiting[after] -= 1
+            if not waiting[after]:
+                ready.append(after)
+    return order
 
 
 def _growth(problem: OrderProblem, left: list[int], op: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ FIRST_MOVES = 40  # per block, of the first round; later rounds are longer, as t
 LONGEST_ROUND = 16  # times the moves of the first
 MOVES_AT_ONCE = 2_000  # between two looks at the clock
 HOT, COLD = 0.4, 0.004  # temperatures of a round, as shares of the bytes that one eviction moves on average
+RESERVE = 0.05  # share of the time left that a round does not plan with
 SLOTS = 64  # resident buffers that a track has room for at first
 POLL_S = 0.02  # seconds between two looks at whether to end, while code is compiled
 
@@ -40,21 +41,22 @@ def search_orders(
     blocks: Sequence[Sequence[int]] | None = None,
     target: int = 0,
     patience: int = 6,
+    most_moves: int = 1 << 62,
 ) -> Iterator[Found]:
     """Orders of falling spill, the best of ``seed_orders`` (program order by default) arranged by clusters first.
 
     Rounds of simulated annealing on the sequence of ``blocks`` (``clusters(problem)`` by default), alternately under
     two eviction rules, from the best order found or from a seed order. Ends at a spill of ``target`` bytes or less,
-    which may be any lower bound; after ``patience`` rounds in a row that brought nothing; and when the budget ends, but
-    never by the clock in deterministic mode. Time per move hardly depends on the number of operators, moves per round
-    are in proportion to it.
+    which may be any lower bound; after ``patience`` rounds in a row that brought nothing; after ``most_moves``; and
+    when the budget ends, but never by the clock in deterministic mode. Time per move, some microseconds, hardly depends
+    on the number of operators; moves per round are in proportion to it, or fewer where there is no time for so many.
 
     The first use on a machine compiles for some seconds; a budget that ends meanwhile ends the search without a result.
     """
     halted = _halted(budget)
     if not problem.touches or not _is_compiled(halted):
         return
-    search = _Search(problem, clusters(problem) if blocks is None else blocks, budget.seed)
+    search = _Search(problem, clusters(problem) if blocks is None else blocks, budget.seed, most_moves)
     seeds = [search.sequence_of(order) for order in seed_orders] or [list(range(len(search.blocks)))]
     for sequence in seeds:
         for rule in search.rules:
@@ -62,11 +64,11 @@ def search_orders(
                 yield search.found()
     fruitless = 0
     for number in range(1 << 62):
-        if search.spill <= target or fruitless >= patience or halted():
+        if search.spill <= target or fruitless >= patience or search.moves_left <= 0 or halted():
             return
         fruitless += 1
         start = None if number % 4 < 2 else seeds[number // 4 % len(seeds)]
-        for _ in search.round(number, start, target, halted):
+        for _ in search.round(number, start, target, budget):
             fruitless = 0
             yield search.found()
 
@@ -74,12 +76,12 @@ def search_orders(
 class _Search:
     """A track of the order being changed, and the best sequence of blocks so far."""
 
-    def __init__(self, problem: OrderProblem, blocks: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(self, problem: OrderProblem, blocks: Sequence[Sequence[int]], seed: int, moves: int) -> None:
         from .walk import FURTHEST, LEAST_COST  # numba: only where it is needed
 
         self.blocks = blocks
         self.rules = (FURTHEST, LEAST_COST)
-        self._problem = problem
+        self.moves_left = moves
         self._arrays = Arrays.of(problem, blocks)
         self._track = Track.of(self._arrays, SLOTS)
         self._random = np.random.default_rng(seed).integers(1, 1 << 63, 1, dtype=np.uint64)
@@ -131,23 +133,26 @@ class _Search:
         self._best[:] = sequence
         return True
 
-    def round(
-        self, number: int, start: Sequence[int] | None, target: int, halted: Callable[[], bool]
-    ) -> Iterator[None]:
-        """Anneal from ``start``, or from the best sequence; stops at every improvement."""
-        rule = self.rules[number % 2]
+    def round(self, number: int, start: Sequence[int] | None, target: int, budget: Budget) -> Iterator[None]:
+        """Anneal from ``start``, or from the best sequence; stops at every improvement.
+
+        The temperature falls with the moves, or with the time that is left where that is too short for them.
+        """
+        rule, halted = self.rules[number % 2], _halted(budget)
         self.begin(self._best.tolist() if start is None else start, rule)
         evictions = int(np.count_nonzero(self._track.moved))
         unit = self._track.total[0] / max(1, evictions)
         moves = len(self.blocks) * FIRST_MOVES * min(LONGEST_ROUND, 1 << number // 2)
-        pieces = -(-moves // MOVES_AT_ONCE)
+        pieces, time_s = -(-moves // MOVES_AT_ONCE), budget.remaining_s
+        piece, progress = 0, 0.0
         self._control[1] = target
-        for piece in range(pieces):
-            if halted() or self.spill <= target:
-                return
-            hot, cold = (unit * HOT * (COLD / HOT) ** (k / pieces) for k in (piece, piece + 1))
-            before = self.spill
-            self.move(MOVES_AT_ONCE, hot, cold, rule)
+        while progress < 1.0 and self.spill > target and self.moves_left > 0 and not halted():
+            piece += 1
+            before, hot = self.spill, unit * HOT * (COLD / HOT) ** progress
+            progress = piece / pieces
+            if not budget.deterministic:
+                progress = max(progress, 1.0 - (budget.remaining_s - RESERVE * time_s) / time_s)
+            self.move(MOVES_AT_ONCE, hot, unit * HOT * (COLD / HOT) ** min(1.0, progress), rule)
             if self.spill < before:
                 yield
         if self._join(rule):
@@ -179,12 +184,15 @@ class _Search:
         """Try ``moves`` moves on the track while the temperature falls."""
         from .annealing import anneal
 
+        self.moves_left -= moves
         anneal(self._arrays, self._track, self._random, moves, hot, cold, rule, self._best, self._control)
 
 
 def _is_compiled(halted: Callable[[], bool]) -> bool:
     """Load the compiled code, compiling it where there is none yet; ``False`` if ``halted`` says so meanwhile."""
-    thread = threading.Thread(target=_compile, daemon=True)
+    if halted():
+        return False
+    thread = threading.Thread(target=_compile)  # no daemon: an interpreter that ends must not pull a compiler's rug
     thread.start()
     while thread.is_alive():
         if halted():
@@ -196,7 +204,7 @@ def _is_compiled(halted: Callable[[], bool]) -> bool:
 def _compile() -> None:
     """Run the compiled functions once, on a problem of one operator."""
     problem = OrderProblem(1, ((),), ((),), (1,), (1,), ((0,),), (frozenset({0}),), ((0,),), (False,), (-1,))
-    search = _Search(problem, ((0,),), 0)
+    search = _Search(problem, ((0,),), 0, 0)
     search.begin((0,), search.rules[0])
     search.move(0, 1.0, 1.0, search.rules[0])
 
