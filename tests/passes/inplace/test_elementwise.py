@@ -9,17 +9,20 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from benchmarks.networks import darts_cifar
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import opweave
-from opweave.api import read_model
+from opweave.api import read_model, streamable
 from opweave.compiler.compiled import CompiledModel
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Plan
 from opweave.compiler.rewritten import computes_same
+from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
+from opweave.passes.arena import least_arena
 from opweave.passes.inplace._overwrite import candidates, overwritten
 from opweave.passes.inplace.elementwise import ElementwiseInPlace
 from opweave.passes.order.problem import OrderProblem
@@ -192,3 +195,21 @@ def test_a_rewritten_plan_is_saved_and_bound_again(tmp_path: Path, mode: Element
     loaded = opweave.load_plan(tmp_path / "plan.json", (module, (x,)))
     assert torch.allclose(loaded(x), Small().eval()(x), atol=1e-6)
     assert module.calls.item() == 1.0
+
+
+def test_a_searched_network_runs_in_an_arena_of_its_least_peak(tmp_path: Path) -> None:
+    """Order, results in place and addresses decided together: the same logits, bit for bit, in no more bytes."""
+    program, source = read_model(darts_cifar(cells=3, channels=4, image=16))
+    empty = Plan.of_order(program.graph, machine(1 << 24, 64), streamed=streamable(program.graph), source=source)
+    out_of_place = least_arena(empty, AMPLE())
+    in_place = least_arena(run_pass(MODES[1], empty, AMPLE()), AMPLE())
+    certificate = in_place.certificates[-1]
+    assert certificate.value == certificate.bound <= out_of_place.certificates[-1].value
+    results = []
+    for plan in (out_of_place, in_place):
+        exact = msgspec.structs.replace(plan, machine=machine(verify(plan).arena_bytes, 64))
+        model = CompiledModel(simulate(exact), program)
+        results.append(model.execute(model.random_inputs(seed=1)))
+    assert torch.equal(*(result.outputs[0] for result in results))
+    assert in_place.graph != program.graph
+    assert set(CompiledModel(in_place, program).report(tmp_path)) >= {"plan.json", "index.html"}
