@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from ...compiler.pipeline import Budget
@@ -82,16 +83,21 @@ def fit_by_repair(
 def _ask_both(
     packing: Packing, items: Sequence[int], capacity: int, budget: Budget, *, seconds: Callable[[bool], float]
 ) -> Answer:
-    """The answer of CP-SAT or the search for canonical placements; what takes CP-SAT a moment needs no numba."""
-    brief = seconds(False)
+    """The answer of CP-SAT or the search for canonical placements; what takes CP-SAT a moment needs no numba.
+
+    With two workers both run at once, except that CP-SAT also has all of them for a while: on some problems its
+    workers are worth more together.
+    """
+    brief, long = seconds(False), seconds(True) / 2
     answer = fit_by_constraints(packing, items, capacity, budget, seconds=min(FIRST_SECONDS, brief / 4))
     if answer.verdict is not Verdict.UNKNOWN:
         return answer
     from .restarts import fit_by_search  # only hard placements pay for importing numba
 
+    search: Ask = fit_by_search
     if budget.workers > 1 and not budget.deterministic:
-        return race((fit_by_constraints, fit_by_search), packing, items, capacity, budget, seconds=seconds(True) / 2)
-    for ask, limit in ((fit_by_search, brief / 2), (fit_by_constraints, brief), (fit_by_search, seconds(True) / 2)):
+        search = partial(race, (fit_by_constraints, fit_by_search))
+    for ask, limit in ((search, brief / 2), (fit_by_constraints, brief), (search, long)):
         answer = ask(packing, items, capacity, budget, seconds=limit)
         if answer.verdict is not Verdict.UNKNOWN:
             return answer
