@@ -38,6 +38,7 @@ class BestFirst:
     expanded: int = 0
     _open: list[tuple[int, int, int, State]] = field(default_factory=list)
     _known: dict[int, list[State]] = field(default_factory=dict)
+    _reached: dict[tuple[int, frozenset[int], frozenset[int]], int] = field(default_factory=dict)
     _ticket: count[int] = field(default_factory=count)
 
     def __post_init__(self) -> None:
@@ -73,10 +74,17 @@ class BestFirst:
     def _expand(self, state: State, least: int, halted: Callable[[], bool]) -> bool:
         """Whether every child of ``state`` was looked at; one state can have very many."""
         self.expanded += 1
-        for number, child in enumerate(self.space.children(state, self.ceiling - 1 - state.cost)):
+        for number, child in enumerate(self.space.children(state, self.ceiling - 1 - state.cost, self._is_new)):
             self._push(child, least)
             if number % 1024 == 1023 and halted():
                 return False
+        return True
+
+    def _is_new(self, child: tuple[int, frozenset[int], frozenset[int]], cost: int) -> bool:
+        """Whether nothing reached the same before at no higher cost: operators that may change places often do."""
+        if self._reached.get(child, self.ceiling) <= cost:
+            return False
+        self._reached[child] = cost
         return True
 
     def _push(self, state: State, least: int) -> None:

@@ -14,14 +14,14 @@ that is live but not kept has left it: the load that brings it back, and the sto
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
 from ..order.problem import OrderProblem
 
-__all__ = ["State", "StateSpace", "order_of"]
+__all__ = ["State", "StateSpace", "Wanted", "order_of"]
 
 MAX_DYING = 6  # operands that die with an operator and are weighed against each other; further ones count for nothing
 
@@ -45,6 +45,10 @@ class State(NamedTuple):
     cost: int
     parent: State | None
     ran: tuple[int, ...]
+
+
+#: Asked about a child by its operators done, buffers kept and clean, and by its cost.
+Wanted = Callable[[tuple[int, frozenset[int], frozenset[int]], int], bool]
 
 
 @dataclass
@@ -87,19 +91,22 @@ class StateSpace:
         ready = {o for o, before in enumerate(self._predecessors) if not done >> o & 1 and not before & ~done}
         return self._closed(_Draft(done, set(), set(), 0, ready, []), set(ready), done.bit_count(), 0, None)
 
-    def children(self, state: State, spend: int) -> Iterator[State]:
-        """States after one more operator and the eager ones behind it, none dearer than ``state`` by over ``spend``."""
+    def children(self, state: State, spend: int, wanted: Wanted) -> Iterator[State]:
+        """States after one more operator and the eager ones behind it, none dearer than ``state`` by over ``spend``.
+
+        Each child has to be ``wanted`` before its eager operators run, which takes most of the time.
+        """
+        footprint = self.problem.footprint
         for op in state.ready:
-            need = (
-                state.used
-                - self.capacity
-                + sum(map(self.problem.footprint.__getitem__, self._touched[op] - state.kept))
-            )
-            if need <= 0:
-                yield self._after(state, op, (), 0)
-                continue
-            for dropped, cost in self._covers(state, op, need, spend):
-                yield self._after(state, op, dropped, cost)
+            need = state.used - self.capacity
+            for buffer in self._touched[op]:
+                if buffer not in state.kept:
+                    need += footprint[buffer]
+            for dropped, cost in (((), 0),) if need <= 0 else self._covers(state, op, need, spend):
+                draft, fresh = self._after(state, op, dropped)
+                if wanted((draft.done, frozenset(draft.kept), frozenset(draft.clean)), state.cost + cost):
+                    suspects = draft.ready if draft.used < state.used else draft.ready & self._sharing[op] | fresh
+                    yield self._closed(draft, set(suspects), state.depth + 1, state.cost + cost, state)
 
     def drop_cost(self, state: State, buffers: Iterable[int]) -> int:
         """Bytes that move when ``state`` drops ``buffers``: a load each, and a store for those that are not clean."""
@@ -115,15 +122,14 @@ class StateSpace:
             return False
         return not (other.clean & state.kept) - state.clean
 
-    def _after(self, state: State, op: int, dropped: tuple[int, ...], cost: int) -> State:
+    def _after(self, state: State, op: int, dropped: tuple[int, ...]) -> tuple[_Draft, set[int]]:
+        """``state`` after dropping ``dropped`` and running ``op``, and the operators that this made ready."""
         draft = _Draft(state.done, set(state.kept), set(state.clean), state.used, set(state.ready), [op])
         for buffer in dropped:
             draft.kept.remove(buffer)
             draft.clean.discard(buffer)
             draft.used -= self.problem.footprint[buffer]
-        fresh = self._run(draft, op)
-        suspects = draft.ready if draft.used < state.used else draft.ready & self._sharing[op] | fresh
-        return self._closed(draft, set(suspects), state.depth + 1, state.cost + cost, state)
+        return draft, self._run(draft, op)
 
     def _closed(self, draft: _Draft, suspects: set[int], depth: int, cost: int, parent: State | None) -> State:
         """``draft`` after every eager operator has run, the first in program order first.
