@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...compiler.pipeline import Budget, Decision, Progress
@@ -19,7 +19,6 @@ __all__ = ["BeamOrder"]
 
 SMALL = 64  # operators up to which plain windows are quicker than loading compiled code
 LARGE = 4_000  # operators from which on no beams are run: their bitmasks would take gigabytes
-FIRST_WIDTH = 16  # widest beam where compiled search comes next; it finds better orders sooner than wider beams
 WINDOWS_A_ROUND = 160  # windows without improvement that one round of the compiled search stands for
 MOST_MOVES = 5_000_000  # of the compiled search in deterministic mode
 MASK_WORK = 1_000_000_000  # operators^2 x width of the widest beam: its bitmasks grow with the operators
@@ -36,10 +35,11 @@ class BeamOrder:
     Formulation: with ``M`` the scratchpad's bytes and ``live(D)`` the bytes live after the down-set ``D`` of operators
     ran, an order is a path of down-sets from none to all. Its proxy cost is the sum of rises of
     ``max(0, live - M)`` (see ``down_sets.Rule``). Beams of width 1, 4, 16 ... up to ``width`` are run under two rules;
-    every complete order is judged by eviction with known future, and the best is kept. If it spills, small graphs have
-    windows of it ordered afresh the same way until ``patience`` of them in a row brought nothing. Graphs of more than
-    64 operators stop at beams of width 16, or at list scheduling if they are too large for bitmasks, and go on with
-    annealing over clusters (``search.search_orders``). ``patience=0`` leaves both out.
+    every complete order is judged by eviction with known future, and the best is kept. If it spills, windows of it are
+    ordered afresh the same way until ``patience`` of them in a row brought nothing. Graphs of more than 64 operators
+    begin with beams of width 1, or list scheduling if they are too large for bitmasks, and go on with annealing over
+    clusters (``search.search_orders``); wider beams follow only to lower the peak of an order that does not spill.
+    ``patience=0`` leaves windows and annealing out.
 
     The result depends on a clock only if the budget ends first, never in deterministic mode.
     """
@@ -62,24 +62,33 @@ class BeamOrder:
         """Search within ``budget``; returns the best order found when it ends or is told to stop."""
         problem = OrderProblem.of(plan)
         best = _Incumbent(self.name, problem, budget, list(plan.order))
-        if len(best.order) < LARGE:
-            self._run_beams(best)
-        elif not best.is_roomy:
-            best.offer(list_schedule(problem))
+        widest = min(MASK_WORK // max(1, len(best.order)) ** 2, self.width)
+        self._run_beams(best, 1, widest if len(best.order) <= SMALL else 1)
         if best.spill and self.patience:
             self._improve(best)
+        if len(best.order) > SMALL and not (best.spill and self.patience):
+            self._run_beams(best, 4, widest)
         note = f"estimated {best.spill:,} additional bytes, {best.given:,} in the given order"
         return decide(plan, problem, best.order, note=note)
 
-    def _run_beams(self, best: _Incumbent) -> None:
-        halted, down_sets = _halted(best.budget), DownSets(best.problem)
-        for rule, width in _schedule(best.problem.capacity, self._widest(len(best.order))):
-            search_next = best.spill and self.patience and len(best.order) > SMALL
-            if best.is_roomy or halted() or (search_next and width > FIRST_WIDTH):
-                break
-            order = down_sets.order(rule, width, halted)
-            if order is not None:
-                best.offer(order)
+    def _run_beams(self, best: _Incumbent, narrowest: int, widest: int) -> None:
+        """Offer what beams of ``narrowest`` to ``widest`` states find, list scheduling where beams cost too much."""
+        halted = _halted(best.budget)
+        if best.is_roomy or halted():
+            return
+        if len(best.order) > LARGE:
+            best.offer(list_schedule(best.problem))
+            return
+        down_sets = DownSets(best.problem)
+        width = narrowest
+        while width <= widest:
+            for returning in (True, False):
+                if best.is_roomy or halted():
+                    return
+                order = down_sets.order(Rule(best.problem.capacity, returning=returning), width, halted)
+                if order is not None:
+                    best.offer(order)
+            width = min(4 * width, widest) if width < widest else widest + 1
 
     def _improve(self, best: _Incumbent) -> None:
         problem, budget, operators = best.problem, best.budget, len(best.order)
@@ -94,9 +103,6 @@ class BeamOrder:
         seeds = (best.order, best.first)
         for found in search_orders(problem, budget, seed_orders=seeds, patience=patience, most_moves=MOST_MOVES):
             best.offer(list(found.order))
-
-    def _widest(self, operators: int) -> int:
-        return max(1, min(self.width, MASK_WORK // max(1, operators) ** 2))
 
 
 @dataclass
@@ -135,16 +141,6 @@ class _Incumbent:
     def tell(self, spill: int) -> None:
         """Let the listener know of ``spill`` bytes."""
         self.budget.listen(Progress(self.name, time.monotonic() - self.begin, spill))
-
-
-def _schedule(capacity: int, widest: int) -> Iterator[tuple[Rule, int]]:
-    width = 1
-    while True:
-        for returning in (True, False):
-            yield Rule(capacity, returning=returning), width
-        if width == widest:
-            return
-        width = min(4 * width, widest)
 
 
 def _halted(budget: Budget) -> Callable[[], bool]:
