@@ -10,8 +10,8 @@ import msgspec
 
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, Decision
-from ...compiler.plan import Certificate, Plan
-from ..order._peak_search import least_peak_order, plain_bound
+from ...compiler.plan import Plan
+from ..order._peak_search import certificate, least_peak_order, plain_bound
 from ..order.problem import OrderProblem, decide
 from ..residency.workset import planned_buffers
 from ._overwrite import candidates, last_in_any_order, last_in_order, overwritten
@@ -58,7 +58,7 @@ def _with_order(plan: Plan, budget: Budget) -> Decision:
     chosen = last_in_order(graph, found.order)
     fresh = _fresh(plan, overwritten(graph, chosen, found.order))
     peak = OrderProblem.of(fresh).peak_bytes(fresh.order)
-    return Decision(fresh, Certificate("peak_bytes", peak, bound, "exhaustive", "order"), _note(chosen))
+    return Decision(fresh, certificate(problem, peak, bound, overwrites), _note(chosen))
 
 
 def _fresh(plan: Plan, graph: Graph, order: Iterable[int] | None = None) -> Plan:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from ...compiler.pipeline import Budget, Progress
+from ...compiler.plan import Certificate
 from . import _reach as reach
 from ._peak_arrays import COUNT, EXPANDED, LAST, NEVER, STACKED, Overwrites, graph_of, reached_of, scratch_of
 from .problem import OrderProblem
 
-__all__ = ["LeastPeak", "Overwrites", "aligned_peak", "least_peak_order", "plain_bound"]
+__all__ = ["LeastPeak", "Overwrites", "aligned_peak", "certificate", "least_peak_order", "plain_bound"]
 
 EFFORT = 200_000  # down-sets expanded in deterministic mode
 INTERPRETED = 5_000  # operators times expansions, from each end, before machine code is worth its import
@@ -75,6 +76,26 @@ def plain_bound(
     return least_peak_order(plain, budget, overwrites=overwrites, start=start, effort=effort, floor=floor).bound
 
 
+def working_set_bound(problem: OrderProblem, sizes: Sequence[int], overwrites: Overwrites | None = None) -> int:
+    """What the largest operator needs alone, bytes as ``sizes`` has them by buffer: a bound without any search."""
+    allowed: Overwrites = overwrites if overwrites is not None else [()] * len(problem.touches)
+    return max(
+        (
+            sum(sizes[b] for b in touched) - max((sizes[b] for b in replaced), default=0)
+            for touched, replaced in zip(problem.touches, allowed, strict=True)
+        ),
+        default=0,
+    )
+
+
+def certificate(problem: OrderProblem, value: int, bound: int, overwrites: Overwrites | None = None) -> Certificate:
+    """States a peak of ``value`` plain bytes, and ``bound`` with what proved it."""
+    proved_by: Literal["analytic", "exhaustive"] = "exhaustive"
+    if bound <= working_set_bound(problem, problem.nbytes, overwrites):
+        proved_by = "analytic"
+    return Certificate("peak_bytes", value, bound, proved_by, "order")
+
+
 def aligned_peak(problem: OrderProblem, order: Sequence[int], overwrites: Overwrites | None = None) -> int:
     """Largest sum of live aligned bytes of ``order``, where results take the place of what they may overwrite."""
     left = [len(users) for users in problem.users]
@@ -108,11 +129,7 @@ class _Search:
     def run(self) -> None:
         """Search from both ends in turn, for longer every round, and probe capacities in between."""
         problem = self.problem
-        for touched, replaced in zip(problem.touches, self.overwrites, strict=True):
-            least = sum(problem.footprint[b] for b in touched) - max(
-                (problem.footprint[b] for b in replaced), default=0
-            )
-            self.bound = max(self.bound, least)
+        self.bound = max(self.bound, working_set_bound(problem, problem.footprint, self.overwrites))
         self._tell()
         if self.bound == self.peak:
             return

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ...compiler.pipeline import Budget, Decision
-from ...compiler.plan import Certificate, Plan
+from ...compiler.plan import Plan
 from ...errors import OptionError
-from ._peak_search import EFFORT, LeastPeak, least_peak_order, plain_bound
+from ._peak_search import EFFORT, LeastPeak, certificate, least_peak_order, plain_bound
 from .problem import OrderProblem
 
 __all__ = ["LeastPeak", "LeastPeakOrder", "least_peak_order"]
@@ -50,8 +49,5 @@ class LeastPeakOrder:
         note = ""
         if problem.footprint != problem.nbytes:
             note = f"{found.peak:,} bytes as aligned, at least {found.bound:,} in any order"
-        proof: Literal["analytic", "exhaustive"] = (
-            "analytic" if bound <= problem.largest_working_set() else "exhaustive"
-        )
-        certificate = Certificate("peak_bytes", problem.peak_bytes(found.order), bound, proof, "order")
-        return Decision(plan.with_order(found.order), certificate, note)
+        proven = certificate(problem, problem.peak_bytes(found.order), bound)
+        return Decision(plan.with_order(found.order), proven, note)
