@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pulp
@@ -19,7 +20,7 @@ from ._choice import Choice, Realised, normalised
 from ._occurrences import Occurrences
 from ._prices import Prices
 
-__all__ = ["Question", "build", "choice_of", "kept_across", "start"]
+__all__ = ["Question", "build", "choice_of", "kept_across", "spans", "start"]
 
 MAX_ROW_TERMS = 300_000  # as in model.py
 
@@ -160,7 +161,7 @@ def _add_capacity(
     ends: list[list[tuple[str, int]]] = [[] for _ in range(len(occurrences.events) + 1)]
     terms = 0
     for t, track in enumerate(occurrences.tracks):
-        for k, (use, following) in enumerate(zip(track.uses, track.uses[1:], strict=False)):
+        for k, (use, following) in enumerate(pairwise(track.uses)):
             if following.event == use.event + 1:
                 continue  # across nothing
             begins[use.event + 1].append((f"keep_{t}_{k}", track.sizes[d] // unit))
@@ -199,6 +200,14 @@ def _touching(occurrences: Occurrences, variables: _Variables, d: int, unit: int
                 size = track.sizes[d] // unit
                 terms[use.event] += [(variables[f"keep_{t}_{k - 1}"], size), (variables[source], size)]
     return terms
+
+
+def spans(occurrences: Occurrences) -> dict[str, tuple[int, int]]:
+    """First and last event that each binary variable is about."""
+    found = {f"again_{e}": (e, e) for e, event in enumerate(occurrences.events) if event.again}
+    for t, track in enumerate(occurrences.tracks):
+        found.update({f"keep_{t}_{k}": (a.event, b.event) for k, (a, b) in enumerate(pairwise(track.uses))})
+    return found
 
 
 def kept_across(realised: Realised, event: int) -> frozenset[str]:

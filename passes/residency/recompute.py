@@ -6,17 +6,19 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Literal
+
+import pulp
 
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
 from ...errors import OptionError
-from .._solver.highs import Solution, solve
+from .._solver.highs import Listener, Solution, solve
 from ._choice import Choice, Realised
 from ._occurrences import Occurrences
 from ._prices import UNITS, Objective, Prices
-from ._recompute_model import Question, build, choice_of, kept_across, start
+from ._recompute_model import Question, build, choice_of, kept_across, spans, start
 from .gaps import Gap, gaps_of_residences
 from .ilp import IlpResidency
 from .workset import require_fit
@@ -25,6 +27,9 @@ __all__ = ["RecomputeResidency"]
 
 MAX_NODES = 10_000  # the search tree in deterministic mode, where no clock may decide
 MAX_ROUNDS = 5  # how often the model is tightened because the solver's tolerances let a row be missed
+WINDOW_VARIABLES = 600  # binaries that a neighbourhood frees, as far as they are spread evenly
+MIN_WINDOW = 20  # events
+MAX_SWEEPS = 3  # over all windows: what no clock ends
 MAX_USES = 200_000  # beyond this many uses, the model takes longer to write down than it is worth
 
 
@@ -126,6 +131,11 @@ class _Search:
         """Whether prices are bytes, which bound the traffic."""
         return self.prices.objective == "traffic"
 
+    @property
+    def slack(self) -> float:
+        """How far apart price and bound may be that are the same."""
+        return 0 if self.is_exact else self.unit / 100
+
     @cached_property
     def unit(self) -> float:
         """What prices are divided by: all of them are multiples of it, or at most a thousand times it."""
@@ -171,7 +181,7 @@ class _Search:
         for _ in range(MAX_ROUNDS):
             if self.budget.remaining_s <= 0:
                 break
-            solution = self._solve(question, best, self.budget.share(0.8))
+            solution = self._solve(question, best, self.budget.share(0.5))
             bound = max(bound, self._whole(solution.bound))
             found = self._read(solution)
             if found is None:
@@ -182,9 +192,32 @@ class _Search:
             if not overfull or solution.status != "optimal":
                 break
             question = replace(question, covers=(*question.covers, *(kept_across(found, e) for e in overfull)))
+        if best.price(self.prices) - bound > self.slack:
+            best = self._improved(best)
         value = best.price(self.prices)
-        close = value - bound <= (0 if self.is_exact else self.unit / 100)
-        return _Outcome(best, min(bound, value), complete=close)
+        return _Outcome(best, min(bound, value), complete=value - bound <= self.slack)
+
+    def _improved(self, best: Realised) -> Realised:
+        """Large neighbourhoods: window after window, whatever concerns no event in it stays as ``best`` has it."""
+        problem = build(Question(self.occurrences, self.prices, self.unit))
+        concerned = spans(self.occurrences)
+        free = {v.name: (v, v.lowBound) for v in problem.variables() if v.name in concerned}
+        events = len(self.occurrences.events)
+        width = max(MIN_WINDOW, events * WINDOW_VARIABLES // len(free))
+        idle, windows = 0, range(0, events, width // 2)
+        for first in islice(cycle(windows), MAX_SWEEPS * len(windows)):
+            if self.budget.remaining_s <= 0 or idle == len(windows):
+                break
+            values = start(best)
+            for name, (begin, end) in concerned.items():
+                variable, low = free[name]
+                is_free = begin < first + width and end >= first
+                variable.lowBound, variable.upBound = (low, 1) if is_free else (values[name], values[name])
+            found = self._read(self._run(problem, best, self.budget.share(0.2), lambda incumbent, bound: None))
+            idle += 1
+            if found and not found.overfull() and found.price(self.prices) < best.price(self.prices):
+                best, idle = found, 0
+        return best
 
     def _fewest_flops(self, best: Realised) -> Realised:
         if self.budget.remaining_s <= 0:
@@ -208,11 +241,16 @@ class _Search:
                 proven = 0 if bound is None else min(found, self._whole(bound))
                 budget.listen(Progress(self.name, time.monotonic() - begin, base + found, base + proven))
 
+        return self._run(build(question), best, budget, listen, exact=self.is_exact and question.at_most is None)
+
+    def _run(
+        self, problem: pulp.LpProblem, best: Realised, budget: Budget, listen: Listener, *, exact: bool | None = None
+    ) -> Solution:
         return solve(
-            build(question),
+            problem,
             budget,
             start=start(best),
-            absolute_gap=0.99 if self.is_exact and question.at_most is None else 1e-3,
+            absolute_gap=0.99 if (self.is_exact if exact is None else exact) else 1e-3,
             max_nodes=MAX_NODES if self.budget.deterministic else None,
             listen=listen,
         )
