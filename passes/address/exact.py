@@ -65,6 +65,26 @@ class ExactPlacement:
 
 
 @dataclass
+class _Part:
+    """A component whose arena is minimised: no arena below ``first`` bytes is possible, as a search may have proven."""
+
+    items: list[int]
+    grain: int
+    first: int
+    by_search: bool = False
+
+    @classmethod
+    def of(cls, packing: Packing, items: list[int]) -> _Part:
+        grain = packing.grain(items)
+        least = max(packing.fullest_step(items)[0], packing.least_end(items))
+        return cls(items, grain, -(-least // grain) * grain)
+
+    def at_least(self, floor: int) -> int:
+        """The least arena in question that is not below ``floor``."""
+        return max(self.first, -(-floor // self.grain) * self.grain)
+
+
+@dataclass
 class _Search:
     """Offsets so far, in units by item, and the proven lower ``bound`` on the arena, in bytes."""
 
@@ -119,44 +139,40 @@ class _Search:
         )
 
     def minimize(self) -> None:
-        """Lower the arena, component by component from the highest down, until it meets the bound or time ends."""
-        ranked = sorted(self.components, key=lambda c: self._arena(c), reverse=True)
-        floor = self.bound
-        for items in ranked:
-            low, proven = self._bisect(items, floor)
-            floor = max(floor, self._arena(items))
-            if low > self.bound:
-                self.bound, self.by_search = low, proven
+        """Lower the arena, in rounds over the components from the highest down, until it meets the bound or time ends.
+
+        A component needs to end no lower than the bound of all, and in one round no lower than those before it did.
+        """
+        parts = [_Part.of(self.packing, items) for items in self.components]
+        for limit in self._limits():
+            floor = self.bound
+            for part in sorted(parts, key=lambda part: self._arena(part.items), reverse=True):
+                self._lower(part, floor, limit)
+                floor = max(floor, self._arena(part.items))
+                if part.first > self.bound:
+                    self.bound, self.by_search = part.first, part.by_search
+            if self._arena(self.packing.items) <= self.bound or self._halted():
+                break
         self._tell()
 
-    def _bisect(self, items: list[int], low: int) -> tuple[int, bool]:
-        """Search capacities from ``low`` to the component's arena: its bound proven, and whether a search proved it.
+    def _lower(self, part: _Part, floor: int, limit: float) -> None:
+        """One round for a component: search capacities between ``floor`` and its arena, ``limit`` for each question.
 
-        There is no use in less than ``low``. The first question is ``low`` itself, which often holds. Questions that
-        time left open count as too small for where to look next in their round, never for what is proven.
+        The first question is the least capacity, which often holds. Questions that time left open count as too small
+        for where to look next in their round, never for what is proven.
         """
-        grain = self.packing.grain(items)
-        least = max(self.packing.fullest_step(items)[0], self.packing.least_end(items))
-        proven = -(-least // grain) * grain
-        first = max(proven, -(-low // grain) * grain)
-        by_search = False
-        for limit in self._limits():
-            asked = middle = first
-            near = (self._arena(items) - first) // 8  # closer to the arena only if longer questions gain nothing
-            while asked < self._arena(items) - near and not self._halted():
-                answer, _ = self._ask(items, middle, limit)
-                if answer.verdict is Verdict.PLACED:
-                    self._keep(items, answer.offsets)
-                    self._tell()
-                else:
-                    asked = middle + grain
-                    if answer.verdict is Verdict.IMPOSSIBLE:
-                        first = proven = asked
-                        by_search = True
-                middle = (asked + self._arena(items)) // 2 // grain * grain
-            if first >= self._arena(items) or self._halted():
-                break
-        return proven, by_search
+        asked = middle = part.at_least(floor)
+        near = (self._arena(part.items) - asked) // 8  # closer to the arena only if longer questions gain nothing
+        while asked < self._arena(part.items) - near and not self._halted():
+            answer, _ = self._ask(part.items, middle, limit)
+            if answer.verdict is Verdict.PLACED:
+                self._keep(part.items, answer.offsets)
+                self._tell()
+            else:
+                asked = middle + part.grain
+                if answer.verdict is Verdict.IMPOSSIBLE:
+                    part.first, part.by_search = asked, True
+            middle = (asked + self._arena(part.items)) // 2 // part.grain * part.grain
 
     def _limits(self) -> Iterator[float]:
         """Seconds for each question of a round, round by round."""
