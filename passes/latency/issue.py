@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from ...compiler.plan import Load
@@ -79,14 +79,19 @@ class _Issuer:
     def _make_room(self, stays: Sequence[int]) -> None:
         """Issue pending stores whose stays end with them and are in the way; in the plan given, all came before."""
         while crowd := self.scratchpad.in_the_way(stays):
-            ending = [t for t in self.pending if t.stay in crowd and self.left[t.stay] == 1]
+            stores = Counter(t.stay for t in self.pending)
+            ending = [t for t in self._open() if t.stay in crowd and self.left[t.stay] == stores[t.stay]]
             if not ending:
                 return
             self._issue(min(ending, key=lambda t: (self._start(t), t.step)))
 
+    def _open(self) -> list[Transfer]:
+        """Pending stores that wait for no other transfer of their buffer."""
+        return [t for t in self.pending if t.behind is None or t.behind in self.issued]
+
     def _next(self, anchor: int, begins: Sequence[int], finish: float) -> Transfer | None:
         """What a copy engine starts first, before ``anchor`` is done at ``finish``; ``None`` when that is nothing."""
-        found = list(self.pending)
+        found = self._open()
         if self.loads and self._may_load(self.loads[0], anchor, begins):
             found.append(self.loads[0])
         best = min(found, key=lambda t: (self._start(t), not self._is_load(t), t.step), default=None)

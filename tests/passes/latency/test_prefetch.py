@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, run_pass
-from opweave.compiler.plan import Load, Plan, Store
+from opweave.compiler.plan import Instruction, Load, Plan, Run, Store
 from opweave.compiler.simulate import latency_ns, simulate
 from opweave.compiler.verify import verify
 from opweave.errors import OptionError
@@ -55,10 +55,31 @@ def target(capacity_bytes: int, kind: str) -> HardwareModel:
     return msgspec.structs.replace(machine(capacity_bytes), engines=tuple(engines))
 
 
-def placed(graph: Graph, extra_bytes: int, kind: str = "even") -> Plan:
+def placed(graph: Graph, extra_bytes: int, kind: str = "even", residency: str = "residency/least_cost") -> Plan:
     """The graph's own order placed in the least scratchpad and ``extra_bytes``."""
     capacity = max(16, least_capacity(Plan.of_order(graph, machine()))) + extra_bytes
-    return FAST.plan(Plan.of_order(graph, target(capacity, kind)), budget())
+    planner = Planner("order/given", residency, "address/exact")
+    return planner.plan(Plan.of_order(graph, target(capacity, kind)), budget())
+
+
+def storing_every_version(plan: Plan) -> Plan:
+    """``plan`` with a store behind every operator for each buffer it writes, so that versions may not be mixed up."""
+    index = {op.name: i for i, op in enumerate(plan.graph.ops)}
+    sequence: list[Instruction] = []
+    place = []
+    for step, instruction in enumerate(plan.instructions):
+        place.append(len(sequence))
+        sequence.append(instruction)
+        if isinstance(instruction, Run):
+            written = plan.graph.writes[index[instruction.op]]
+            sequence += [
+                Store(r.buffer) for r in plan.residences or () if r.buffer in written and r.begin <= step < r.end
+            ]
+    place.append(len(sequence))
+    residences = tuple(
+        msgspec.structs.replace(r, begin=place[r.begin], end=place[r.end]) for r in plan.residences or ()
+    )
+    return msgspec.structs.replace(plan, instructions=tuple(sequence), residences=residences, passes=())
 
 
 def moves(plan: Plan) -> list[tuple[str, str]]:
@@ -73,10 +94,20 @@ def assert_improves(before: Plan, after: Plan) -> None:
 
 
 @settings(deadline=None, max_examples=150)
-@given(crowded_graphs(max_ops=12), st.integers(0, 200), st.sampled_from(KINDS))
-def test_random_plans_stay_right_and_never_slow_down(graph: Graph, extra_bytes: int, kind: str) -> None:
-    """Versions, updates in place and spills: the moved plan computes the same, event by event."""
-    before = placed(graph, extra_bytes, kind)
+@given(
+    crowded_graphs(max_ops=12),
+    st.integers(0, 300),
+    st.sampled_from(KINDS),
+    st.sampled_from(("residency/least_cost", "residency/refetch")),
+    st.booleans(),
+)
+def test_random_plans_stay_right_and_never_slow_down(
+    graph: Graph, extra_bytes: int, kind: str, residency: str, stores: bool
+) -> None:
+    """Versions, updates in place, spills and needless transfers: the plan computes the same, event by event."""
+    before = placed(graph, extra_bytes, kind, residency)
+    before = storing_every_version(before) if stores else before
+    assert verify(before).faults == ()
     after = run_pass(Prefetch(), before, budget())
     assert_improves(before, after)
     assert computes_the_right_outputs(simulate(after))
