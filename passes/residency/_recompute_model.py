@@ -98,7 +98,11 @@ def _add_variables(problem: pulp.LpProblem, occurrences: Occurrences) -> _Variab
 
 
 def _sum(terms: _Terms, constant: float = 0.0) -> Any:
-    return pulp.LpAffineExpression(terms, constant)
+    """PuLP keeps only the last of several terms in one variable."""
+    merged: dict[Any, float] = {}
+    for variable, factor in terms:
+        merged[variable] = merged.get(variable, 0) + factor
+    return pulp.LpAffineExpression(merged, constant)
 
 
 def _price(question: Question, variables: _Variables) -> Any:
