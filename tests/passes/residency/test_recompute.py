@@ -20,9 +20,10 @@ from opweave.hw_models.model import EngineKind, HardwareModel
 from opweave.hw_models.registry import load
 from opweave.passes._solver.highs import solve
 from opweave.passes.address.first_fit import FirstFit
+from opweave.passes.residency._choice import Choice, Realised
 from opweave.passes.residency._occurrences import Occurrences
 from opweave.passes.residency._prices import Prices
-from opweave.passes.residency._recompute_model import Question, build
+from opweave.passes.residency._recompute_model import Question, build, kept_across, start
 from opweave.passes.residency.ilp import IlpResidency
 from opweave.passes.residency.recompute import RecomputeResidency
 from opweave.passes.residency.refetch import RefetchResidency
@@ -137,6 +138,26 @@ def test_chained_rows_say_the_same(plan: Plan) -> None:
     values = [solve(build(question, max_row_terms=terms), budget(), absolute_gap=0.5).objective for terms in (10**9, 0)]
     assert values[0] == pytest.approx(values[1])
     assert values[0] == pytest.approx(least_price(plan, bytes_of(plan)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(plans())
+def test_covers_forbid_what_does_not_fit_and_nothing_that_does(plan: Plan) -> None:
+    """They stand in where the solver's tolerances let a row be missed."""
+    occurrences = Occurrences.of(plan, Prices(plan, "traffic"), DEEP, 0)
+    segments = frozenset((t, k) for t, track in enumerate(occurrences.tracks) for k in range(len(track.uses) - 1))
+    slots = frozenset(e for e, event in enumerate(occurrences.events) if event.again)
+    everything = Realised(occurrences, Choice(slots, segments))
+    overfull = everything.overfull()
+    covers = tuple(kept_across(everything, e) for e in overfull)
+    decision = RecomputeResidency(depth=DEEP).apply(plan, budget())
+    assert decision.certificate is not None
+    price = decision.certificate.value - occurrences.problem.base_bytes
+    question = Question(occurrences, Prices(plan, "traffic"), 1, covers)
+    assert solve(build(question), budget(), absolute_gap=0.5).objective == pytest.approx(price)
+    for event, cover in zip(overfull, covers, strict=True):
+        assert all(start(everything)[name] == 1 for name in cover if not name.startswith("load"))
+        assert cover or occurrences.events[event].again
 
 
 @settings(max_examples=25, deadline=None)
