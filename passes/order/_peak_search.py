@@ -12,7 +12,7 @@ import numpy as np
 from ...compiler.pipeline import Budget, Progress
 from ...compiler.plan import Certificate
 from . import _reach as reach
-from ._peak_arrays import COUNT, EXPANDED, LAST, NEVER, STACKED, Overwrites, graph_of, reached_of, scratch_of
+from ._peak_arrays import BITS, COUNT, EXPANDED, LAST, NEVER, STACKED, Overwrites, graph_of, reached_of, scratch_of
 from .problem import OrderProblem
 
 __all__ = ["LeastPeak", "Overwrites", "aligned_peak", "certificate", "least_peak_order", "plain_bound"]
@@ -23,6 +23,7 @@ SLICE = 500  # expansions of the first compiled round, doubled every round
 LONGEST_PROBE = 1 << 20  # expansions
 POLL = 2_000_000  # operators times expansions between two looks at the clock
 MEMORY_BYTES = 1 << 28  # for the down-sets of one end
+WINDOW = 8  # words kept of a down-set at first; doubled where its operators are too far apart in program order
 PROBES = (1.0, 0.5, 0.75)  # where between bound and peak probes are made, in turn
 
 
@@ -194,13 +195,19 @@ class _End:
         self.full = False
         self._backward = backward
         self._graph = graph_of(problem, overwrites, backward=backward)
-        self._reached = reached_of(self._graph, MEMORY_BYTES)
+        self._words = -(-len(problem.predecessors) // BITS)
+        self._expanded = 0
+        self._start(min(WINDOW, self._words))
+
+    def _start(self, window: int) -> None:
+        """Begin, or begin again, with so many words a down-set."""
+        self._reached = reached_of(self._graph, MEMORY_BYTES, window)
         self._scratch = scratch_of(self._graph)
 
     @property
     def expanded(self) -> int:
         """Down-sets expanded so far."""
-        return int(self._reached.counters[EXPANDED])
+        return self._expanded + int(self._reached.counters[EXPANDED])
 
     def raise_to(self, capacity: int) -> None:
         """Explore within ``capacity`` from now on: what it opens goes back to the stack."""
@@ -224,6 +231,10 @@ class _End:
         step = reach.compiled() if compiled else reach.explore
         status = int(step(self._graph, self._reached, self._scratch, self.capacity, expansions))
         self.full = self.full or status == reach.FULL
+        if status == reach.WIDE:
+            self._expanded = self.expanded
+            self._start(min(2 * self._reached.bits.shape[1], self._words))
+            return reach.UNFINISHED
         return status
 
     def order(self) -> tuple[int, ...]:
@@ -234,4 +245,4 @@ class _End:
         while state > 0:
             order += r.log[r.log_start[state] : r.log_stop[state]].tolist()[::-1]
             state = int(r.parent[state])
-        return tuple(order if self._backward else reversed(order))
+        return tuple(len(order) - 1 - op for op in order) if self._backward else tuple(reversed(order))

@@ -13,13 +13,12 @@ from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
-import numpy as np
+from ._peak_arrays import BITS, COUNT, EVERY, EXPANDED, LAST, LOGGED, NEVER, STACKED, Graph, Reached, Scratch
 
-from ._peak_arrays import BITS, COUNT, EXPANDED, LAST, LOGGED, NEVER, STACKED, Graph, Reached, Scratch
+__all__ = ["CAPACITY_TOO_SMALL", "FOUND", "FULL", "UNFINISHED", "WIDE", "compiled", "explore", "is_compiled"]
 
-__all__ = ["CAPACITY_TOO_SMALL", "FOUND", "FULL", "UNFINISHED", "compiled", "explore", "is_compiled"]
-
-FOUND, CAPACITY_TOO_SMALL, UNFINISHED, FULL = range(4)
+FOUND, CAPACITY_TOO_SMALL, UNFINISHED = range(3)
+KNOWN, FULL, WIDE = -1, -2, -3  # instead of a down-set's number
 
 
 def run(g: Graph, w: Scratch, op: int, live: int) -> tuple[int, int]:
@@ -114,14 +113,14 @@ def open_after(g: Graph, w: Scratch, op: int, ready: int) -> int:
 
 def move(g: Graph, r: Reached, w: Scratch, state: int) -> None:
     """Make ``w`` describe down-set ``state``: what it and the present one differ in is run or taken back."""
-    changed = 0
-    for index in range(len(w.here)):
-        op, word = index * BITS, w.here[index] ^ r.bits[state, index]
-        ran_now = r.bits[state, index]
-        w.here[index] = ran_now
+    window, base, changed = r.bits.shape[1], r.base[state], 0
+    for index in range(min(base, w.counts[1]), max(base, w.counts[1]) + window):
+        wanted = EVERY if index < base else (r.bits[state, index - base] if index < base + window else 0)
+        op, word = index * BITS, w.here[index] ^ wanted
+        w.here[index] = wanted
         while word != 0:
             if word & 1:
-                sign = 1 if ran_now & 1 else -1
+                sign = 1 if wanted & 1 else -1
                 for k in range(g.touch_start[op], g.touch_start[op + 1]):
                     w.left[g.touched[k]] -= sign
                 for k in range(g.after_start[op], g.after_start[op + 1]):
@@ -129,7 +128,8 @@ def move(g: Graph, r: Reached, w: Scratch, state: int) -> None:
                 w.waiting[op] -= sign
                 w.trace[changed] = op
                 changed += 1
-            op, word, ran_now = op + 1, word >> 1, ran_now >> 1
+            op, word, wanted = op + 1, word >> 1, wanted >> 1
+    w.counts[1] = base
     for position in range(changed):
         op = w.trace[position]
         list_if_ready(w, op)
@@ -153,25 +153,43 @@ def list_if_ready(w: Scratch, op: int) -> None:
 
 
 def record(g: Graph, r: Reached, w: Scratch, parent: int, live: int, traced: int) -> int:
-    """Number of the down-set that ``parent`` and the trace make, if it is new; -1 if it is known, -2 without room."""
-    w.word[:] = r.bits[parent]
+    """Number of the down-set that ``parent``, where ``w`` is, and the trace make; or KNOWN, FULL, or WIDE."""
+    window, words, base, highest = r.bits.shape[1], len(w.here), r.base[parent], 0
     hashed = r.hashed[parent]
     for k in range(traced):
         op = w.trace[k]
-        w.word[op // BITS] |= 1 << (op % BITS)
+        w.here[op // BITS] ^= 1 << (op % BITS)
         hashed ^= g.key[op]
+        highest = max(highest, op // BITS)
+    while base < words - window and w.here[base] == EVERY:
+        base += 1
+    number = WIDE
+    if highest < base + window:
+        number = enter(r, w, base, hashed, live, parent, traced)
+    for k in range(traced):
+        w.here[w.trace[k] // BITS] ^= 1 << (w.trace[k] % BITS)
+    return number
+
+
+def enter(r: Reached, w: Scratch, base: int, hashed: int, live: int, parent: int, traced: int) -> int:
+    """Number of the down-set in ``here`` if it is new, and there is room; its window starts at ``base``."""
+    window = r.bits.shape[1]
     mask = len(r.table) - 1
     slot = hashed & mask
     while r.table[slot] != 0:
         known = r.table[slot] - 1
-        if r.hashed[known] == hashed and np.all(r.bits[known] == w.word):
-            return -1
+        same = r.hashed[known] == hashed and r.base[known] == base
+        for index in range(window):
+            same = same and r.bits[known, index] == w.here[base + index]
+        if same:
+            return KNOWN
         slot = (slot + 1) & mask
     number, logged = r.counters[COUNT], r.counters[LOGGED]
     if number == len(r.live) or logged + traced > len(r.log):
-        return -2
+        return FULL
     r.table[slot] = number + 1
-    r.bits[number] = w.word
+    r.bits[number] = w.here[base : base + window]
+    r.base[number] = base
     r.hashed[number], r.live[number], r.blocked[number], r.parent[number] = hashed, live, NEVER, parent
     r.log_start[number], r.log_stop[number] = logged, logged + traced
     r.log[logged : logged + traced] = w.trace[:traced]
@@ -181,7 +199,7 @@ def record(g: Graph, r: Reached, w: Scratch, parent: int, live: int, traced: int
 
 
 def expand(g: Graph, r: Reached, w: Scratch, state: int, capacity: int) -> int:
-    """Record what follows ``state`` within ``capacity`` in ``children``; returns how many, or -2 without room."""
+    """Record what follows ``state`` within ``capacity`` in ``children``; returns how many, or FULL or WIDE."""
     move(g, r, w, state)
     ready = w.counts[0]
     w.fresh[:ready] = w.ready[:ready]
@@ -195,7 +213,7 @@ def expand(g: Graph, r: Reached, w: Scratch, state: int, capacity: int) -> int:
             children = 1
         for k in range(traced - 1, -1, -1):
             undo(g, w, w.trace[k])
-        return -2 if number == -2 else children
+        return number if number < KNOWN else children
     for position in range(ready):
         op = w.ready[position]
         during, live = run(g, w, op, r.live[state])
@@ -210,8 +228,8 @@ def expand(g: Graph, r: Reached, w: Scratch, state: int, capacity: int) -> int:
         number = record(g, r, w, state, live, traced)
         for k in range(traced - 1, -1, -1):
             undo(g, w, w.trace[k])
-        if number == -2:
-            return -2
+        if number < KNOWN:
+            return number
         if number >= 0:
             w.children[children] = number
             children += 1
@@ -222,7 +240,8 @@ def explore(g: Graph, r: Reached, w: Scratch, capacity: int, expansions: int) ->
     """Expand down-sets from the stack, the one with the least live bytes first among brothers.
 
     Returns ``FOUND`` once all operators have run, the last down-set's number in ``counters[LAST]``;
-    ``CAPACITY_TOO_SMALL`` when the stack is empty; ``UNFINISHED`` after so many ``expansions``; ``FULL`` without room.
+    ``CAPACITY_TOO_SMALL`` when the stack is empty; ``UNFINISHED`` after so many ``expansions``; ``FULL`` without
+    room for more down-sets; ``WIDE`` when one does not fit into a window.
     """
     operators = len(g.before)
     while r.counters[STACKED] > 0:
@@ -233,7 +252,7 @@ def explore(g: Graph, r: Reached, w: Scratch, capacity: int, expansions: int) ->
         r.counters[STACKED] -= 1
         children = expand(g, r, w, r.stack[r.counters[STACKED]], capacity)
         if children < 0:
-            return FULL
+            return children
         for k in range(children):  # insertion sort: most live bytes first, so that the least lie on top of the stack
             child, position = w.children[k], k
             while position > 0 and r.live[w.children[position - 1]] < r.live[child]:
@@ -264,7 +283,7 @@ def compiled() -> Callable[..., int]:
     from numba import njit
 
     functions: dict[str, Any] = dict(globals())
-    for function in (run, undo, chain, open_after, settle, list_if_ready, move, record, expand, ran, explore):
+    for function in (run, undo, chain, open_after, settle, list_if_ready, move, enter, record, expand, ran, explore):
         # The same code, calling what has been compiled before it. Calls copy every array's description: what is called
         # most often is made part of its caller.
         code: Any = FunctionType(function.__code__, functions, function.__name__)

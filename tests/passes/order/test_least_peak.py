@@ -16,7 +16,7 @@ from opweave.compiler.plan import Plan
 from opweave.errors import OptionError
 from opweave.passes.inplace._overwrite import candidates
 from opweave.passes.order import _peak_search
-from opweave.passes.order._peak_arrays import Overwrites
+from opweave.passes.order._peak_arrays import BITS, Overwrites
 from opweave.passes.order._peak_search import aligned_peak, least_peak_order
 from opweave.passes.order._reach import CAPACITY_TOO_SMALL, FOUND
 from opweave.passes.order.least_peak import LeastPeakOrder
@@ -148,6 +148,31 @@ def test_compiled_and_interpreted_find_the_same(graph: Graph, backward: bool, in
         orders.append(end.order())
     assert steps[0] == steps[1]
     assert orders[0] == orders[1]
+
+
+def ladder(chains: int, length: int) -> Graph:
+    """Chains of unequal sizes side by side, listed level by level: a down-set's operators are far apart."""
+    g = GraphBuilder("ladder")
+    x = g.input("x", 4, 4)
+    ends = [g.matmul(x, g.weight(f"w{i}", 4, 4 * (1 + i % 3)), f"m{i}") for i in range(chains)]
+    for level in range(length):
+        ends = [g.unary("relu", end, f"c{i}_{level}") for i, end in enumerate(ends)]
+    for i, end in enumerate(ends):
+        ends[i] = g.matmul(end, g.weight(f"v{i}", 4 * (1 + i % 3), 1), f"n{i}")
+    g.op(f"aten.cat.default([{', '.join(f'%{i}' for i in range(chains))}], 1)", *ends, outputs={"y": (4, chains)})
+    return g.build("y")
+
+
+@pytest.mark.parametrize("graph", [cells(12), ladder(8, 20)], ids=["cells", "ladder"])
+def test_windows_widen_as_they_must(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of operators, of which a window holds 63 at first: the same peak as with room for all of them."""
+    problem = OrderProblem.of(plan_of(graph))
+    assert len(graph.ops) > 2 * BITS
+    found = []
+    for window in (1, len(graph.ops)):
+        monkeypatch.setattr(_peak_search, "WINDOW", window)
+        found.append(least_peak_order(problem, AMPLE()))
+    assert found[0].peak == found[0].bound == found[1].peak == found[1].bound
 
 
 @given(graphs(min_ops=4, max_ops=10), st.integers(1, 6))
