@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, run_pass
-from opweave.compiler.plan import Instruction, Load, Plan, Run, Store
+from opweave.compiler.plan import Instruction, Load, Pin, Plan, Run, Store
 from opweave.compiler.simulate import latency_ns, simulate
 from opweave.compiler.verify import verify
 from opweave.errors import OptionError
@@ -111,6 +111,27 @@ def test_random_plans_stay_right_and_never_slow_down(
     after = run_pass(Prefetch(), before, budget())
     assert_improves(before, after)
     assert computes_the_right_outputs(simulate(after))
+
+
+@settings(deadline=None, max_examples=25)
+@given(crowded_graphs(), st.integers(0, 100), st.sampled_from(KINDS))
+def test_recomputations_stay_right(graph: Graph, extra_bytes: int, kind: str) -> None:
+    before = placed(graph, extra_bytes, kind, "residency/recompute")
+    after = run_pass(Prefetch(), before, budget())
+    assert_improves(before, after)
+    assert computes_the_right_outputs(simulate(after))
+
+
+@settings(deadline=None, max_examples=40)
+@given(crowded_graphs(), st.integers(0, 10), st.sampled_from(KINDS))
+def test_banks_and_pins_are_kept(graph: Graph, extra: int, kind: str) -> None:
+    """Two banks that each hold any operator; the first buffer stays in the second one."""
+    least = -(-least_capacity(Plan.of_order(graph, machine())) // 16) * 16
+    banked = target(2 * least, kind).with_banks(least, least + 16 * extra)
+    used = next(buffer for touched in graph.touches for buffer in touched)
+    before = FAST.plan(Plan.of_order(graph, banked, pins=(Pin(used, bank=1),)), budget())
+    after = run_pass(Prefetch(), before, budget())
+    assert_improves(before, after)
 
 
 @settings(deadline=None, max_examples=60)
