@@ -20,7 +20,7 @@ __all__ = ["BeamOrder"]
 SMALL = 64  # operators up to which plain windows are quicker than loading compiled code
 LARGE = 4_000  # operators from which on no beams are run: their bitmasks would take gigabytes
 WINDOWS_A_ROUND = 160  # windows without improvement that one round of the compiled search stands for
-MOST_MOVES = 5_000_000  # of the compiled search in deterministic mode
+MOST_MOVES = 2_000_000  # of the compiled search in deterministic mode
 MASK_WORK = 1_000_000_000  # operators^2 x width of the widest beam: its bitmasks grow with the operators
 WINDOW_WORK = 2_000_000  # operators x windows in a row without improvement
 

@@ -117,6 +117,24 @@ def test_beam_improves_a_bad_order() -> None:
     assert "estimated" in found.note
 
 
+def test_beam_on_more_operators_repeats() -> None:
+    """Annealing takes over above 64 operators: better than beams of width 1 alone, and the same every time."""
+    plan = tight(branches(14, 6))
+    problem = OrderProblem.of(plan)
+    runs = [BeamOrder().apply(plan, Budget.of_seconds(60, deterministic=True)).plan.order for _ in range(2)]
+    assert runs[0] == runs[1]
+    beams = BeamOrder(width=1, patience=0).apply(plan, Budget.of_seconds(60, deterministic=True)).plan.order
+    assert problem.spill_bytes(runs[0]) <= problem.spill_bytes(beams) < problem.spill_bytes(plan.order)
+
+
+def test_beam_on_operators_too_many_for_bitmasks() -> None:
+    """List scheduling gives the first order, annealing the last; the time that is left is kept to."""
+    plan = tight(branches(80, 60))
+    problem = OrderProblem.of(plan)
+    found = BeamOrder().apply(plan, Budget.of_seconds(1)).plan
+    assert problem.spill_bytes(found.order) < problem.spill_bytes(plan.order) / 2
+
+
 def test_depth_first_and_greedy_finish_branches() -> None:
     """Both run a branch to its end before they begin another; breadth-first keeps all of them live."""
     plan = tight(branches(6, 4))

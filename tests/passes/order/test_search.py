@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from benchmarks.networks import layered
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -116,6 +117,16 @@ def test_search_improves_and_repeats() -> None:
     runs = [list(search_orders(problem, deterministic(seed=3), patience=2)) for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0][-1].spill < problem.spill_bytes(range(48))
+
+
+def test_search_on_a_layered_network() -> None:
+    """Two thirds of what a network of several hundred operators spills need not be; the work limit ends the search."""
+    graph = layered(400, 6, 0)
+    assert len(graph.ops) == 400
+    assert graph == layered(400, 6, 0)
+    problem = OrderProblem.of(Plan.of_order(graph, machine(1, 1)))
+    found = list(search_orders(problem, deterministic(), most_moves=20_000))
+    assert found[-1].spill < problem.spill_bytes(range(400)) / 3
 
 
 def test_search_begins_with_the_best_seed_order() -> None:
