@@ -139,6 +139,8 @@ def placed_heuristic(plan: Plan, budget: Budget) -> Found:
     """
     capacity = plan.machine.scratchpad_memory.capacity_bytes
     for reserve in (0, *(capacity // part for part in RESERVES)):
+        if reserve and not budget.remaining_s:
+            break
         found = written_placed(plan, *heuristic(plan, reserve), budget.share(0.2))
         if found is not None:
             return found

@@ -11,10 +11,10 @@ from ...compiler.plan import Certificate, Plan
 from ...errors import InternalError
 from .._solver.highs import Listener, Solution, solve
 from ..order.problem import OrderProblem
-from ..residency.gaps import GapProblem
+from ..residency.gaps import GapProblem, base_bytes
 from ..residency.workset import require_fit
 from ._cosma_addresses import Addresses, heights_of
-from ._cosma_crossing import crossing_bound
+from ._cosma_crossing import crossing_bound, crossing_peak
 from ._cosma_model import CosmaModel
 from ._cosma_problem import CosmaProblem, whole_units
 from ._cosma_solutions import (
@@ -87,7 +87,7 @@ class Cosma:
                 fit beside it in the plan's order (neither in mode ``peak``).
         """
         if self.mode == "peak":
-            return _least_peak(self.name, plan, budget)
+            return _least_peak(self, plan, budget)
         require_fit(plan)
         search = _Search(self, plan, budget)
         search.run()
@@ -107,12 +107,11 @@ class _Search:
     bound: int = field(init=False)
 
     def __post_init__(self) -> None:
-        gaps, dropped = heuristic(self.plan)
-        self.floor = self.bound = gaps.base_bytes
+        self.floor = self.bound = base_bytes(self.plan)
         if self.options.addresses:
             self.best = placed_heuristic(self.plan, self.budget.share(0.3))
         else:
-            self.best = written(self.plan, gaps, dropped)
+            self.best = written(self.plan, *heuristic(self.plan))
         self._tell(self.best.value, self.bound)
 
     def run(self) -> None:
@@ -125,8 +124,7 @@ class _Search:
             return
         of = CosmaProblem.of(self.plan, self.floor, fixed=fixed)
         if self.options.cuts and not fixed and self.budget.remaining_s > 0:
-            nodes = DETERMINISTIC_NODES if self.budget.deterministic else None
-            proven = crossing_bound(self.plan.graph, of, self.floor, self.budget.share(0.3), max_nodes=nodes)
+            proven = crossing_bound(self.plan.graph, of, self.floor, self.budget.share(0.3))
             self.bound = max(self.bound, proven)
         if self._is_done():
             self.notes.append("no order moves less")
@@ -226,31 +224,36 @@ class _Search:
         self.budget.listen(Progress(self.options.name, time.monotonic() - self.begin, value, bound))
 
 
-def _least_peak(name: str, plan: Plan, budget: Budget) -> Decision:
+def _least_peak(options: Cosma, plan: Plan, budget: Budget) -> Decision:
     """Eq. 13 to 15: the order of least peak when every buffer stays from its first to its last use."""
     begin = time.monotonic()
     problem = OrderProblem.of(plan)
-    order, value, bound = plan.order, problem.peak_bytes(plan.order), problem.largest_working_set()
-    note = ""
-    if value > bound:
-        order, proven, note = _search_peak(name, plan, problem, budget, begin)
-        value, bound = problem.peak_bytes(order), max(bound, proven)
-    budget.listen(Progress(name, time.monotonic() - begin, value, bound))
-    proved_by: Literal["ilp", "analytic"] = "ilp" if bound > problem.largest_working_set() else "analytic"
-    certificate = Certificate("peak_bytes", value, min(bound, value), proved_by, "order")
+    order, value, analytic = plan.order, problem.peak_bytes(plan.order), problem.largest_working_set()
+    bound, note = analytic, ""
+    if value > analytic and len(plan.graph.ops) > MAX_STEPS:
+        note = f"a model of {len(plan.graph.ops)} steps is too large; this is the given order"
+    elif value > analytic and budget.remaining_s > 0:
+        of = CosmaProblem.of(plan, 0, fixed=False)
+        if options.cuts:
+            bound = analytic = max(analytic, crossing_peak(plan.graph, of))
+        if value > bound:
+            order, proven, note = _search_peak(options.name, of, problem, plan.order, budget)
+            value, bound = problem.peak_bytes(order), max(bound, proven)
+    elif value > analytic:
+        note = "the time limit came first"
+    budget.listen(Progress(options.name, time.monotonic() - begin, value, bound))
+    certificate = Certificate("peak_bytes", value, bound, "ilp" if bound > analytic else "analytic", "order")
     return Decision(plan.with_order(order), certificate, note)
 
 
 def _search_peak(
-    name: str, plan: Plan, problem: OrderProblem, budget: Budget, begin: float
+    name: str, of: CosmaProblem, problem: OrderProblem, start: tuple[int, ...], budget: Budget
 ) -> tuple[tuple[int, ...], int, str]:
-    """An order no worse than the plan's, what no order's peak is below, and a remark."""
-    value = problem.peak_bytes(plan.order)
-    if len(plan.graph.ops) > MAX_STEPS:
-        return plan.order, 0, f"a model of {len(plan.graph.ops)} steps is too large; this is the given order"
-    of = CosmaProblem.of(plan, 0, fixed=False)
+    """An order no worse than ``start``, what no order's peak is below, and a remark."""
     if refusal := _too_large("model", of, of.terms(), budget):
-        return plan.order, 0, refusal
+        return start, 0, refusal
+    begin = time.monotonic()
+    value = problem.peak_bytes(start)
     model = CosmaModel(of, peak=True)
 
     def listen(objective: float | None, bound: float | None) -> None:
@@ -258,13 +261,13 @@ def _search_peak(
         proven = 0 if bound is None else min(found, of.unit * whole_units(bound, model.columns))
         budget.listen(Progress(name, time.monotonic() - begin, found, proven))
 
-    start = model.start((plan.order, first_fetches(of, plan.order)))
-    solution = _solved(model, start, budget, listen)
+    solution = _solved(model, model.start((start, first_fetches(of, start))), budget, listen)
     decided = model.decided(solution.values) if solution.values else None
-    candidates = [plan.order] if decided is None else [decided[0], plan.order]
-    ended = "solved" if solution.status == "optimal" else _limit(budget)
+    candidates = [start] if decided is None else [decided[0], start]
     best = min(candidates, key=problem.peak_bytes)
-    return best, of.unit * whole_units(solution.bound, model.columns), f"{model.columns:,} columns, {ended}"
+    proven = min(problem.peak_bytes(best), of.unit * whole_units(solution.bound, model.columns))
+    ended = "solved" if solution.status == "optimal" else _limit(budget)
+    return best, proven, f"{model.columns:,} columns, {ended}"
 
 
 def _solved(model: CosmaModel, start: dict[str, float], budget: Budget, listen: Listener) -> Solution:

@@ -16,7 +16,7 @@ from opweave.compiler.plan import Certificate, Pin, Plan
 from opweave.compiler.verify import verify
 from opweave.errors import Infeasible
 from opweave.passes.joint._cosma_addresses import restacked
-from opweave.passes.joint._cosma_crossing import crossing_bound
+from opweave.passes.joint._cosma_crossing import crossing_bound, crossing_peak
 from opweave.passes.joint._cosma_model import CosmaModel
 from opweave.passes.joint._cosma_problem import CosmaProblem
 from opweave.passes.joint._cosma_solutions import decided_of, dropped_of
@@ -64,6 +64,7 @@ def check_every_mode(plan: Plan) -> None:
         (Cosma(addresses=False, cuts=False), least_traffic),
         (Cosma("fixed", addresses=False), least_additional_bytes),
         (Cosma("peak"), least_peak),
+        (Cosma("peak", cuts=False), least_peak),
     ):
         certificate = certified(method.apply(plan, budget()))
         assert certificate.value == certificate.bound == least(plan), method
@@ -172,14 +173,15 @@ def test_fixed_mode_agrees_with_the_gap_ilp_where_the_solver_has_work() -> None:
 def test_what_no_order_avoids_is_a_bound(plan: Plan) -> None:
     base = GapProblem.of(plan).base_bytes
     of = CosmaProblem.of(plan, base, fixed=False)
-    assert base <= crossing_bound(plan.graph, of, base, budget(), max_nodes=None) <= least_traffic(plan)
+    assert base <= crossing_bound(plan.graph, of, base, budget()) <= least_traffic(plan)
+    assert crossing_peak(plan.graph, of) <= least_peak(plan)
 
 
 def test_what_no_order_avoids_settles_a_chain_without_steps() -> None:
     """A training step leaves no choice of order, so what crosses its operators is the whole gap ILP."""
     plan = tight(training_graph(12, 3), 0.4, alignment=1)
     base = GapProblem.of(plan).base_bytes
-    bound = crossing_bound(plan.graph, CosmaProblem.of(plan, base, fixed=False), base, budget(), max_nodes=None)
+    bound = crossing_bound(plan.graph, CosmaProblem.of(plan, base, fixed=False), base, budget())
     decision = Cosma(addresses=False).apply(plan, budget())
     assert 0 < bound == certified(decision).value
 
