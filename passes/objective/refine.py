@@ -161,6 +161,8 @@ class _Search:
             if self.halted():
                 break
             other = neighbour(self.best.graph, order, draw)
+            if other == order:
+                continue
             found = self._estimate(problem, other, estimate)
             if found <= estimate:
                 order, estimate = other, found
