@@ -129,13 +129,18 @@ class _Search:
     def _ask(self, items: list[int], capacity: int, limit: float) -> tuple[Answer, list[int]]:
         """Whether ``items`` fit ``capacity``, in ``limit`` seconds or a little more."""
         offsets = [self.offsets[i] for i in items]
+
+        def seconds(complete: bool) -> float:
+            left = min(limit, self._seconds(1.0))
+            return 0.9 * left if complete else max(0.12 * left, min(left, FIRST_QUESTION_SECONDS))
+
         return fit_by_repair(
             self.packing,
             items,
             offsets,
             capacity,
             self.budget,
-            seconds=lambda complete: (0.9 if complete else 0.12) * min(limit, self._seconds(1.0)),
+            seconds=seconds,
         )
 
     def minimize(self) -> None:
@@ -179,10 +184,10 @@ class _Search:
         if self.budget.deterministic:
             yield from (self.options.effort / divisor for divisor in (16, 4, 1))
             return
-        limit = FIRST_QUESTION_SECONDS
+        limit = max(FIRST_QUESTION_SECONDS, self.budget.remaining_s / 50)
         while True:
             yield limit
-            limit *= 2
+            limit *= 4
 
     def _halted(self) -> bool:
         return self.budget.stop.is_set() if self.budget.deterministic else self.budget.remaining_s <= 0
