@@ -53,14 +53,15 @@ class Occurrences:
     """Events in sequence and the uses of every planned buffer along them.
 
     While event ``e`` happens, at most ``ceilings[e][d]`` of dimension ``d`` may be resident: the capacity less
-    ``reserve_bytes``, or what it and, for a slot, the run before it touch, if that is more.
+    ``reserve_bytes``, or what it touches and pins keep, or, for a slot, what the run before it may hold, if more.
     """
 
     plan: Plan
     problem: GapProblem
     events: tuple[Event, ...]
     tracks: tuple[Track, ...]
-    limits: tuple[int, ...]  # capacity less the reserve, by dimension
+    limits: tuple[int, ...]  # capacity, by dimension
+    reserve_bytes: int
 
     @classmethod
     def of(cls, plan: Plan, prices: Prices, depth: int, reserve_bytes: int) -> Occurrences:
@@ -68,9 +69,15 @@ class Occurrences:
         problem = GapProblem.of(plan, reserve_bytes=reserve_bytes)
         memory = plan.machine.scratchpad_memory
         limits = [aligned_bytes(memory.capacity_bytes, memory.alignment_bytes), memory.capacity_bytes]
-        limits = [limit - reserve_bytes for limit in limits[: problem.room.shape[0]]]
         events = tuple(_Slots(plan, problem, prices, depth).events())
-        return cls(plan, problem, events, tuple(_tracks(plan, problem, events)), tuple(limits))
+        return cls(
+            plan,
+            problem,
+            events,
+            tuple(_tracks(plan, problem, events)),
+            tuple(limits[: problem.room.shape[0]]),
+            reserve_bytes,
+        )
 
     @cached_property
     def worksets(self) -> tuple[tuple[int, ...], ...]:
@@ -85,10 +92,16 @@ class Occurrences:
     @cached_property
     def ceilings(self) -> tuple[tuple[int, ...], ...]:
         """Bytes that may be resident, by event and dimension."""
+        least = [list(touched) for touched in self.worksets]
+        for track in self.tracks:
+            uses = [use.event for use in track.uses]
+            runs = [e for e in uses if not self.events[e].again]
+            for e in set(range(runs[0], runs[-1])) - set(uses) if track.pinned else ():
+                least[e] = [a + b for a, b in zip(least[e], track.sizes, strict=True)]
         found: list[tuple[int, ...]] = []
-        before = self.limits
-        for event, touched in zip(self.events, self.worksets, strict=True):
-            found.append(tuple(map(max, before if event.again else self.limits, touched)))
+        limits = before = tuple(limit - self.reserve_bytes for limit in self.limits)
+        for event, needed in zip(self.events, least, strict=True):
+            found.append(tuple(map(min, self.limits, map(max, before if event.again else limits, needed))))
             if not event.again:
                 before = found[-1]
         return tuple(found)

@@ -3,7 +3,8 @@
 Variables: ``keep_<t>_<k>``, the buffer of track ``t`` stays from its use ``k`` to the next; ``again_<e>``, the slot
 ``e`` is used; ``load_<t>_<k>``, the buffer is fetched for the slot at use ``k``; ``store_<t>_<v>``, version ``v`` is
 stored. A run whose buffer was not kept fetches it: ``1 - keep``. Where capacity rows are chained, ``held_<d>_<e>`` is
-what stays across event ``e``.
+what stays across event ``e``. ``load``, ``store`` and ``held`` would be whole anyway, but are integer variables as the
+others are: HiGHS 1.14 presolves small models with both kinds to a wrong optimum (its issues 3043, 3073 and 3094).
 """
 
 from __future__ import annotations
@@ -77,24 +78,24 @@ def start(realised: Realised) -> dict[str, float]:
     return values
 
 
-def _names(occurrences: Occurrences) -> Iterator[tuple[str, int, str]]:
-    """Name, lower bound and category of every variable but ``held``."""
+def _names(occurrences: Occurrences) -> Iterator[tuple[str, int, int]]:
+    """Name and bounds of every variable but ``held``; what is pinned stays, and is not fetched again."""
     for e, event in enumerate(occurrences.events):
         if event.again:
-            yield f"again_{e}", 0, pulp.LpBinary
+            yield f"again_{e}", 0, 1
     for t, track in enumerate(occurrences.tracks):
         for k in range(len(track.uses) - 1):
             following = any(not occurrences.events[use.event].again for use in track.uses[k + 1 :])
-            yield f"keep_{t}_{k}", int(track.pinned and following), pulp.LpBinary
+            yield f"keep_{t}_{k}", int(track.pinned and following), 1
         for k, use in enumerate(track.uses):
             if occurrences.events[use.event].again and not use.creates:
-                yield f"load_{t}_{k}", 0, pulp.LpContinuous
+                yield f"load_{t}_{k}", 0, int(not track.pinned)
         for version in sorted({use.version for use in track.uses} - track.lifetime.backed):
-            yield f"store_{t}_{version}", 0, pulp.LpContinuous
+            yield f"store_{t}_{version}", 0, 1
 
 
 def _add_variables(problem: pulp.LpProblem, occurrences: Occurrences) -> _Variables:
-    return {name: problem.add_variable(name, low, 1, kind) for name, low, kind in _names(occurrences)}
+    return {name: problem.add_variable(name, low, high, pulp.LpInteger) for name, low, high in _names(occurrences)}
 
 
 def _sum(terms: _Terms, constant: float = 0.0) -> Any:
@@ -179,7 +180,7 @@ def _add_capacity(
         if chained:
             changes: _Terms = [(variables[name], size) for name, size in begins[e]]
             changes += [(variables[name], -size) for name, size in ends[e]]
-            now = problem.add_variable(f"held_{d}_{e}", 0)
+            now = problem.add_variable(f"held_{d}_{e}", 0, None, pulp.LpInteger)
             problem += _sum([(now, -1), *changes, *([(held, 1)] if held is not None else [])]) == 0, f"held_{d}_{e}"
             held = now
             staying: _Terms = [(held, 1)]

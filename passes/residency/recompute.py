@@ -98,7 +98,7 @@ def _incumbent(occurrences: Occurrences, plan: Plan) -> Realised:
     for t, track in enumerate(occurrences.tracks):
         runs = [k for k, use in enumerate(track.uses) if not occurrences.events[use.event].again]
         for after, (first, last) in enumerate(pairwise(runs)):
-            if Gap(track.lifetime.buffer, after) in kept:
+            if track.pinned or Gap(track.lifetime.buffer, after) in kept:
                 segments |= {(t, k) for k in range(first, last)}
     return Realised(occurrences, Choice(frozenset(), frozenset(segments)))
 

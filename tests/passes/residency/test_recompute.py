@@ -14,7 +14,7 @@ from opweave.compiler.pipeline import Budget, Progress, confirm, run_pass
 from opweave.compiler.plan import Pin, Plan, Recompute
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
-from opweave.errors import OptionError
+from opweave.errors import Infeasible, OptionError
 from opweave.hw_models.cost import op_joules, op_seconds, transfer_joules, transfer_seconds
 from opweave.hw_models.model import EngineKind, HardwareModel
 from opweave.hw_models.registry import load
@@ -311,6 +311,26 @@ def test_random_operators_and_pinned_buffers_are_not_recomputed() -> None:
     roomy = tight(graph, 0.9)
     pinned = msgspec.structs.replace(roomy, pins=(Pin("a", resident=True),))
     assert recomputed(pinned) == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(plans(max_ops=8), st.data())
+def test_pinned_buffers_stay(plan: Plan, data: st.DataObject) -> None:
+    """One residence from the first to the last use, whatever else is recomputed, and with a reserve."""
+    used = sorted({b for touched in plan.graph.touches for b in touched if plan.graph.buffers[b].nbytes})
+    used = [b for b in used if b not in plan.streamed]
+    chosen = data.draw(st.lists(st.sampled_from(used), max_size=2, unique=True)) if used else []
+    pinned = msgspec.structs.replace(plan, pins=tuple(Pin(b, resident=True) for b in chosen))
+    for reserve_bytes in (0, 7):
+        try:
+            fetched = IlpResidency(reserve_bytes=reserve_bytes).apply(pinned, budget()).certificate
+        except Infeasible:
+            return
+        decision = RecomputeResidency(depth=3, reserve_bytes=reserve_bytes).apply(pinned, budget())
+        confirm("residency/recompute", decision.plan, decision.certificate)
+        assert decision.certificate is not None
+        assert fetched is not None
+        assert decision.certificate.value <= fetched.value
 
 
 def recomputed(plan: Plan) -> list[str]:
