@@ -220,21 +220,18 @@ def anneal(
         limit = track.total[0] - hot * (cold / hot) ** (move / moves) * math.log(1.0 - _random(seed))
         place(arrays, track, first, last)
         begin, end = max(0, track.start[first] - int(LOOK_BACK * _random(seed))), track.start[last]
-        cost = walk(arrays, track, begin, end, rule, False)
-        if cost > limit:
-            track.sequence[first:last] = before[: last - first]
-            place(arrays, track, first, last)
-            continue
-        accepted += 1
-        if accepted >= decided + (patience if cost < control[0] else REFRESH * patience):
-            begin, end, decided = 0, operators, accepted
-        walk(arrays, track, begin, end, rule, True)
+        for record in range(2):  # one place that calls ``walk``: every place makes compiling it longer
+            cost = walk(arrays, track, begin, end, rule, record > 0)
+            if cost > limit and not record:
+                track.sequence[first:last] = before[: last - first]
+                place(arrays, track, first, last)
+                end = 0  # nothing was decided anew
+                break
+            accepted += 1 - record
+            if accepted >= decided + (patience if cost < control[0] else REFRESH * patience):
+                begin, end, decided = 0, operators, accepted
         if end == operators and begin == 0 and track.total[0] < control[0]:
             control[0] = track.total[0]
             best[:] = track.sequence
         if accepted >= listed + patience:
             count, listed = _evictions(track, events), accepted
-    walk(arrays, track, 0, operators, rule, True)
-    if track.total[0] < control[0]:
-        control[0] = track.total[0]
-        best[:] = track.sequence

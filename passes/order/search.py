@@ -118,19 +118,29 @@ class _Search:
 
     def begin(self, sequence: Sequence[int], rule: int) -> bool:
         """Put the track at ``sequence``; whether that is better than the best."""
-        from .walk import IMPOSSIBLE, place, walk
+        from .walk import IMPOSSIBLE, place
 
+        self._track.sequence[:] = sequence
         while True:
-            self._track.sequence[:] = sequence
             place(self._arrays, self._track, 0, len(self.blocks))
-            cost = walk(self._arrays, self._track, 0, len(self._track.order), rule, True)
-            if cost != IMPOSSIBLE:
-                break
-            self._track = Track.of(self._arrays, 2 * len(self._track.resident))
-        if cost >= self.spill:
+            if self._walk(rule) != IMPOSSIBLE:
+                return self._keep()
+            larger = Track.of(self._arrays, 2 * len(self._track.resident))
+            larger.sequence[:] = self._track.sequence
+            self._track = larger
+
+    def _walk(self, rule: int) -> int:
+        """Decide every eviction of the track's order anew; bytes moved."""
+        from .walk import walk
+
+        return int(walk(self._arrays, self._track, 0, len(self._track.order), rule, True))
+
+    def _keep(self) -> bool:
+        """Keep the track's sequence if it is better than the best; whether it is."""
+        if self._track.total[0] >= self.spill:
             return False
-        self._control[0] = cost
-        self._best[:] = sequence
+        self._control[0] = self._track.total[0]
+        self._best[:] = self._track.sequence
         return True
 
     def round(self, number: int, start: Sequence[int] | None, target: int, budget: Budget) -> Iterator[None]:
@@ -186,6 +196,8 @@ class _Search:
 
         self.moves_left -= moves
         anneal(self._arrays, self._track, self._random, moves, hot, cold, rule, self._best, self._control)
+        self._walk(rule)
+        self._keep()
 
 
 def _is_compiled(halted: Callable[[], bool]) -> bool:
