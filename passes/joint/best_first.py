@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
 from ...errors import Infeasible, InternalError, OptionError
-from ..order.beam import BeamOrder
 from ..order.problem import OrderProblem
+from ..order.search import search_orders
 from ..residency.gaps import base_bytes
 from ..residency.ilp import IlpResidency
 from ..residency.workset import aligned_bytes, planned_buffers, require_fit
+from .forced import forced_bytes
+from .milestones import milestones, prefixes
 from .search import BestFirst
 from .states import StateSpace, order_of
 
 __all__ = ["BestFirstJoint"]
 
-FIRST_STATES = 4_000  # expanded before other methods look for a better order: enough for most networks, well under 1 s
+FIRST_STATES = 4_000  # expanded before looking for a better order: enough for most networks, well under 1 s
 QUANTUM_STATES = 2_000  # expanded between two reports
 PROHIBITIVE = 1 << 60  # bytes, more than any plan moves
-ORDER_SHARE = 0.35  # of the time left, for finding a good order when the first states do not settle it
+ORDER_SHARE = 0.25  # of the time left, for finding a good order when the first states do not settle it
+PLAIN_SHARE = 0.4  # of the time left, for searching without milestones
+SPACING = 20  # operators between two milestones
+FIRST_ROUND = 250  # states expanded for a milestone in the first round, four times as many in each that follows
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,17 @@ class BestFirstJoint:
 
     Formulation: A* over states (operators done, buffers kept, which of these backing memory holds), see ``states.py``.
     Its cost is the additional traffic so far, so the first state popped in which everything has run is optimal, and
-    when time or memory end before, the least cost still open is the bound. A short search settles most networks; where
-    it does not, ``order/beam`` supplies an incumbent, below which the search goes on. ``max_states`` limits what is
-    held in memory (about 1 KiB each, more in graphs of many thousand operators). ``reserve_bytes`` of the capacity
-    are left free, except where an operator needs them, so that addresses find room; nothing is proven then.
-    In deterministic mode the search ends by ``max_expanded`` states instead of a clock.
+    when time or memory end before, the least cost still open is a bound. So is what an ILP without any order in it
+    has to move (``forced.py``). Where neither settles it, annealing over orders supplies an incumbent below which the
+    search goes on, guided by bounds on what is to go from points along that order (``milestones.py``), in rounds of
+    growing effort. ``max_states`` limits the states held in memory (about 1 KiB each, more in graphs of many thousand
+    operators). In deterministic mode ``max_expanded`` states and one round of milestones end the search, not a clock.
+    ``reserve_bytes`` of the capacity are left free, except where an operator needs them, so that addresses find room;
+    nothing is proven then.
     """
 
     max_states: int = 1_000_000
-    max_expanded: int = 200_000
+    max_expanded: int = 20_000
     reserve_bytes: int = field(default=0, metadata={"internal": True})
 
     def __post_init__(self) -> None:
@@ -64,35 +71,83 @@ class BestFirstJoint:
         """
         require_fit(plan)
         best = _Incumbent(self.name, plan, budget, self.reserve_bytes)
-        search = self._searched(_problem(plan), best, budget)
-        certificate = _certificate(best, search, self.reserve_bytes)
-        return Decision(best.plan, certificate, _note(search, best, budget))
-
-    def _searched(self, problem: OrderProblem, best: _Incumbent, budget: Budget) -> BestFirst:
-        memory = best.given.machine.scratchpad_memory
-        capacity = aligned_bytes(memory.capacity_bytes, memory.alignment_bytes) - self.reserve_bytes
+        problem = _problem(plan)
+        memory = plan.machine.scratchpad_memory
         largest = max((sum(problem.footprint[b] for b in touched) for touched in problem.touches), default=0)
-        space = StateSpace(problem, max(capacity, largest))
-        search = BestFirst(space, space.root(), best.ceiling)
-        self._run(search, best, budget, FIRST_STATES)
-        if not search.is_complete and budget.remaining_s > 0:
-            ordered = BeamOrder().apply(best.given, budget if budget.deterministic else budget.share(ORDER_SHARE))
-            best.offer(ordered.plan.order, "order/beam")
-            search.ceiling = best.ceiling
-            self._run(search, best, budget, self.max_expanded if budget.deterministic else None)
-        if search.found is not None:
-            best.offer(order_of(search.found), self.name)
-        return search
+        capacity = max(aligned_bytes(memory.capacity_bytes, memory.alignment_bytes) - self.reserve_bytes, largest)
+        search = _Hunt(self, problem, capacity, best, budget).settled()
+        proven = best.base if self.reserve_bytes else best.base + search.bound
+        return Decision(best.plan, _certificate(best, proven), _note(search, best, budget))
 
-    def _run(self, search: BestFirst, best: _Incumbent, budget: Budget, limit: int | None) -> None:
-        """Search on in quanta until complete, ``limit`` states were expanded, or time or memory end."""
-        halted = _halted(budget)
-        while not (search.is_complete or halted() or search.size >= self.max_states):
-            if limit is not None and search.expanded >= limit:
+
+class _Hunt:
+    """One run of the pass: the incumbent and the bound close in on each other."""
+
+    def __init__(
+        self, options: BestFirstJoint, problem: OrderProblem, capacity: int, best: _Incumbent, budget: Budget
+    ) -> None:
+        self.options, self.problem, self.best, self.budget = options, problem, best, budget
+        self.capacity = capacity
+        self.space = StateSpace(problem, capacity)
+        self.search = BestFirst(self.space, self.space.root(), best.ceiling)
+
+    def halted(self) -> bool:
+        """Whether to end now: told to stop, or out of time where clocks may decide."""
+        return self.budget.stop.is_set() or (not self.budget.deterministic and self.budget.remaining_s <= 0)
+
+    def settled(self) -> BestFirst:
+        """The search when complete, or when time, memory or work has run out."""
+        if not (self.search.is_complete or self.halted()):
+            self.search.bound = forced_bytes(self.problem, self.capacity, self.budget.share(ORDER_SHARE))
+        self._expand(FIRST_STATES, self.budget)
+        if not (self.search.is_complete or self.halted()):
+            self._improve_order()
+            self._expand(self.options.max_expanded, self.budget.share(PLAIN_SHARE))
+        states = FIRST_ROUND
+        while not (self.search.is_complete or self.halted()):
+            self._round(states)
+            states *= 4
+            if self.budget.deterministic:
+                break
+        if self.search.found is not None:
+            self.best.offer(order_of(self.search.found), self.options.name)
+        return self.search
+
+    def _improve_order(self) -> None:
+        orders = search_orders(
+            self.problem,
+            self.budget.share(ORDER_SHARE),
+            seed_orders=[self.best.given.order],
+            target=self.search.bound,
+        )
+        for found in orders:
+            if found.spill < self.best.ceiling:
+                self.best.offer(found.order, "annealing")
+        self.search.ceiling = self.best.ceiling
+
+    def _round(self, states: int) -> None:
+        """Search anew, guided by milestones along the best order that took ``states`` each."""
+        cuts = prefixes(self.problem, self.best.order, SPACING)
+        known = milestones(self.space, cuts, self.search.milestones, states, self.halted, self._offer_tail)
+        bound, expanded = self.search.bound, self.search.expanded
+        self.search = BestFirst(self.space, self.space.root(), self.best.ceiling, known, bound, expanded=expanded)
+        self._expand(expanded + 4 * states, self.budget, limited=True)
+
+    def _offer_tail(self, done: int, tail: list[int]) -> None:
+        order = [op for op in self.best.order if done >> op & 1] + tail
+        if self.problem.spill_bytes(order) < self.best.ceiling:
+            self.best.offer(order, "milestones")
+
+    def _expand(self, limit: int, budget: Budget, *, limited: bool = False) -> None:
+        """Search on until complete, time or memory end, or ``limit`` states are expanded where work is limited."""
+        limited = limited or limit == FIRST_STATES or budget.deterministic
+        search, halted = self.search, self.halted if budget.deterministic else lambda: budget.remaining_s <= 0
+        while not (search.is_complete or halted() or search.size >= self.options.max_states):
+            if limited and search.expanded >= limit:
                 return
-            until = search.expanded + QUANTUM_STATES if limit is None else min(limit, search.expanded + QUANTUM_STATES)
+            until = search.expanded + QUANTUM_STATES
             search.run(lambda until=until: halted() or search.expanded >= until)  # type: ignore[misc]
-            best.tell(best.base + search.bound)
+            self.best.tell(self.best.base + search.bound)
 
 
 class _Incumbent:
@@ -114,6 +169,11 @@ class _Incumbent:
         if self.found is None:
             raise self.failure or InternalError("neither a plan nor a reason")
         return self.found[0]
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The best order; before there is one, the order given."""
+        return self.given.order if self.found is None else self.found[0].order
 
     @property
     def value(self) -> int:
@@ -152,8 +212,7 @@ def _problem(plan: Plan) -> OrderProblem:
     return replace(problem, nbytes=tuple(nbytes))
 
 
-def _certificate(best: _Incumbent, search: BestFirst, reserve_bytes: int) -> Certificate:
-    proven = best.base if reserve_bytes else best.base + search.bound
+def _certificate(best: _Incumbent, proven: int) -> Certificate:
     proved_by: Literal["analytic", "exhaustive"] = "exhaustive" if proven > best.base else "analytic"
     return Certificate("additional_traffic_bytes", best.value, min(proven, best.value), proved_by, "order")
 
@@ -163,8 +222,3 @@ def _note(search: BestFirst, best: _Incumbent, budget: Budget) -> str:
     if search.is_complete:
         return note
     return f"{note} before the {'time' if budget.remaining_s <= 0 else 'search'} limit"
-
-
-def _halted(budget: Budget) -> Callable[[], bool]:
-    """Whether to end now: told to stop, or out of time where clocks may decide."""
-    return budget.stop.is_set if budget.deterministic else lambda: budget.remaining_s <= 0
