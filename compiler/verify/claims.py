@@ -1,8 +1,9 @@
 """Whether the certificates a plan carries agree with the recount.
 
-A certificate stands until a later pass takes the same decision again; a pass's decision is the folder in its name. An
-order's peak was counted before residences were decided, so it is not held against them. A latency hangs on every
-decision, so it stands only while no later pass has decided anything.
+A certificate stands until a later pass takes the same decision again, which is the folder in its name, or certifies
+the same objective; a pass of ``joint`` takes all decisions. An order's peak was counted before residences were
+decided, so it is not held against them. A latency hangs on every decision, so it stands only while no later pass has
+decided anything.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..plan import Plan
+from ..plan import PassRecord, Plan
 from .faults import Fault, Finding
 from .timing import is_timed
 
@@ -27,7 +28,7 @@ def check_claims(plan: Plan, additional_bytes: int, arena_bytes: int) -> Iterato
     finish = [i.finish_s or 0.0 for i in plan.instructions] if is_timed(plan) else [math.inf]
     if all(map(math.isfinite, finish)):
         counted["latency_ns"] = math.ceil(max(finish) * 1e9)
-    standing = {record.name.partition("/")[0]: record for record in plan.passes}
+    standing = _standing(plan)
     for record in plan.passes:
         certificate = record.certificate
         if certificate is None:
@@ -38,7 +39,7 @@ def check_claims(plan: Plan, additional_bytes: int, arena_bytes: int) -> Iterato
         recount = counted.get(certificate.objective)
         hangs_on_later = certificate.objective == "latency_ns" and record is not plan.passes[-1]
         if (
-            standing[record.name.partition("/")[0]] is record
+            any(record is other for other in standing)
             and not hangs_on_later
             and recount not in (None, certificate.value)
         ):
@@ -46,3 +47,14 @@ def check_claims(plan: Plan, additional_bytes: int, arena_bytes: int) -> Iterato
                 f"pass {record.name!r} claims {certificate.objective} = {certificate.value}, counted are {recount}"
             )
             yield Finding(Fault.CLAIM_REFUTED, message)
+
+
+def _standing(plan: Plan) -> list[PassRecord]:
+    """The records whose decision no later one has taken again, nor certified by the same objective."""
+    folders = [record.name.partition("/")[0] for record in plan.passes]
+    objectives = [record.certificate and record.certificate.objective for record in plan.passes]
+    return [
+        record
+        for i, record in enumerate(plan.passes)
+        if not {folders[i], "joint"} & set(folders[i + 1 :]) and objectives[i] not in objectives[i + 1 :]
+    ]

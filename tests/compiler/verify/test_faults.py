@@ -239,6 +239,11 @@ def test_claims_stand_until_the_decision_is_taken_again() -> None:
     assert verify(claiming(wrong, "additional_traffic_bytes", 0, 0, "residency/belady")).ok
     assert verify(wrong.with_record(PassRecord("residency/belady", 1.0))).ok
     assert not verify(wrong.with_record(PassRecord("address/exact", 1.0))).ok
+    assert verify(wrong.with_record(PassRecord("joint/cosma", 1.0))).ok
+    assert verify(claiming(wrong, "additional_traffic_bytes", 0, 0, "joint/cosma")).ok
+    jointly = claiming(CHAIN, "additional_traffic_bytes", 16, 0, "joint/cosma")
+    assert not verify(jointly).ok
+    assert verify(claiming(jointly, "additional_traffic_bytes", 0, 0)).ok
     assert verify(wrong.with_order(wrong.order)).ok  # dropped with the residences
     assert verify(claiming(without_offsets(CHAIN), "arena_bytes", 16, 0)).ok
 
