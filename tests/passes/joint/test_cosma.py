@@ -186,6 +186,20 @@ def test_what_no_order_avoids_settles_a_chain_without_steps() -> None:
     assert 0 < bound == certified(decision).value
 
 
+def test_rows_left_out_leave_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewer terms there may be, the less is proven, and never too much."""
+    plan = tight(training_graph(12, 3), 0.4, alignment=1)
+    base = GapProblem.of(plan).base_bytes
+    of = CosmaProblem.of(plan, base, fixed=False)
+    bounds = []
+    for terms in (0, 10, 30, 10_000):
+        monkeypatch.setattr("opweave.passes.joint._cosma_crossing.DETERMINISTIC_TERMS", terms)
+        bounds.append(crossing_bound(plan.graph, of, base, budget()))
+    assert bounds[0] == base
+    assert bounds == sorted(bounds)
+    assert bounds[1] < bounds[-1] == certified(Cosma("fixed", addresses=False).apply(plan, budget())).value
+
+
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.data())
 def test_any_residency_is_a_solution_of_the_model_at_its_cost(plan: Plan, data: st.DataObject) -> None:
