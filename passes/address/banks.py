@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Plan
 from ...errors import Infeasible
@@ -26,15 +28,21 @@ def require_places(plan: Plan, budget: Budget) -> None:
     memory = plan.machine.scratchpad_memory
     if len(memory.banks) == 1 and not plan.pins:
         return
-    streamed = set(plan.streamed)
+    streamed = frozenset(plan.streamed)
+    packings = [_working_set(plan, touched, streamed) for touched in plan.graph.touches]
     known: set[tuple[object, ...]] = set()
-    for op, touched in zip(plan.graph.ops, plan.graph.touches, strict=True):
-        buffers = [name for name in sorted(touched) if name not in streamed and plan.graph.buffers[name].nbytes]
-        packing = Packing.of_spans(plan, memory, [(name, 0, 1) for name in buffers])
+    for op, packing in zip(plan.graph.ops, packings, strict=True):
         kind = tuple(sorted(zip(packing.nbytes, packing.windows, strict=True)))
         if kind not in known and _impossible(packing, budget):
-            raise _no_places(packing, op.name, memory.name)
+            required = max(packing.together_bytes(packing.items) for packing in packings)
+            raise _no_places(packing, op.name, memory.name, required)
         known.add(kind)
+
+
+def _working_set(plan: Plan, touched: Iterable[str], streamed: Collection[str]) -> Packing:
+    """What an operator needs resident of the buffers it touches, as residences of one step."""
+    buffers = sorted(name for name in touched if name not in streamed and plan.graph.buffers[name].nbytes)
+    return Packing.of_spans(plan, plan.machine.scratchpad_memory, [(name, 0, 1) for name in buffers])
 
 
 def _impossible(packing: Packing, budget: Budget) -> bool:
@@ -47,10 +55,9 @@ def _impossible(packing: Packing, budget: Budget) -> bool:
     return answer.verdict is Verdict.IMPOSSIBLE
 
 
-def _no_places(packing: Packing, op: str, memory: str) -> Infeasible:
+def _no_places(packing: Packing, op: str, memory: str, required: int) -> Infeasible:
     ranked = sorted(packing.items, key=lambda i: (-packing.nbytes[i], i))
     buffers = ", ".join(described(packing, i) for i in ranked)
-    required = packing.together_bytes(packing.items)
     banks = listed(behind - first for first, behind in packing.banks)
     several = len(packing.banks) > 1
     return Infeasible(
@@ -58,6 +65,6 @@ def _no_places(packing: Packing, op: str, memory: str) -> Infeasible:
         f"{'banks' if several else 'one bank'} of {banks} bytes: {buffers}",
         required_bytes=required,
         available_bytes=packing.capacity,
-        hint=f"one bank of {required} bytes holds them side by side"
+        hint=f"one bank of {required:,} bytes holds the working set of every operator"
         + ("; pins may be in their way" * bool(packing.pins)),
     )

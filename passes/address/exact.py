@@ -129,18 +129,13 @@ class _Search:
     def _ask(self, items: list[int], capacity: int, limit: float) -> tuple[Answer, list[int]]:
         """Whether ``items`` fit ``capacity``, in ``limit`` seconds or a little more."""
         offsets = [self.offsets[i] for i in items]
-
-        def seconds(complete: bool) -> float:
-            left = min(limit, self._seconds(1.0))
-            return 0.9 * left if complete else max(0.12 * left, min(left, FIRST_QUESTION_SECONDS))
-
         return fit_by_repair(
             self.packing,
             items,
             offsets,
             capacity,
             self.budget,
-            seconds=seconds,
+            seconds=lambda complete: (0.9 if complete else 0.12) * min(limit, self._seconds(1.0)),
         )
 
     def minimize(self) -> None:
@@ -184,7 +179,7 @@ class _Search:
         if self.budget.deterministic:
             yield from (self.options.effort / divisor for divisor in (16, 4, 1))
             return
-        limit = max(FIRST_QUESTION_SECONDS, self.budget.remaining_s / 50)
+        limit = FIRST_QUESTION_SECONDS
         while True:
             yield limit
             limit *= 4

@@ -23,7 +23,8 @@ from opweave.passes.residency.gaps import GapProblem, gaps_of_residences
 from opweave.passes.residency.ilp import IlpResidency
 from opweave.passes.residency.refetch import RefetchResidency
 from opweave.passes.residency.workset import least_capacity, planned_buffers
-from tests.graphs.build import GraphBuilder, all_graphs, machine
+from tests.compiler.runtime.eager import run, same
+from tests.graphs.build import GraphBuilder, all_graphs, machine, random_sources
 from tests.graphs.strategies import graphs
 
 GRAPHS = all_graphs()
@@ -42,7 +43,10 @@ def two_banks(capacity: int) -> HardwareModel:
 @given(graphs(max_ops=6), st.data())
 @settings(max_examples=40, deadline=None)
 def test_plans_keep_to_banks_and_pins(graph: Graph, data: st.DataObject) -> None:
-    """Where each bank holds two working sets, buffers pinned to a byte, to a bank and as resident always find room."""
+    """Where each bank holds two working sets, buffers pinned to a byte, to a bank and as resident always find room.
+
+    The executor knows of neither, and computes what eager computes.
+    """
     least = least_capacity(Plan.of_order(graph, machine()))
     plan = Plan.of_order(graph, two_banks(4 * least))
     names = sorted(planned_buffers(plan))
@@ -52,6 +56,8 @@ def test_plans_keep_to_banks_and_pins(graph: Graph, data: st.DataObject) -> None
     planned = Planner(order="order/given").plan(msgspec.structs.replace(plan, pins=pins), budget())
     assert planned.pins == pins
     assert verify(planned).faults == ()
+    sources = random_sources(graph)
+    assert same(run(planned, sources), graph, sources)
 
 
 def skip() -> Graph:
