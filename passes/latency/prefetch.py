@@ -63,9 +63,9 @@ class Prefetch:
         for candidate in self._placed(search, budget) if is_placed else search.unplaced(HELD_BACK[1]):
             if search.offer(candidate):
                 budget.listen(Progress(self.name, time.monotonic() - begin, search.fastest))
-        certificate = latency_certificate(search.best)
+        certificate = latency_certificate(search.best, "residency")
         hidden, exposed = before - search.fastest, before - certificate.bound
-        note = f"hides {hidden:,} of {exposed:,} ns that the plan took beyond the bound"
+        note = f"hides {hidden:,} of {exposed:,} ns that the plan took beyond the bound of its order"
         return Decision(search.best, certificate, note)
 
     def _placed(self, search: _Search, budget: Budget) -> Iterator[Plan]:

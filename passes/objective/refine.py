@@ -202,6 +202,6 @@ class _Search:
         )
         note = ", ".join(gains) or f"nothing smaller found in {', '.join(self.objectives)}"
         plan = restated(self.best)
-        certificate = latency_certificate(plan) if Objective.LATENCY in self.objectives else None
+        certificate = latency_certificate(plan, "order") if Objective.LATENCY in self.objectives else None
         confirm(NAME, plan, certificate)
         return plan.with_record(PassRecord(NAME, time.monotonic() - self.begin, certificate, note))
