@@ -2,8 +2,8 @@
 
 Networks are planned in their own order, with weights streamed by operators, with weights loaded into the scratchpad
 right before their operators, and with these loads moved ahead (``latency/prefetch``). Times are the simulator's; bounds
-hold for every order, residency and placement. A scratchpad too small for the network is enlarged to a quarter above
-the least that works.
+hold for every residency, placement and issue of the order. A scratchpad too small for the network is enlarged to a
+quarter above the least that works.
 
 ``python -m benchmarks.bench_latency [--quick] [--data DIR] [--json FILE]``. ``DIR`` holds ``.onnx`` models and operator
 graphs, also in folders; without one, a network made here is measured.
@@ -26,7 +26,7 @@ from opweave.compiler.simulate import latency_ns, simulate
 from opweave.compiler.verify import verify
 from opweave.errors import ModelError
 from opweave.hw_models.registry import load
-from opweave.passes.latency.bound import latency_bound_s
+from opweave.passes.latency.bound import latency_bound_of_order_s
 from opweave.passes.latency.prefetch import Prefetch
 from opweave.passes.planner import Planner
 from opweave.passes.residency.workset import least_capacity
@@ -94,7 +94,7 @@ def _plan(graph: Graph, machine: str, weights: Literal["streamed", "resident"]) 
 
 def _measured(plan: Plan, seconds: float = 0.0) -> Measured:
     assert not verify(simulate(plan)).faults
-    return Measured(latency_ns(plan), latency_bound_s(plan) * 1e9, seconds)
+    return Measured(latency_ns(plan), latency_bound_of_order_s(plan) * 1e9, seconds)
 
 
 def _graphs(options: Options) -> Iterator[tuple[str, Graph]]:
