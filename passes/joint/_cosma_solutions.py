@@ -23,12 +23,13 @@ from ..residency.belady import furthest_next_use
 from ..residency.emit import emit
 from ..residency.eviction import evict, refill
 from ..residency.formulation import reduce
-from ..residency.gaps import GapProblem
+from ..residency.gaps import GapProblem, gaps_of_residences
 from ..residency.least_cost import least_cost
 from ..residency.search import repair
 from ._cosma_addresses import Heights, restacked
 from ._cosma_model import Decided, Key
 from ._cosma_problem import CosmaProblem
+from .linear import LinearAllocation
 
 __all__ = [
     "Found",
@@ -132,20 +133,37 @@ def heuristic(plan: Plan, reserve_bytes: int = 0) -> tuple[GapProblem, frozenset
 
 
 def placed_heuristic(plan: Plan, budget: Budget) -> Found:
-    """The same, placed: with more and more of the capacity held back, in the end with nothing kept between operators.
+    """The same, placed: with more and more of the capacity held back, else by linear allocation, which always places.
 
     Raises:
-        PlacementError: not even the operators' working sets, one by one, could be placed.
+        PlacementError: there are pins or banks, and not even the operators' working sets were placed one by one.
     """
     capacity = plan.machine.scratchpad_memory.capacity_bytes
+    fallback = None if plan.pins or plan.machine.scratchpad_memory.banks_bytes else _linear(plan, budget)
     for reserve in (0, *(capacity // part for part in RESERVES)):
         if reserve and not budget.remaining_s:
             break
-        found = written_placed(plan, *heuristic(plan, reserve), budget.share(0.2))
+        gaps, dropped = heuristic(plan, reserve)
+        if fallback is not None and gaps.additional_bytes(dropped) >= fallback.value:
+            break
+        found = written_placed(plan, gaps, dropped, budget.share(0.3 if reserve else 0.6))
         if found is not None:
             return found
+    if fallback is not None:
+        return fallback
     gaps = GapProblem.of(plan)
     everything = range(len(gaps.intervals))
-    return Found(
-        _placed(emit(plan, gaps, everything), budget), gaps.additional_bytes(everything), frozenset(everything)
-    )
+    placed = _placed(emit(plan, gaps, everything), budget)
+    return Found(placed, gaps.additional_bytes(everything), frozenset(everything))
+
+
+def _linear(plan: Plan, budget: Budget) -> Found:
+    """The better of the two baselines of ``joint/linear``."""
+    gaps = GapProblem.of(plan)
+    found = []
+    for method in (LinearAllocation("belady"), LinearAllocation("greedy")):
+        placed = method.apply(plan, budget).plan
+        kept = gaps_of_residences(placed, range(len(placed.residences or ()))).gaps
+        dropped = frozenset(i for i, interval in enumerate(gaps.intervals) if interval.gap not in kept)
+        found.append(Found(placed, gaps.additional_bytes(dropped), dropped))
+    return min(found, key=lambda one: one.value)

@@ -109,7 +109,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.floor = self.bound = base_bytes(self.plan)
         if self.options.addresses:
-            self.best = placed_heuristic(self.plan, self.budget.share(0.3))
+            self.best = placed_heuristic(self.plan, self.budget.share(0.4))
         else:
             self.best = written(self.plan, *heuristic(self.plan))
         self._tell(self.best.value, self.bound)
@@ -126,6 +126,7 @@ class _Search:
         if self.options.cuts and not fixed and self.budget.remaining_s > 0:
             proven = crossing_bound(self.plan.graph, of, self.floor, self.budget.share(0.3))
             self.bound = max(self.bound, proven)
+            self._place_again()
         if self._is_done():
             self.notes.append("no order moves less")
             return
@@ -136,6 +137,12 @@ class _Search:
             return
         if self._fits("model with addresses", of, of.terms() + of.address_terms()):
             self._solve_placed(of)
+
+    def _place_again(self) -> None:
+        """Where the start is proven but for its addresses, they are worth more time than a model."""
+        gaps, dropped = heuristic(self.plan)
+        if gaps.additional_bytes(dropped) <= self.bound < self.best.value:
+            self._keep(written_placed(self.plan, gaps, dropped, self.budget.share(0.5)))
 
     def decision(self) -> Decision:
         """The best plan with its certificate."""
