@@ -111,14 +111,16 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How good a decision is: its ``value``, a proven lower ``bound``, what proved it, and over which choices.
 
     ``scope`` says what the bound ranges over: ``"order"`` is every order, residency and placement of the graph;
-    ``"residency"`` every residency of the plan's own order; ``"address"`` every placement of the plan's residences.
+    ``"residency"`` every residency of the plan's own order; ``"recompute"`` those that recompute nothing but what the
+    pass considered; ``"address"`` every placement of the plan's residences. The first two recompute nothing, unless
+    the bound is the traffic that no plan avoids.
     """
 
     objective: Literal["additional_traffic_bytes", "peak_bytes", "arena_bytes", "latency_ns"]
     value: int
     bound: int
     proved_by: Literal["ilp", "lp", "cp", "exhaustive", "analytic"]
-    scope: Literal["order", "residency", "address"]
+    scope: Literal["order", "residency", "recompute", "address"]
 
     @property
     def gap(self) -> float:

@@ -20,6 +20,7 @@ _WIDTH = 13  # of the column of topics
 SCOPES = {
     "order": "over every order, residency and placement of the graph",
     "residency": "over every residency of this order",
+    "recompute": "over every residency of this order with the recomputations considered",
     "address": "over every placement of these residences",
 }
 PROVERS = {

@@ -87,7 +87,8 @@ class RecomputeResidency:
                 bound = max(bound, without.certificate.bound)  # nothing to recompute: its bound is one for this, too
         value = outcome.found.additional_bytes(prices)
         proved_by: Literal["ilp", "analytic"] = "ilp" if bound > base else "analytic"
-        certificate = Certificate("additional_traffic_bytes", value, min(value, bound), proved_by, "residency")
+        scope: Literal["residency", "recompute"] = "recompute" if search.slots and bound > base else "residency"
+        certificate = Certificate("additional_traffic_bytes", value, min(value, bound), proved_by, scope)
         return Decision(outcome.found.plan(), certificate, search.note(outcome))
 
 

@@ -250,6 +250,7 @@ def test_recomputing_saves_most_of_the_traffic_of_training_graphs(seed: int) -> 
     assert single is not None
     assert chains is not None
     assert single.value == single.bound
+    assert single.scope == ("recompute" if single.bound else "residency")
     assert chains.value <= single.value < fetched.value / 2
 
 
