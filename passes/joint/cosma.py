@@ -8,37 +8,27 @@ from typing import Literal
 
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
-from ...errors import InternalError
-from .._solver.highs import Listener, Solution, solve
-from ..order.problem import OrderProblem
+from .._solver.highs import Solution
 from ..residency.gaps import GapProblem, base_bytes
 from ..residency.workset import require_fit
 from ._cosma_addresses import Addresses, heights_of
-from ._cosma_crossing import crossing_bound, crossing_peak
+from ._cosma_crossing import crossing_bound
 from ._cosma_model import CosmaModel
+from ._cosma_peak import least_peak
 from ._cosma_problem import CosmaProblem, whole_units
 from ._cosma_solutions import (
     Found,
     decided_of,
     dropped_of,
-    first_fetches,
     heuristic,
     placed_heuristic,
     polished,
     written,
     written_placed,
 )
+from ._cosma_solve import MAX_STEPS, ended, solved, too_large
 
 __all__ = ["Cosma"]
-
-MAX_STEPS = 5_000  # operators beyond which even the windows of a free order take too long
-MAX_TERMS = 4_000_000  # non-zeros beyond which HiGHS does not get past the root in any reasonable time
-TERMS_PER_S = 150_000  # built and presolved on one busy core
-# In deterministic mode no clock may decide. HiGHS counts no work but nodes, and spends most of it at the root, so it is
-# the model that is limited: to what a busy core ends with in seconds.
-DETERMINISTIC_NODES = 200
-DETERMINISTIC_TERMS = {"model": 200_000, "model with addresses": 30_000}
-DETERMINISTIC_FREEDOM = 200
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Cosma:
                 fit beside it in the plan's order (neither in mode ``peak``).
         """
         if self.mode == "peak":
-            return _least_peak(self, plan, budget)
+            return least_peak(self.name, plan, budget, cuts=self.cuts)
         require_fit(plan)
         search = _Search(self, plan, budget)
         search.run()
@@ -160,7 +150,7 @@ class _Search:
         return self.best.value <= self.bound
 
     def _fits(self, what: str, of: CosmaProblem, terms: int) -> bool:
-        refusal = _too_large(what, of, terms, self.budget)
+        refusal = too_large(what, of, terms, self.budget)
         if refusal:
             self.notes.append(refusal)
         return not refusal
@@ -216,10 +206,9 @@ class _Search:
             )
             self._tell(value, min(value, proven))
 
-        solution = _solved(model, start, budget, listen)
+        solution = solved(model, start, budget, listen)
         self.bound = max(self.bound, of.constant_bytes + of.unit * whole_units(solution.bound, columns))
-        ended = "solved" if solution.status == "optimal" else _limit(self.budget)
-        self.notes.append(f"{columns:,} columns, {ended}")
+        self.notes.append(f"{columns:,} columns, {ended(solution, self.budget)}")
         return solution
 
     def _keep(self, found: Found | None) -> None:
@@ -229,82 +218,3 @@ class _Search:
 
     def _tell(self, value: int, bound: int) -> None:
         self.budget.listen(Progress(self.options.name, time.monotonic() - self.begin, value, bound))
-
-
-def _least_peak(options: Cosma, plan: Plan, budget: Budget) -> Decision:
-    """Eq. 13 to 15: the order of least peak when every buffer stays from its first to its last use."""
-    begin = time.monotonic()
-    problem = OrderProblem.of(plan)
-    order, value, analytic = plan.order, problem.peak_bytes(plan.order), problem.largest_working_set()
-    bound, note = analytic, ""
-    if value > analytic and len(plan.graph.ops) > MAX_STEPS:
-        note = f"a model of {len(plan.graph.ops)} steps is too large; this is the given order"
-    elif value > analytic and budget.remaining_s > 0:
-        of = CosmaProblem.of(plan, 0, fixed=False)
-        if options.cuts:
-            bound = analytic = max(analytic, crossing_peak(plan.graph, of))
-        if value > bound:
-            order, proven, note = _search_peak(options.name, of, problem, plan.order, budget)
-            value, bound = problem.peak_bytes(order), max(bound, proven)
-    elif value > analytic:
-        note = "the time limit came first"
-    budget.listen(Progress(options.name, time.monotonic() - begin, value, bound))
-    certificate = Certificate("peak_bytes", value, bound, "ilp" if bound > analytic else "analytic", "order")
-    return Decision(plan.with_order(order), certificate, note)
-
-
-def _search_peak(
-    name: str, of: CosmaProblem, problem: OrderProblem, start: tuple[int, ...], budget: Budget
-) -> tuple[tuple[int, ...], int, str]:
-    """An order no worse than ``start``, what no order's peak is below, and a remark."""
-    if refusal := _too_large("model", of, of.terms(), budget):
-        return start, 0, refusal
-    begin = time.monotonic()
-    value = problem.peak_bytes(start)
-    model = CosmaModel(of, peak=True)
-
-    def listen(objective: float | None, bound: float | None) -> None:
-        found = value if objective is None else min(value, of.unit * round(objective))
-        proven = 0 if bound is None else min(found, of.unit * whole_units(bound, model.columns))
-        budget.listen(Progress(name, time.monotonic() - begin, found, proven))
-
-    solution = _solved(model, model.start((start, first_fetches(of, start))), budget, listen)
-    decided = model.decided(solution.values) if solution.values else None
-    candidates = [start] if decided is None else [decided[0], start]
-    best = min(candidates, key=problem.peak_bytes)
-    proven = min(problem.peak_bytes(best), of.unit * whole_units(solution.bound, model.columns))
-    ended = "solved" if solution.status == "optimal" else _limit(budget)
-    return best, proven, f"{model.columns:,} columns, {ended}"
-
-
-def _solved(model: CosmaModel, start: dict[str, float], budget: Budget, listen: Listener) -> Solution:
-    solution = solve(
-        model.program,
-        budget,
-        start=start,
-        absolute_gap=0.99,  # objectives are whole units: less than one apart is no distance
-        max_nodes=DETERMINISTIC_NODES if budget.deterministic else None,
-        listen=listen,
-    )
-    if solution.status == "infeasible":
-        raise InternalError("COSMA's model has no solution although its start is one", hint="please report this")
-    return solution
-
-
-def _too_large(what: str, of: CosmaProblem, terms: int, budget: Budget) -> str:
-    """Why a model cannot be built and looked at in the time left; empty if it can."""
-    if budget.remaining_s <= 0:
-        return "the time limit came first"
-    if budget.deterministic:
-        if of.freedom <= DETERMINISTIC_FREEDOM and terms <= DETERMINISTIC_TERMS[what]:
-            return ""
-        return f"the {what} has about {terms:,} terms and {of.freedom} steps of freedom, too many without a clock"
-    if terms > min(MAX_TERMS, TERMS_PER_S * budget.remaining_s / 2):
-        return f"the {what} has about {terms:,} terms, too many for the time left"
-    return ""
-
-
-def _limit(budget: Budget) -> str:
-    if budget.deterministic and budget.remaining_s > 0:
-        return "the search limit came first"
-    return "the time limit came first" + (", so another run may differ" if budget.deterministic else "")
