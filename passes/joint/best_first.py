@@ -99,11 +99,12 @@ class _Hunt:
         """The search when complete, or when time, memory or work has run out."""
         if not (self.search.is_complete or self.halted()):
             self.search.bound = forced_bytes(self.problem, self.capacity, self.budget.share(ORDER_SHARE))
-        self._expand(FIRST_STATES, self.budget)
+        work = self.options.max_expanded if self.budget.deterministic else FIRST_STATES
+        self._expand(min(FIRST_STATES, work), self.budget, limited=True)
         if not (self.search.is_complete or self.halted()):
             self._improve_order()
-            self._expand(self.options.max_expanded, self.budget.share(PLAIN_SHARE))
-        states = FIRST_ROUND
+            self._expand(work, self.budget.share(PLAIN_SHARE), limited=self.budget.deterministic)
+        states = min(FIRST_ROUND, work)
         while not (self.search.is_complete or self.halted()):
             self._round(states)
             states *= 4
@@ -138,14 +139,13 @@ class _Hunt:
         if self.problem.spill_bytes(order) < self.best.ceiling:
             self.best.offer(order, "milestones")
 
-    def _expand(self, limit: int, budget: Budget, *, limited: bool = False) -> None:
-        """Search on until complete, time or memory end, or ``limit`` states are expanded where work is limited."""
-        limited = limited or limit == FIRST_STATES or budget.deterministic
+    def _expand(self, limit: int, budget: Budget, *, limited: bool) -> None:
+        """Search on until complete, time or memory end, or ``limit`` states are expanded if work is ``limited``."""
         search, halted = self.search, self.halted if budget.deterministic else lambda: budget.remaining_s <= 0
         while not (search.is_complete or halted() or search.size >= self.options.max_states):
             if limited and search.expanded >= limit:
                 return
-            until = search.expanded + QUANTUM_STATES
+            until = min(limit, search.expanded + QUANTUM_STATES) if limited else search.expanded + QUANTUM_STATES
             search.run(lambda until=until: halted() or search.expanded >= until)  # type: ignore[misc]
             self.best.tell(self.best.base + search.bound)
 
