@@ -79,9 +79,9 @@ class _Part:
         least = max(packing.fullest_step(items)[0], packing.least_end(items))
         return cls(items, grain, -(-least // grain) * grain)
 
-    def at_least(self, floor: int) -> int:
-        """The least arena in question that is not below ``floor``."""
-        return max(self.first, -(-floor // self.grain) * self.grain)
+    def least_above(self, floor: int) -> int:
+        """The least arena in question, when one that ends at ``floor`` is as good as any lower one."""
+        return max(self.first, floor // self.grain * self.grain)
 
 
 @dataclass
@@ -161,7 +161,9 @@ class _Search:
         The first question is the least capacity, which often holds. Questions that time left open count as too small
         for where to look next in their round, never for what is proven.
         """
-        asked = middle = part.at_least(floor)
+        if self._arena(part.items) <= floor:
+            return
+        asked = middle = part.least_above(floor)
         near = (self._arena(part.items) - asked) // 8  # closer to the arena only if longer questions gain nothing
         while asked < self._arena(part.items) - near and not self._halted():
             answer, _ = self._ask(part.items, middle, limit)

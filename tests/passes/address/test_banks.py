@@ -88,9 +88,8 @@ def problems(draw: st.DrawFn, max_size: int = 6) -> Plan:
     return banked(items, banks, alignment, pins)
 
 
-@given(problems())
-@settings(max_examples=150, deadline=None)
-def test_the_verdict_is_that_of_trying_everything(plan: Plan) -> None:
+def check_against_trying(plan: Plan) -> None:
+    """A proven conflict where nothing can be placed; else a placement, and the least arena with its proof."""
     least = least_by_trying(plan)
     if least is None:
         with pytest.raises(PlacementError) as caught:
@@ -105,6 +104,19 @@ def test_the_verdict_is_that_of_trying_everything(plan: Plan) -> None:
     assert decision.certificate is not None
     assert (decision.certificate.value, decision.certificate.bound) == (least, least)
     assert arena(decision.plan) == least
+
+
+@given(problems())
+@settings(max_examples=150, deadline=None)
+def test_the_verdict_is_that_of_trying_everything(plan: Plan) -> None:
+    check_against_trying(plan)
+
+
+@pytest.mark.slow
+@given(problems(max_size=7))
+@settings(max_examples=4000, deadline=None)
+def test_the_verdict_is_that_of_trying_everything_at_length(plan: Plan) -> None:
+    check_against_trying(plan)
 
 
 @given(problems())
@@ -143,6 +155,17 @@ def test_a_sum_of_banks_is_not_a_bank() -> None:
         ExactPlacement().apply(banked(items, [3, 3], 1), AMPLE)
     assert caught.value.proven
     assert len(caught.value.conflict) == 3
+
+
+def test_a_component_may_end_below_the_bound() -> None:
+    """A pin ends at 19; all else in units of 2 may then end at 18, which the search has to ask for."""
+    items: list[Box] = [(0, 1, 1), (1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2, 6)]
+    pin = Pin("b0", offset=18)
+    certificates = [
+        ExactPlacement(minimize=True).apply(banked(items, banks, 2, (pin,)), AMPLE).certificate
+        for banks in ([4, 12, 4], [20])
+    ]
+    assert [(c.value, c.bound) for c in certificates if c is not None] == [(20, 20), (19, 19)]
 
 
 def test_pins_in_each_others_way() -> None:
