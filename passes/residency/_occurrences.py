@@ -139,10 +139,9 @@ class _Slots:
         graph, order = self.plan.graph, self.plan.order
         current = dict.fromkeys(graph.buffers, 0)
         read: dict[int, dict[str, int]] = {}  # versions each operator read when it ran
-        last_use: dict[str, int] = {}
         rank = {op: position for position, op in enumerate(order)}
         for position, op in enumerate(order):
-            recent = frozenset(b for b, used in last_use.items() if used == position - 1)
+            recent = frozenset(graph.touches[order[position - 1]] if position else ())
 
             def fresh(maker: int) -> bool:
                 return maker in read and all(current[b] == v for b, v in read[maker].items())
@@ -152,7 +151,6 @@ class _Slots:
             yield Event(op, position, again=False)
             read[op] = {b: current[b] for b in graph.reads[op]}
             current.update({b: current[b] + 1 for b in graph.writes[op]})
-            last_use.update(dict.fromkeys(graph.touches[op], position))
 
     def _before(self, op: int, recent: frozenset[str], fresh: Callable[[int], bool]) -> set[int]:
         """Operators that may run again before ``op``: they made something it needs, or one of them needs.

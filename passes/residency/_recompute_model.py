@@ -84,9 +84,9 @@ def _names(occurrences: Occurrences) -> Iterator[tuple[str, int, int]]:
         if event.again:
             yield f"again_{e}", 0, 1
     for t, track in enumerate(occurrences.tracks):
+        last_run = max(k for k, use in enumerate(track.uses) if not occurrences.events[use.event].again)
         for k in range(len(track.uses) - 1):
-            following = any(not occurrences.events[use.event].again for use in track.uses[k + 1 :])
-            yield f"keep_{t}_{k}", int(track.pinned and following), 1
+            yield f"keep_{t}_{k}", int(track.pinned and k < last_run), 1
         for k, use in enumerate(track.uses):
             if occurrences.events[use.event].again and not use.creates:
                 yield f"load_{t}_{k}", 0, int(not track.pinned)

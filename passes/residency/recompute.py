@@ -16,6 +16,7 @@ from ...compiler.plan import Certificate, Plan
 from ...errors import OptionError
 from .._solver.highs import Listener, Solution, solve
 from ._choice import Choice, Realised
+from ._greedy import recomputed_greedily
 from ._occurrences import Occurrences
 from ._prices import UNITS, Objective, Prices
 from ._recompute_model import Question, build, choice_of, kept_across, spans, start
@@ -78,7 +79,8 @@ class RecomputeResidency:
         for depth in sorted({min(1, self.depth), self.depth}):  # what short chains reach is where longer ones begin
             occurrences = Occurrences.of(plan, prices, depth, self.reserve_bytes)
             search = _Search(self.name, occurrences, prices, budget if depth == self.depth else budget.share(0.3))
-            outcome = search.run(outcome.found.moved_to(occurrences))
+            begin = outcome.found.moved_to(occurrences)
+            outcome = search.run(begin if begin.choice.again else recomputed_greedily(begin, prices))
         base = occurrences.problem.base_bytes
         bound = base
         if self.objective == "traffic" and not self.reserve_bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -21,11 +22,12 @@ from opweave.hw_models.registry import load
 from opweave.passes._solver.highs import solve
 from opweave.passes.address.first_fit import FirstFit
 from opweave.passes.residency._choice import Choice, Realised
+from opweave.passes.residency._greedy import recomputed_greedily
 from opweave.passes.residency._occurrences import Occurrences
 from opweave.passes.residency._prices import Prices
 from opweave.passes.residency._recompute_model import Question, build, kept_across, start
 from opweave.passes.residency.ilp import IlpResidency
-from opweave.passes.residency.recompute import RecomputeResidency
+from opweave.passes.residency.recompute import RecomputeResidency, _incumbent
 from opweave.passes.residency.refetch import RefetchResidency
 from opweave.passes.residency.workset import least_capacity
 from tests.compiler.runtime.eager import run, same
@@ -158,6 +160,41 @@ def test_covers_forbid_what_does_not_fit_and_nothing_that_does(plan: Plan) -> No
     for event, cover in zip(overfull, covers, strict=True):
         assert all(start(everything)[name] == 1 for name in cover if not name.startswith("load"))
         assert cover or occurrences.events[event].again
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(max_ops=8), st.integers(1, 3))
+def test_the_greedy_walk_fits_and_lowers_the_price(plan: Plan, depth: int) -> None:
+    prices = Prices(plan, "traffic")
+    occurrences = Occurrences.of(plan, prices, depth, 0)
+    runs = frozenset(
+        (t, k)
+        for t, track in enumerate(occurrences.tracks)
+        for k, (a, b) in enumerate(pairwise(track.uses))
+        if occurrences.events[b.event].position - occurrences.events[a.event].position <= 1
+        and not occurrences.events[a.event].again
+        and not occurrences.events[b.event].again
+    )
+    before = Realised(occurrences, Choice(frozenset(), runs))
+    after = recomputed_greedily(before, prices)
+    assert not before.overfull()
+    assert not after.overfull()
+    assert before.choice.kept <= after.choice.kept
+    assert after.price(prices) <= before.price(prices) - len(after.choice.again)
+    assert verify(after.plan()).ok
+    assert verify(after.plan()).additional_bytes == after.additional_bytes(prices)
+
+
+def test_the_greedy_walk_needs_no_solver() -> None:
+    """Short of time, it already spares most of what recomputing each value by itself can."""
+    plan = tight(training_graph(60), 0.3, alignment=1)
+    fetched = IlpResidency().apply(plan, budget()).certificate
+    prices = Prices(plan, "traffic")
+    occurrences = Occurrences.of(plan, prices, 1, 0)
+    walked = recomputed_greedily(_incumbent(occurrences, IlpResidency().apply(plan, budget()).plan), prices)
+    assert fetched is not None
+    assert not walked.overfull()
+    assert walked.additional_bytes(prices) < fetched.value
 
 
 @settings(max_examples=25, deadline=None)
