@@ -1,8 +1,8 @@
 """opweave weaves a model's operators onto an accelerator.
 
 ``compile`` reads a PyTorch or ONNX model and returns a verified, executable space-time plan; ``load_plan`` reads a
-saved one; ``fit`` answers how small a scratchpad may be; ``hardware`` describes machines; ``onnx_backend`` is the
-ONNX Backend interface; ``errors`` holds every deliberate error.
+saved one; ``explain`` says why a plan moves what it moves; ``fit`` answers how small a scratchpad may be; ``hardware``
+describes machines; ``onnx_backend`` is the ONNX Backend interface; ``errors`` holds every deliberate error.
 
 Importing this package imports neither torch nor a solver: everything below is resolved on first use.
 """
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from . import errors as errors
     from .api import CompiledModel as CompiledModel
     from .api import compile as compile
+    from .api import explain as explain
     from .api import fit as fit
     from .api import hardware as hardware
     from .api import load_plan as load_plan
     from .api import onnx_backend as onnx_backend
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "compile", "errors", "fit", "hardware", "load_plan", "onnx_backend"]
+__all__ = ["CompiledModel", "compile", "errors", "explain", "fit", "hardware", "load_plan", "onnx_backend"]
 
 
 def __getattr__(name: str) -> object:

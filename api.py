@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,33 +12,58 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from .compiler.compiled import CompiledModel
-from .compiler.graph import Graph, Role
+from .compiler.frontend.read import Inputs, Model, Reading, read_model, source_model
+from .compiler.pins import pins_of
 from .compiler.pipeline import Budget, Progress
 from .compiler.plan import Plan, Source
 from .compiler.rewritten import computes_same
 from .compiler.simulate import simulate
 from .compiler.verify import verify
-from .errors import ModelError, OptionError, PlanError, VerificationError
+from .errors import Infeasible, OptionError, PlanError, VerificationError
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
 from .hw_models.registry import parse_bytes
+from .passes.residency.workset import least_capacity
+from .passes.residency.workset import streamable_buffers as streamable
 
 if TYPE_CHECKING:
     from .compiler.frontend.onnx import ImportedModel
     from .compiler.frontend.onnx.backend import Executable, OpweaveBackend
     from .compiler.frontend.program import ImportedGraph
+    from .passes.explain import Explanation
     from .passes.fit import FitPoint
+    from .passes.objective.measures import Objective
     from .passes.planner import Planner
 
     onnx_backend: type[OpweaveBackend]
 
-__all__ = ["CompiledModel", "Options", "compile", "fit", "hardware", "load_plan", "read_model", "source_model"]
+__all__ = [
+    "CompiledModel",
+    "Options",
+    "compile",
+    "explain",
+    "fit",
+    "hardware",
+    "load_plan",
+    "read_model",
+    "source_model",
+    "streamable",
+]
 
-#: What a frontend reads: a path to an ``.onnx`` model or to an operator graph ``.json``, an ``onnx.ModelProto``,
-#: a ``torch.export.ExportedProgram``, or an ``nn.Module`` with example inputs.
-Model = Any
-#: Example inputs in order, or by name.
-Inputs = Sequence[Any] | Mapping[str, Any]
+
+_SIZE, _NUMBER = int | str | None, int | float
+_PASS = (str, "a pass is given by name, such as 'order/beam'")
+_EXPECTED: Mapping[str, tuple[Any, str]] = {
+    "order": _PASS,
+    "residency": _PASS,
+    "address": _PASS,
+    "objective": (str, "it is text, such as 'traffic,latency'"),
+    "recompute": (bool, "it takes True or False"),
+    "inplace": (bool | str, "it takes True, False or the name of a pass"),
+    "pins": (Mapping, "it takes tensor names with what is decided of each, such as {'x': {'offset': 0}}"),
+    "scratchpad": (_SIZE, "give whole bytes, or text such as '1MiB'"),
+    "time_limit": (_NUMBER, "it is a number of seconds"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,10 @@ class Options:
 
     ``scratchpad`` overrides the machine's capacity, in bytes or as text such as ``"1MiB"``. ``weights`` says whether
     operators stream weights and constants from backing memory or find them in the scratchpad like any other tensor.
+    ``objective`` is what is to be least, the most important first: ``"traffic"``, ``"traffic,latency"``, ``"peak"``.
+    ``recompute`` lets dropped tensors be computed again: short for ``residency="residency/recompute"``. ``inplace``
+    lets elementwise results be written over operands nobody needs afterwards: ``True``, or the name of a pass.
+    ``pins`` are what is decided by tensor name: ``{"x": {"offset": 0}, "y": {"bank": 1}, "w": {"resident": True}}``.
     ``time_limit`` is in seconds, for all passes together. ``fill_seed`` replaces all-equal weights of an ONNX model
     by seeded random ones. ``definitions`` gives meaning to operators of other domains, by operator type.
     """
@@ -55,9 +83,13 @@ class Options:
     machine: str | Path | HardwareModel = "edge-npu"
     scratchpad: int | str | None = None
     weights: Literal["streamed", "resident"] = "streamed"
-    order: str = "order/beam"
+    order: str = "joint/best_first"
     residency: str = "residency/ilp"
     address: str = "address/exact"
+    objective: str = "traffic"
+    recompute: bool = False
+    inplace: bool | str = False
+    pins: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     time_limit: float = 30.0
     deterministic: bool = False
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -68,13 +100,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.weights not in ("streamed", "resident"):
             raise OptionError(f"weights is {self.weights!r}; allowed are 'streamed' and 'resident'")
-        for name in ("order", "residency", "address"):
-            if not isinstance(getattr(self, name), str):
-                raise OptionError(f"{name} is {getattr(self, name)!r}; a pass is given by name, such as 'order/beam'")
-        if not isinstance(self.scratchpad, int | str | None) or isinstance(self.scratchpad, bool):
-            raise OptionError(f"scratchpad is {self.scratchpad!r}; give whole bytes, or text such as '1MiB'")
-        if not isinstance(self.time_limit, int | float):
-            raise OptionError(f"time_limit is {self.time_limit!r}; it is a number of seconds")
+        for name, (kind, expected) in _EXPECTED.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind in (_SIZE, _NUMBER)):
+                raise OptionError(f"{name} is {value!r}; {expected}")
         if not self.time_limit > 0:
             raise OptionError(f"time_limit is {self.time_limit} s; it must be above 0")
 
@@ -87,10 +116,26 @@ class Options:
         return machine.with_scratchpad(size)
 
     def planner(self) -> Planner:
-        """The passes by name."""
+        """The passes by name, rewriting in place first. Raises OptionError."""
         from .passes.planner import Planner
 
-        return Planner(self.order, self.residency, self.address)
+        residency = self.residency
+        if self.recompute and residency == Options.residency:
+            residency = "residency/recompute"
+        elif self.recompute and not residency.startswith("residency/recompute"):
+            raise OptionError(f"recompute=True asks for 'residency/recompute', but residency is {residency!r}")
+        inplace = "inplace/elementwise" if self.inplace is True else self.inplace or ""
+        return Planner(self.order, residency, self.address, inplace)
+
+    def objectives(self) -> tuple[Objective, ...]:
+        """What is to be least. Raises OptionError."""
+        from .passes.objective.measures import objectives
+
+        return objectives(self.objective)
+
+    def reading(self) -> Reading:
+        """How the model is read."""
+        return Reading(self.dims, self.definitions, self.strict, self.fill_seed)
 
 
 def compile(  # the name users expect, as in torch.compile; shadows the builtin only here
@@ -112,13 +157,43 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
         Infeasible: an operator does not fit the scratchpad; says which, and the least capacity that works.
         MachineError, OptionError: the machine or an option is unknown or out of range.
     """
+    from .passes.by_objective import plan_by
+
     chosen = _options(options)
-    target = chosen.target()
-    planner = chosen.planner()
-    program, source = read_model(model, inputs, chosen)
-    empty = _empty_plan(program, source, target, chosen)
-    plan = planner.plan(empty, _budget(chosen, on_progress, stop))
-    return CompiledModel(simulate(plan), program)
+    started = _Start.of(model, inputs, chosen, on_progress, stop)
+    try:
+        plan = plan_by(started.plan, started.planner, started.wanted, started.budget)
+    except Infeasible as error:
+        if _exceeds(started.plan):
+            error.hint += "; `opweave explain` lists what does not fit, and what would help"
+        raise
+    return CompiledModel(simulate(plan), started.program)
+
+
+def explain(
+    model: Model | CompiledModel,
+    inputs: Inputs | None = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> Explanation:
+    """Plan ``model`` as ``compile`` does, and say why it moves what it moves, or why nothing fits; what would help.
+
+    A ``CompiledModel`` is explained as it is. Takes what ``compile`` takes and raises as it; an operator that does not
+    fit the scratchpad is explained, not raised.
+    """
+    from .passes.by_objective import plan_by
+    from .passes.explain import explain as explained
+
+    chosen = _options(options)
+    if isinstance(model, CompiledModel):
+        return explained(model.plan, _budget(chosen, on_progress, stop))
+    started = _Start.of(model, inputs, chosen, on_progress, stop)
+    plan, budget = started.plan, started.budget
+    if not _exceeds(plan):
+        plan = plan_by(plan, started.planner, started.wanted, budget.share(0.5))
+    return explained(plan, budget)
 
 
 def fit(
@@ -132,8 +207,8 @@ def fit(
 ) -> list[FitPoint]:
     """Find the least scratchpad for ``model``, and the additional traffic each larger one costs, smallest first.
 
-    Takes what ``compile`` takes, except ``scratchpad``; ``time_limit`` is for all ``points`` together.
-    Raises as ``compile``.
+    Takes what ``compile`` takes, except ``scratchpad``, ``pins`` and other objectives; ``time_limit`` is for all
+    ``points`` together. Raises as ``compile``.
     """
     from .passes.fit import traffic_by_capacity
 
@@ -142,10 +217,47 @@ def fit(
     chosen = _options(options)
     if chosen.scratchpad is not None:
         raise OptionError("fit chooses the scratchpad itself; leave out 'scratchpad'")
-    target, planner = chosen.target(), chosen.planner()  # mistakes in either show before the model is read
-    program, source = read_model(model, inputs, chosen)
-    empty = _empty_plan(program, source, target, chosen)
-    return list(traffic_by_capacity(empty, planner, _budget(chosen, on_progress, stop), points))
+    if chosen.pins:
+        raise OptionError("fit moves the end of the scratchpad, and pins may lie beyond it; leave out 'pins'")
+    if chosen.objectives() != Options().objectives():
+        raise OptionError(f"fit shows additional traffic; objective {chosen.objective!r} has no effect")
+    if chosen.target().scratchpad_memory.banks_bytes:
+        raise OptionError("fit needs a scratchpad of one bank, whose size it can choose", hint="compile for the banks")
+    started = _Start.of(model, inputs, chosen, on_progress, stop)
+    return traffic_by_capacity(started.plan, started.planner, started.budget, points)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A model that has been read, and everything needed to plan it."""
+
+    program: ImportedGraph
+    plan: Plan
+    planner: Planner
+    wanted: tuple[Objective, ...]
+    budget: Budget
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        inputs: Inputs | None,
+        options: Options,
+        on_progress: Callable[[Progress], None] | None,
+        stop: threading.Event | None,
+    ) -> _Start:
+        """Check the options, then read the model; the time limit begins when that is done."""
+        target, planner, wanted = options.target(), options.planner(), options.objectives()
+        program, source = read_model(model, inputs, options.reading())
+        budget = _budget(options, on_progress, stop)
+        plan = planner.rewritten(_empty_plan(program, source, target, options), budget)
+        plan = msgspec.structs.replace(plan, pins=pins_of(options.pins, plan))
+        return cls(program, plan, planner, wanted, budget)
+
+
+def _exceeds(plan: Plan) -> bool:
+    """Whether some operator alone does not fit the scratchpad."""
+    return least_capacity(plan) > plan.machine.scratchpad_memory.capacity_bytes
 
 
 def _options(options: Mapping[str, Any]) -> Options:
@@ -169,73 +281,6 @@ def _empty_plan(program: ImportedGraph, source: Source, target: HardwareModel, o
     return Plan.of_order(program.graph, target, streamed=streamed, source=source)
 
 
-def streamable(graph: Graph) -> tuple[str, ...]:
-    """Buffers that operators may read directly from backing memory: sources other than inputs, never written."""
-    written = {buffer for buffers in graph.writes for buffer in buffers}
-    read = {buffer for buffers in graph.reads for buffer in buffers}
-    fixed = {b for b, base in graph.buffers.items() if base.role.is_source and base.role is not Role.INPUT}
-    return tuple(sorted(b for b in fixed & read - written if graph.buffers[b].nbytes))
-
-
-def read_model(
-    model: Model, inputs: Inputs | None = None, options: Options | None = None
-) -> tuple[ImportedGraph, Source]:
-    """Read ``model`` with the frontend its type asks for. Raises ModelError."""
-    chosen = options or Options()
-    if isinstance(model, str | Path):
-        path = Path(model)
-        if path.suffix == ".json":
-            from .compiler.frontend.opgraph import load_opgraph
-
-            return load_opgraph(path), Source(path=str(path), sha256=_sha256(path))
-        if path.suffix != ".onnx":
-            raise ModelError(
-                f"cannot tell what {str(path)!r} is; an .onnx model or an operator graph .json is expected"
-            )
-        program, source = _read_onnx(path, inputs, chosen)
-        return program, msgspec.structs.replace(source, path=str(path), sha256=_sha256(path))
-    import torch
-
-    from .compiler.frontend.fx import from_exported, from_module
-
-    if isinstance(model, torch.export.ExportedProgram):
-        return from_exported(model), Source()
-    if isinstance(model, torch.nn.Module):
-        if isinstance(inputs, torch.Tensor):
-            raise OptionError("inputs is one tensor; it takes all of them, in order or by name", hint="write (x,)")
-        if inputs is None:
-            raise ModelError("an nn.Module needs example inputs", hint="opweave.compile(module, (x,))")
-        if isinstance(inputs, Mapping):
-            return from_module(model, (), inputs), Source()
-        return from_module(model, tuple(inputs)), Source()
-    if hasattr(model, "SerializeToString"):
-        return _read_onnx(model, inputs, chosen)
-    raise ModelError(f"cannot read a {type(model).__name__}; expected a path, ModelProto, ExportedProgram or nn.Module")
-
-
-def _read_onnx(model: Model, inputs: Inputs | None, options: Options) -> tuple[ImportedGraph, Source]:
-    from .compiler.frontend.onnx.program import read_program
-
-    program = read_program(
-        model,
-        inputs,
-        dims=options.dims,
-        definitions=options.definitions,
-        strict=options.strict,
-        fill_seed=options.fill_seed,
-    )
-    operators = {way: dict(counts) for way, counts in program.operators.items()}
-    return program, Source(dims=dict(options.dims), fill_seed=options.fill_seed, operators=operators)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"cannot read model {str(path)!r}: {error.strerror}") from error
-
-
 def load_plan(path: str | Path, model: Model | None = None, **options: Any) -> CompiledModel:
     """Read a saved plan and verify it; with its ``model`` it can be called.
 
@@ -256,32 +301,13 @@ def load_plan(path: str | Path, model: Model | None = None, **options: Any) -> C
     inputs = None
     if isinstance(model, tuple):
         model, inputs = model
-    program, _ = read_model(model, inputs, how)
+    program, _ = read_model(model, inputs, how.reading())
     if not computes_same(plan.graph, program.graph):
         raise PlanError(
             f"the model has graph {program.graph.name!r}, which is not the one plan {str(path)!r} was made from",
             hint="give the model file that was compiled, unchanged, or compile it again",
         )
     return CompiledModel(plan, program)
-
-
-def source_model(path: str | Path) -> str:
-    """Path of the model file a saved plan was made from, checked to be unchanged. Raises PlanError.
-
-    A model that is not where it was is looked for beside the plan.
-    """
-    source = Plan.load(path).source
-    if not source.path:
-        raise PlanError(f"plan {str(path)!r} was not made from a file", hint="load_plan(path, model) takes any model")
-    beside = Path(path).parent  # a relative path is the compiling user's; plan and model may have moved together
-    places = (Path(source.path), beside / source.path, beside / Path(source.path).name)
-    found = [place for place in places if place.is_file()]
-    if not found:
-        raise PlanError(f"the plan's model {source.path!r} is not there", hint="say where it is: --model PATH")
-    for place in found:
-        if _sha256(place) == source.sha256:
-            return str(place)
-    raise PlanError(f"the plan's model {str(found[0])!r} has changed since", hint="compile it again")
 
 
 def __getattr__(name: str) -> object:

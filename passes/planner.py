@@ -26,17 +26,23 @@ from .address.banks import require_places
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
 from .joint.best_first import BestFirstJoint
-from .objective.claims import restated
+from .objective.claims import restated, without_traffic_bounds
 from .registry import make, names
 from .residency.gaps import Cut, gaps_of_residences
 from .residency.ilp import IlpResidency
+from .residency.recompute import RecomputeResidency
 from .residency.refetch import RefetchResidency
 from .residency.workset import require_fit
 
 __all__ = ["Planner", "place"]
 
 #: The folders of the passes that take each decision.
-DECIDED_BY = {"order": ("order", "joint"), "residency": ("residency",), "address": ("address",)}
+DECIDED_BY = {
+    "order": ("order", "joint"),
+    "residency": ("residency",),
+    "address": ("address",),
+    "inplace": ("inplace",),
+}
 MAX_CUTS = 50  # conflicts beyond this many are fragmentation in general: a reserve settles it sooner
 RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
 
@@ -45,6 +51,8 @@ RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fr
 class Planner:
     """Plans with one pass for each decision, named as the registry names them, options in parentheses.
 
+    ``inplace`` names the pass that rewrites the graph before; "" for none.
+
     Raises:
         OptionError: a pass is unknown, an option of it is, or it takes another decision.
     """
@@ -52,13 +60,20 @@ class Planner:
     order: str = "joint/best_first"
     residency: str = "residency/ilp"
     address: str = "address/exact"
+    inplace: str = ""
 
     def __post_init__(self) -> None:
         for decision, folders in DECIDED_BY.items():
+            if decision == "inplace" and not self.inplace:
+                continue
             name = make(getattr(self, decision)).name
             if name.partition("/")[0] not in folders:
                 known = ", ".join(known for known in names() if known.partition("/")[0] in folders)
                 raise OptionError(f"pass {name!r} does not decide {decision}", hint=f"those that do are {known}")
+
+    def rewritten(self, plan: Plan, budget: Budget) -> Plan:
+        """``plan`` of the graph that its ``inplace`` pass makes: what ``plan`` and ``place`` take, and pins name."""
+        return run_pass(make(self.inplace), plan, budget.share(0.3)) if self.inplace else plan
 
     def plan(self, plan: Plan, budget: Budget) -> Plan:
         """Decide order, residency and addresses of ``plan``.
@@ -74,6 +89,10 @@ class Planner:
             return _place_joint(order, residency, address, plan, budget)
         return place(run_pass(order, plan, budget.share(0.3)), residency, address, budget)
 
+    def placed(self, plan: Plan, budget: Budget) -> Plan:
+        """Decide residency and addresses of ``plan`` in the order it has. Raises Infeasible."""
+        return place(plan, make(self.residency), make(self.address), budget)
+
 
 def _place_joint(joint: Pass, residency: Pass, address: Pass, plan: Plan, budget: Budget) -> Plan:
     """Place what ``joint`` decided; where addresses refuse, the best of what its order allows and of tighter plans.
@@ -81,15 +100,19 @@ def _place_joint(joint: Pass, residency: Pass, address: Pass, plan: Plan, budget
     A plan made for a smaller scratchpad leaves room for fragmentation. The bound over every order stays.
     """
     decided = run_pass(joint, plan, budget.share(0.6))
-    residences = decided.residences or ()
-    if all(residence.offset is not None for residence in residences) and residences:
+    if decided.residences is None:  # it minimises the peak, and leaves the residency to others
+        return place(decided, residency, address, budget)
+    if decided.residences and all(residence.offset is not None for residence in decided.residences):
         return decided
     if residency == IlpResidency():  # what it would decide has been decided
         try:
             return run_pass(address, decided, budget.share(0.4))
         except PlacementError:
             pass
-    placed = restated(place(decided.with_order(decided.order), residency, address, budget.share(0.5)))
+    ordered = decided.with_order(decided.order)
+    if isinstance(residency, RecomputeResidency):
+        return place(without_traffic_bounds(ordered), residency, address, budget)
+    placed = restated(place(ordered, residency, address, budget.share(0.5)))
     if not isinstance(joint, BestFirstJoint) or residency != IlpResidency():
         return placed
     return min((placed, *_tighter(joint, address, decided, budget)), key=_traffic)
@@ -133,18 +156,21 @@ def place(plan: Plan, residency: Pass, address: Pass, budget: Budget) -> Plan:
             if not cut.gaps or cut in cuts:
                 break
             cuts += (cut,)
-    return _place_with_room(plan, address, budget, proven, cuts)
+    return _place_with_room(plan, residency, address, budget, proven, cuts)
 
 
 def _place_with_room(
-    plan: Plan, address: Pass, budget: Budget, proven: Certificate | None, cuts: tuple[Cut, ...]
+    plan: Plan, residency: Pass, address: Pass, budget: Budget, proven: Certificate | None, cuts: tuple[Cut, ...]
 ) -> Plan:
     """``cuts`` stay in force: without them the master may move less than what they have proven it must."""
     capacity = plan.machine.scratchpad_memory.capacity_bytes
     for part in RESERVES:
         reserve = capacity // part
         note = f"{reserve:,} bytes held back for fragmentation"
-        resident, _ = _reside(IlpResidency(cuts, reserve), plan, budget.share(0.3), proven, note)
+        step: Pass = IlpResidency(cuts, reserve)
+        if isinstance(residency, RecomputeResidency):
+            step = replace(residency, reserve_bytes=reserve)
+        resident, _ = _reside(step, plan, budget.share(0.3), proven, note)
         try:
             return run_pass(address, resident, budget.share(0.3))
         except PlacementError:

@@ -23,6 +23,7 @@ SCOPES = {
     "recompute": "over every residency of this order with the recomputations considered",
     "address": "over every placement of these residences",
 }
+UNSPILLED = "over every order, with nothing spilled"  # orders are compared by peak without what a residency does
 PROVERS = {
     "ilp": "integer programming",
     "lp": "an LP relaxation",
@@ -141,7 +142,8 @@ def _proof(c: CertificateFacts) -> Iterator[str]:
     yield f"{c.pass_name}: {OBJECTIVES[c.objective]} {format_count(c.value)}{unit}, bound {format_count(c.bound)}{unit}"
     quality = "optimal" if c.gap == 0 else f"gap {format_percent(c.gap)}"
     remark = "" if c.stands else "; of the plan before later passes"
-    yield f"  {quality} {SCOPES[c.scope]}, by {PROVERS[c.proved_by]}{remark}"
+    unspilled = c.scope == "order" and c.objective in ("peak_bytes", "arena_bytes")
+    yield f"  {quality} {UNSPILLED if unspilled else SCOPES[c.scope]}, by {PROVERS[c.proved_by]}{remark}"
 
 
 def _time(facts: Digest) -> Iterator[str]:

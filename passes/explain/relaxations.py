@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ...compiler.graph import Graph, Role
 from ...compiler.pipeline import Budget, Pass
 from ...compiler.plan import Certificate, Plan, Recompute
 from ...compiler.verify import verify
@@ -15,10 +14,10 @@ from ...hw_models.model import HardwareModel
 from ..registry import make, names
 from ..residency.gaps import GapProblem
 from ..residency.ilp import IlpResidency
-from ..residency.workset import aligned_bytes, least_capacity
+from ..residency.workset import aligned_bytes, least_capacity, streamable_buffers
 from .facts import Relaxation
 
-__all__ = ["Findings", "relax", "shortage_relaxations", "streamable_buffers"]
+__all__ = ["Findings", "relax", "shortage_relaxations"]
 
 RECOMPUTE = "residency/recompute"
 STREAMED = "weights streamed instead of resident"
@@ -142,14 +141,6 @@ def with_capacity(machine: HardwareModel, capacity_bytes: int) -> HardwareModel:
         return machine.with_scratchpad(capacity_bytes)
     *others, last = memory.banks_bytes
     return machine.with_banks(*others, last + capacity_bytes - memory.capacity_bytes)
-
-
-def streamable_buffers(graph: Graph) -> tuple[str, ...]:
-    """Buffers that operators may read directly from backing memory: sources other than inputs, never written."""
-    written = {buffer for buffers in graph.writes for buffer in buffers}
-    read = {buffer for buffers in graph.reads for buffer in buffers}
-    fixed = {b for b, base in graph.buffers.items() if base.role.is_source and base.role is not Role.INPUT}
-    return tuple(sorted(b for b in fixed & read - written if graph.buffers[b].nbytes))
 
 
 def _traffic(plan: Plan) -> list[Certificate]:

@@ -8,7 +8,7 @@ from ...compiler.plan import Certificate, PassRecord, Plan
 from ...compiler.verify import verify
 from ..residency.gaps import GapProblem
 
-__all__ = ["for_another_order", "for_the_full_capacity", "restated"]
+__all__ = ["for_another_order", "for_the_full_capacity", "restated", "without_traffic_bounds"]
 
 
 def for_another_order(plan: Plan) -> Plan:
@@ -16,6 +16,17 @@ def for_another_order(plan: Plan) -> Plan:
     kept = (
         record
         if record.certificate is None or record.certificate.scope == "order"
+        else msgspec.structs.replace(record, certificate=None)
+        for record in plan.passes
+    )
+    return msgspec.structs.replace(plan, passes=tuple(kept))
+
+
+def without_traffic_bounds(plan: Plan) -> Plan:
+    """``plan`` without what was proven of its traffic, as when a later pass may recompute and the proof did not."""
+    kept = (
+        record
+        if record.certificate is None or record.certificate.objective != "additional_traffic_bytes"
         else msgspec.structs.replace(record, certificate=None)
         for record in plan.passes
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ...compiler.graph import Role
+from ...compiler.graph import Graph, Role
 from ...compiler.plan import Plan
 from ...errors import Infeasible
 
-__all__ = ["aligned_bytes", "least_capacity", "planned_buffers", "require_fit"]
+__all__ = ["aligned_bytes", "least_capacity", "planned_buffers", "require_fit", "streamable_buffers"]
 
 NAMED_TERMS = 8  # buffers an error lists one by one; the rest are summed up
 
@@ -20,6 +20,14 @@ def planned_buffers(plan: Plan) -> dict[str, int]:
     """Bytes of each buffer that needs a residence while it is used: all but the streamed and the empty ones."""
     streamed = set(plan.streamed)
     return {name: base.nbytes for name, base in plan.graph.buffers.items() if base.nbytes and name not in streamed}
+
+
+def streamable_buffers(graph: Graph) -> tuple[str, ...]:
+    """Buffers that operators may read directly from backing memory: sources other than inputs, never written."""
+    written = {buffer for buffers in graph.writes for buffer in buffers}
+    read = {buffer for buffers in graph.reads for buffer in buffers}
+    fixed = {b for b, base in graph.buffers.items() if base.role.is_source and base.role is not Role.INPUT}
+    return tuple(sorted(b for b in fixed & read - written if graph.buffers[b].nbytes))
 
 
 def least_capacity(plan: Plan) -> int:

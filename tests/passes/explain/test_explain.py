@@ -18,12 +18,12 @@ from opweave.compiler.verify import verify
 from opweave.errors import Infeasible
 from opweave.passes.explain import Explanation, explain, explanation_text
 from opweave.passes.explain.pressure import forces, least_cover, relaxed_cover
-from opweave.passes.explain.relaxations import streamable_buffers, with_capacity
+from opweave.passes.explain.relaxations import with_capacity
 from opweave.passes.planner import Planner
 from opweave.passes.registry import names
 from opweave.passes.residency.gaps import GapProblem
 from opweave.passes.residency.ilp import IlpResidency
-from opweave.passes.residency.workset import least_capacity, require_fit
+from opweave.passes.residency.workset import least_capacity, require_fit, streamable_buffers
 from tests.graphs.build import GraphBuilder, all_graphs, machine
 from tests.graphs.strategies import graphs
 from tests.passes.residency.exhaustive import least_additional_bytes
