@@ -106,8 +106,8 @@ def test_drawn_and_told() -> None:
     assert slices[4]["args"]["offset_bytes"] == {"x": 0, "a": 1024}
 
 
-def test_machines_without_a_matching_engine_kind_refuse_nothing_else() -> None:
-    """Compute engines take a recompute wherever they take a run."""
+def test_compute_engines_take_it_as_they_take_a_run() -> None:
+
     timed = simulate(msgspec.structs.replace(PLAN, machine=machine(1 << 20)))
     engines = {type(i): i.engine for i in timed.instructions}
     assert engines[Recompute] == engines[Run]
