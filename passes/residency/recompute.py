@@ -207,7 +207,8 @@ class _Search:
         free = {v.name: (v, v.lowBound) for v in problem.variables() if v.name in concerned}
         events = len(self.occurrences.events)
         width = max(MIN_WINDOW, events * WINDOW_VARIABLES // len(free))
-        idle, windows = 0, range(0, events, width // 2)
+        slots = [e for e, event in enumerate(self.occurrences.events) if event.again]
+        idle, windows = 0, sorted({e // (width // 2) * (width // 2) for e in slots})
         for first in islice(cycle(windows), MAX_SWEEPS * len(windows)):
             if self.budget.remaining_s <= 0 or idle == len(windows):
                 break

@@ -107,7 +107,6 @@ def test_drawn_and_told() -> None:
 
 
 def test_compute_engines_take_it_as_they_take_a_run() -> None:
-
     timed = simulate(msgspec.structs.replace(PLAN, machine=machine(1 << 20)))
     engines = {type(i): i.engine for i in timed.instructions}
     assert engines[Recompute] == engines[Run]
