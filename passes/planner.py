@@ -26,7 +26,7 @@ from .address.banks import require_places
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
 from .joint.best_first import BestFirstJoint
-from .objective.claims import restated, without_traffic_bounds
+from .objective.claims import for_recomputation, restated
 from .registry import make, names
 from .residency.gaps import Cut, gaps_of_residences
 from .residency.ilp import IlpResidency
@@ -102,16 +102,16 @@ def _place_joint(joint: Pass, residency: Pass, address: Pass, plan: Plan, budget
     decided = run_pass(joint, plan, budget.share(0.6))
     if decided.residences is None:  # it minimises the peak, and leaves the residency to others
         return place(decided, residency, address, budget)
-    if decided.residences and all(residence.offset is not None for residence in decided.residences):
-        return decided
     if residency == IlpResidency():  # what it would decide has been decided
+        if decided.residences and all(residence.offset is not None for residence in decided.residences):
+            return decided
         try:
             return run_pass(address, decided, budget.share(0.4))
         except PlacementError:
             pass
     ordered = decided.with_order(decided.order)
     if isinstance(residency, RecomputeResidency):
-        return place(without_traffic_bounds(ordered), residency, address, budget)
+        ordered = for_recomputation(ordered)
     placed = restated(place(ordered, residency, address, budget.share(0.5)))
     if not isinstance(joint, BestFirstJoint) or residency != IlpResidency():
         return placed

@@ -17,6 +17,7 @@ from benchmarks.networks import darts_cifar
 from onnx import TensorProto, helper, numpy_helper
 
 from opweave import cli
+from opweave.cli import shared
 from opweave.errors import (
     ExecutionError,
     Infeasible,
@@ -194,7 +195,7 @@ def test_interrupting_keeps_the_best_plan(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opweave.cli", "compile", str(network), "--scratchpad", "512KiB", "-o", str(out)]
     process = subprocess.Popen([*command, "--time-limit", "600"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert "order/beam" in process.stderr.readline()  # it is searching now, for a share of ten minutes
+    assert "joint/best_first" in process.stderr.readline()  # it is searching now, for a share of ten minutes
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
@@ -252,7 +253,7 @@ def test_json_says_every_end(
 
 
 def test_json_has_no_infinities(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})
+    shared.print_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None]}
 
 

@@ -6,9 +6,9 @@ import msgspec
 
 from ...compiler.plan import Certificate, PassRecord, Plan
 from ...compiler.verify import verify
-from ..residency.gaps import GapProblem
+from ..residency.gaps import GapProblem, base_bytes
 
-__all__ = ["for_another_order", "for_the_full_capacity", "restated", "without_traffic_bounds"]
+__all__ = ["for_another_order", "for_recomputation", "for_the_full_capacity", "restated"]
 
 
 def for_another_order(plan: Plan) -> Plan:
@@ -22,15 +22,21 @@ def for_another_order(plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, passes=tuple(kept))
 
 
-def without_traffic_bounds(plan: Plan) -> Plan:
-    """``plan`` without what was proven of its traffic, as when a later pass may recompute and the proof did not."""
-    kept = (
-        record
-        if record.certificate is None or record.certificate.objective != "additional_traffic_bytes"
-        else msgspec.structs.replace(record, certificate=None)
-        for record in plan.passes
-    )
-    return msgspec.structs.replace(plan, passes=tuple(kept))
+def for_recomputation(plan: Plan) -> Plan:
+    """``plan`` with bounds on its traffic that hold as well for plans that compute dropped tensors again.
+
+    What was proven without recomputation may not hold; what no plan avoids does, as running again only reads more.
+    """
+    base = base_bytes(plan)
+    return msgspec.structs.replace(plan, passes=tuple(_recomputable(record, base) for record in plan.passes))
+
+
+def _recomputable(record: PassRecord, base: int) -> PassRecord:
+    certificate = record.certificate
+    if certificate is None or certificate.objective != "additional_traffic_bytes" or certificate.bound <= base:
+        return record
+    weaker = msgspec.structs.replace(certificate, bound=base, proved_by="analytic")
+    return msgspec.structs.replace(record, certificate=weaker)
 
 
 def for_the_full_capacity(plan: Plan, before: Plan) -> Plan:

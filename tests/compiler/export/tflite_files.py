@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flatbuffers  # type: ignore[import-untyped]  # the package ships no type information
-import flatbuffers.table  # type: ignore[import-untyped]  # as above
+import flatbuffers
+import flatbuffers.table
 import numpy as np
 
 __all__ = [

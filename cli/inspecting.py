@@ -1,0 +1,124 @@
+"""Commands that look at what there is: plans, machines, passes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import AsJson, PlanPath, TimeLimit, print_json, refuse, say
+
+__all__ = ["export", "hw_list", "hw_show", "passes", "verify", "view"]
+
+
+def verify(plan: PlanPath, as_json: AsJson = False) -> int:
+    """Recount what a plan claims, whoever wrote it: faults, traffic and peak in bytes."""
+    from ..compiler.plan import Plan
+    from ..compiler.report.words import verification_text
+    from ..compiler.verify import verify as recount
+    from ..errors import VerificationError
+
+    verification = recount(Plan.load(plan))
+    facts = {
+        "ok": verification.ok,
+        "level": verification.level,
+        "faults": [str(finding) for finding in verification.faults],
+        "compulsory_bytes": verification.compulsory_bytes,
+        "additional_bytes": verification.additional_bytes,
+        "peak_bytes": verification.peak_bytes,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        say(verification_text(facts))
+    return 0 if verification.ok else VerificationError.exit_code
+
+
+def export(
+    plan: PlanPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The header, or the .tflite file to write.")] = Path(
+        "plan.h"
+    ),
+    tflite: Annotated[Path | None, typer.Option(help="A .tflite model: write it with the plan's offsets.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="What names in the header begin with; 'opweave' if left out.")
+    ] = None,
+    time_limit: TimeLimit = 30.0,
+    as_json: AsJson = False,
+) -> int:
+    """Export a plan as a C header, or as offsets inside a .tflite model for TensorFlow Lite Micro."""
+    from ..compiler.plan import Plan
+
+    loaded = Plan.load(plan)
+    if tflite is None:
+        from ..compiler.export import save_c_header
+
+        save_c_header(loaded, output, prefix="opweave" if prefix is None else prefix)
+    else:
+        from ..compiler.pipeline import Budget
+        from ..passes.whole_life import save_planned_tflite
+
+        refuse("a .tflite file has no names to prefix", prefix=prefix)
+        save_planned_tflite(loaded, tflite, output, Budget.of_seconds(time_limit))
+    print_json({"output": str(output)}) if as_json else say(str(output))
+    return 0
+
+
+def view(
+    plan: PlanPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; beside the plan if left out.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write a plan's self-contained HTML page, its Chrome/Perfetto trace and its pictures."""
+    from ..compiler.plan import Plan
+    from ..compiler.report import write_report
+
+    written = write_report(Plan.load(plan), output or plan.parent)
+    paths = {name: str(path) for name, path in written.items()}
+    print_json(paths) if as_json else say("\n".join(paths.values()))
+    return 0
+
+
+def hw_list(as_json: AsJson = False) -> None:
+    """List the machines that come with opweave."""
+    from ..hw_models.registry import load, names
+
+    machines = [load(name) for name in names()]
+    if as_json:
+        print_json({"machines": [{"name": m.name, "description": m.description} for m in machines]})
+        return
+    for machine in machines:
+        say(f"{machine.name:<16} {machine.scratchpad_memory.capacity_bytes:>15,} bytes  {machine.description}")
+
+
+def hw_show(
+    machine: Annotated[str, typer.Argument(help="A name from `opweave hw list`, or a TOML file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one machine: memories, engines, links, and where its figures come from."""
+    import msgspec
+
+    from ..compiler.report.words import outline
+    from ..hw_models.registry import load
+
+    facts = json.loads(msgspec.json.encode(load(machine)))
+    print_json(facts) if as_json else say(outline(facts))
+
+
+def passes(as_json: AsJson = False) -> None:
+    """List the passes, what each decides, and its options."""
+    from ..passes.registry import describe, names
+
+    rows = {name: describe(name) for name in names()}
+    if as_json:
+        print_json(
+            {name: {"summary": r.summary, "options": [asdict(o) for o in r.options]} for name, r in rows.items()}
+        )
+        return
+    for name, row in rows.items():
+        say(f"{name:<24} {row.summary}")
+        for option in row.options:
+            say(f"{'':<24}   {option.name}: {option.type} = {option.default!r}")
