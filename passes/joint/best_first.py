@@ -15,18 +15,25 @@ from ..order.search import search_orders
 from ..residency.gaps import base_bytes
 from ..residency.ilp import IlpResidency
 from ..residency.workset import aligned_bytes, planned_buffers, require_fit
-from .forced import forced_bytes
+from ._cosma_crossing import crossing_bound
+from ._cosma_problem import CosmaProblem
 from .milestones import milestones, prefixes
 from .search import BestFirst
 from .states import StateSpace, order_of
+from .windows import stretches, windows_bound
 
 __all__ = ["BestFirstJoint"]
 
 FIRST_STATES = 4_000  # expanded before looking for a better order: enough for most networks, well under 1 s
+LONG = 2_000  # operators, above which states of the whole graph lead nowhere
 QUANTUM_STATES = 2_000  # expanded between two reports
 PROHIBITIVE = 1 << 60  # bytes, more than any plan moves
+MAX_CROSSED = 6_000  # operators, the square of which in bytes is held for a moment
+CROSSING_SHARE = 0.15  # of the time left, for what no order avoids
 ORDER_SHARE = 0.25  # of the time left, for finding a good order when the first states do not settle it
-PLAIN_SHARE = 0.4  # of the time left, for searching without milestones
+PLAIN_SHARE = 0.3  # of the time left, for searching without milestones
+WINDOWS_SHARE = 0.5  # of the time then left, for bounds of windows that add up
+WINDOWS = ((48, 500), (48, 3_000), (96, 3_000), (96, 20_000), (192, 20_000), (192, 100_000))  # operators, states
 SPACING = 20  # operators between two milestones
 FIRST_ROUND = 250  # states expanded for a milestone in the first round, four times as many in each that follows
 
@@ -40,11 +47,12 @@ class BestFirstJoint:
 
     Formulation: A* over states (operators done, buffers kept, which of these backing memory holds), see ``states.py``.
     Its cost is the additional traffic so far, so the first state popped in which everything has run is optimal, and
-    when time or memory end before, the least cost still open is a bound. So is what an ILP without any order in it
-    has to move (``forced.py``). Where neither settles it, annealing over orders supplies an incumbent below which the
-    search goes on, guided by bounds on what is to go from points along that order (``milestones.py``), in rounds of
-    growing effort. ``max_states`` limits the states held in memory (about 1 KiB each, more in graphs of many thousand
-    operators). In deterministic mode ``max_expanded`` states and one round of milestones end the search, not a clock.
+    when time or memory end before, the least cost still open is a bound. So is what has to move because it crosses
+    operators in every order (``_cosma_crossing.py``). Where neither settles it, annealing over orders supplies an
+    incumbent below which the search goes on, guided by bounds on what is to go from points along that order
+    (``milestones.py``), in rounds of growing effort; long graphs are bounded window by window (``windows.py``) instead.
+    ``max_states`` limits the states held in memory, about 1 KiB each, more in graphs of many thousand operators. In
+    deterministic mode ``max_expanded`` states, one round of windows and one of milestones end the search, not a clock.
     ``reserve_bytes`` of the capacity are left free, except where an operator needs them, so that addresses find room;
     nothing is proven then.
     """
@@ -87,7 +95,6 @@ class _Hunt:
         self, options: BestFirstJoint, problem: OrderProblem, capacity: int, best: _Incumbent, budget: Budget
     ) -> None:
         self.options, self.problem, self.best, self.budget = options, problem, best, budget
-        self.capacity = capacity
         self.space = StateSpace(problem, capacity)
         self.search = BestFirst(self.space, self.space.root(), best.ceiling)
 
@@ -98,14 +105,17 @@ class _Hunt:
     def settled(self) -> BestFirst:
         """The search when complete, or when time, memory or work has run out."""
         if not (self.search.is_complete or self.halted()):
-            self.search.bound = forced_bytes(self.problem, self.capacity, self.budget.share(ORDER_SHARE))
+            self.search.bound = self._crossing()
+        is_long = len(self.space.problem.touches) > LONG
         work = self.options.max_expanded if self.budget.deterministic else FIRST_STATES
-        self._expand(min(FIRST_STATES, work), self.budget, limited=True)
+        self._expand(min(FIRST_STATES // (10 if is_long else 1), work), self.budget, limited=True)
         if not (self.search.is_complete or self.halted()):
             self._improve_order()
-            self._expand(work, self.budget.share(PLAIN_SHARE), limited=self.budget.deterministic)
+            if not is_long:
+                self._expand(work, self.budget.share(PLAIN_SHARE), limited=self.budget.deterministic)
+            self._window_by_window(self.budget.share(1.0 if is_long else WINDOWS_SHARE))
         states = min(FIRST_ROUND, work)
-        while not (self.search.is_complete or self.halted()):
+        while not (is_long or self.search.is_complete or self.halted()):
             self._round(states)
             states *= 4
             if self.budget.deterministic:
@@ -113,6 +123,14 @@ class _Hunt:
         if self.search.found is not None:
             self.best.offer(order_of(self.search.found), self.options.name)
         return self.search
+
+    def _crossing(self) -> int:
+        """Bytes that depend on the order, and that none avoids; 0 where a square of the operators is too much."""
+        given = self.best.given
+        if len(given.graph.ops) > MAX_CROSSED:
+            return 0
+        problem = CosmaProblem.of(given, self.best.base, fixed=False)
+        return crossing_bound(given.graph, problem, 0, self.budget.share(CROSSING_SHARE))
 
     def _improve_order(self) -> None:
         orders = search_orders(
@@ -125,6 +143,17 @@ class _Hunt:
             if found.spill < self.best.ceiling:
                 self.best.offer(found.order, "annealing")
         self.search.ceiling = self.best.ceiling
+
+    def _window_by_window(self, budget: Budget) -> None:
+        """Raise the bound by what stretches of the best order must move each, in rounds of growing effort."""
+        halted = self.halted if budget.deterministic else lambda: budget.remaining_s <= 0
+        for size, states in WINDOWS[:1] if budget.deterministic else WINDOWS:
+            if size >= len(self.best.order) // 2 or self.search.is_complete or halted():
+                return
+            windows = stretches(prefixes(self.problem, self.best.order, size), self.space.full)
+            bound = windows_bound(self.problem, self.space.capacity, windows, states, halted)
+            self.search.bound = max(self.search.bound, min(bound, self.search.ceiling))
+            self.best.tell(self.best.base + self.search.bound)
 
     def _round(self, states: int) -> None:
         """Search anew, guided by milestones along the best order that took ``states`` each."""

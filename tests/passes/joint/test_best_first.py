@@ -11,13 +11,12 @@ from benchmarks.networks import layered
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from opweave.compiler.graph import Graph, Op, Role, Tensor
+from opweave.compiler.graph import Role
 from opweave.compiler.pipeline import Budget, Decision, Progress, confirm
 from opweave.compiler.plan import Certificate, Pin, Plan
 from opweave.compiler.verify import verify
 from opweave.errors import Infeasible, OptionError
 from opweave.passes.joint.best_first import BestFirstJoint
-from opweave.passes.joint.forced import forced_bytes
 from opweave.passes.joint.milestones import milestones, prefixes
 from opweave.passes.joint.search import BestFirst, Milestone
 from opweave.passes.joint.states import StateSpace, order_of
@@ -113,37 +112,6 @@ def test_bounds_from_points_along_an_order(plan: Plan, draw: random.Random) -> N
     assert all(milestone.to_go <= best.bound for milestone in known)
     for done, tail in tails:
         assert sorted(tail) == [op for op in range(len(order)) if not done >> op & 1]
-
-
-@given(plans())
-@settings(max_examples=60, deadline=None)
-def test_forced_traffic_is_a_bound(plan: Plan) -> None:
-    """The ILP without an order in it never asks for more than the best order moves."""
-    problem = OrderProblem.of(plan)
-    assert forced_bytes(problem, problem.capacity, budget()) <= least(plan).bound
-
-
-def there_and_back(steps: int) -> Graph:
-    """A chain whose values are read again on the way back, as in training: there is only one order."""
-    sizes = [3, 5, 2, 7, 4, 6, 8, 3][:steps]
-    tensors = [Tensor("x", (4,), "int8", Role.INPUT)]
-    ops: list[Op] = []
-    for i, size in enumerate(sizes):
-        tensors.append(Tensor(f"t{i}", (size,), "int8"))
-        ops.append(Op(f"there{i}", (tensors[-2].name,), (f"t{i}",)))
-    for i, size in reversed(list(enumerate(sizes))):
-        tensors.append(Tensor(f"g{i}", (size,), "int8"))
-        ops.append(Op(f"back{i}", (tensors[-2].name, f"t{i}"), (f"g{i}",)))
-    return Graph("there_and_back", tuple(tensors), tuple(ops), ("g0",))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
-def test_forced_traffic_of_a_single_order_is_all_there_is(share: float) -> None:
-    plan = tight(there_and_back(8), share, alignment=1)
-    problem = OrderProblem.of(plan)
-    certificate = IlpResidency().apply(plan, budget()).certificate
-    assert certificate is not None
-    assert 0 < forced_bytes(problem, problem.capacity, budget()) == certificate.value
 
 
 @given(plans(), st.integers(1, 64))
