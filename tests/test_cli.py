@@ -74,9 +74,12 @@ def plan(network: Path) -> Path:
     return path
 
 
+COMMANDS = ("compile", "run", "explain", "verify", "fit", "view", "export", "hw", "passes")
+
+
 def test_help_lists_the_commands() -> None:
     text = opweave("--help")
-    assert all(command in text for command in ("compile", "run", "verify", "fit", "view", "hw", "passes"))
+    assert all(command in text for command in COMMANDS)
 
 
 def test_compile_reports_what_it_proved(network: Path, tmp_path: Path) -> None:
@@ -141,6 +144,65 @@ def test_an_operator_that_does_not_fit_is_named(network: Path, tmp_path: Path) -
     assert error["error"]["code"] == "infeasible"
 
 
+def test_a_plan_is_explained(plan: Path) -> None:
+    facts = json.loads(opweave("explain", plan, "--json"))
+    verified = json.loads(opweave("verify", plan, "--json"))
+    assert facts["additional_bytes"] == verified["additional_bytes"]
+    assert "would help" in opweave("explain", plan)
+    assert "--objective" in opweave("explain", plan, "--objective", "peak", check=OptionError.exit_code)
+    assert "--inplace" in opweave("explain", plan, "--inplace", check=OptionError.exit_code)
+
+
+def test_what_does_not_fit_is_explained_with_the_code_of_what_does_not_fit(network: Path) -> None:
+    facts, _ = json.JSONDecoder().raw_decode(opweave("explain", network, "--scratchpad", "20KiB", "--json", check=5))
+    assert facts["verdict"] == "infeasible"
+    assert facts["steps"][0]["needed_bytes"] == 24 * 1024
+    assert "opweave explain" in opweave("compile", network, "--scratchpad", "20KiB", check=5)
+
+
+def operator_graph(path: Path) -> Path:
+    """A plain operator graph, which is JSON as plans are."""
+    rows = [{"op": "f", "in": ["x"], "w": [], "out": "y"}]
+    path.write_text(
+        json.dumps({"name": "g", "weights": {}, "tensors": {"x": 64, "y": 64}, "ops": rows, "outputs": ["y"]})
+    )
+    return path
+
+
+def test_an_operator_graph_is_no_plan(tmp_path: Path) -> None:
+    assert "nothing to explain" in opweave("explain", operator_graph(tmp_path / "g.json"))
+    (tmp_path / "text.json").write_text("[1, 2]")
+    opweave("explain", tmp_path / "text.json", check=PlanError.exit_code)
+    opweave("explain", tmp_path / "missing.json", check=PlanError.exit_code)
+
+
+def test_a_plan_is_exported_as_a_header(plan: Path, tmp_path: Path) -> None:
+    written = json.loads(opweave("export", plan, "-o", tmp_path / "net.h", "--prefix", "net", "--json"))
+    assert written == {"output": str(tmp_path / "net.h")}
+    assert "NET_ARENA_BYTES" in (tmp_path / "net.h").read_text()
+
+
+def test_objectives_and_pins_reach_the_plan(network: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    options = (
+        "--objective",
+        "traffic,arena",
+        "--recompute",
+        "--inplace",
+        "--pin",
+        "image=8KiB",
+        "--pin",
+        "a2=resident",
+    )
+    facts = json.loads(opweave("compile", network, "--scratchpad", "64KiB", "-o", out, *options, "--json"))
+    assert facts["passes"][0]["name"] == "inplace/elementwise"
+    assert facts["passes"][-1]["name"] == "objective/refine"
+    content = json.loads(out.read_text())
+    assert {"buffer": "image", "offset": 8192} in content["pins"]
+    assert {r["offset"] for r in content["residences"] if r["buffer"] == "image"} == {8192}
+    assert "equal to onnxruntime" in opweave("run", out)
+
+
 def damage(plan: Path, target: Path, **changes: Any) -> Path:
     content = json.loads(plan.read_text())
     content.update(changes)
@@ -171,6 +233,15 @@ def test_a_damaged_plan_is_refused(plan: Path, tmp_path: Path) -> None:
         (["compile", "{}", "--order", "order/beam(girth=3)"], OptionError.exit_code, "width"),
         (["compile", "{}", "--weights", "imagined"], OptionError.exit_code, "streamed"),
         (["compile", "{}", "--time-limit", "-1"], OptionError.exit_code, "time_limit"),
+        (["compile", "{}", "--objective", "speed"], OptionError.exit_code, "traffic, peak, arena, latency"),
+        (["compile", "{}", "--pin", "image"], OptionError.exit_code, "NAME=OFFSET"),
+        (["compile", "{}", "--pin", "image=bank:-1"], OptionError.exit_code, "bank:NUMBER"),
+        (["compile", "{}", "--pin", "image=lots"], OptionError.exit_code, "lots"),
+        (["compile", "{}", "--pin", "image=0", "--pin", "image=64"], OptionError.exit_code, "contradicts"),
+        (["compile", "{}", "--pin", "picture=0"], OptionError.exit_code, "picture"),
+        (["compile", "{}", "--recompute", "--residency", "residency/ilp(x=1)"], OptionError.exit_code, "recompute"),
+        (["explain", "model.txt"], ModelError.exit_code, ".onnx"),
+        (["export", "{}"], PlanError.exit_code, "not a plan"),
         (["compile", "{}", "--frobnicate"], OptionError.exit_code, "frobnicate"),
         (["frobnicate"], OptionError.exit_code, "frobnicate"),
         (["compile", "{}", "--report", "{}"], OptionError.exit_code, "report"),
