@@ -39,6 +39,10 @@ conformance: $(VENV)/.installed ## run ONNX's operator conformance cases
 bench: $(VENV)/.installed ## quick benchmarks; each also runs alone, see docs/benchmarks.md
 	$(RUN) -m benchmarks.bench_residency --quick
 	$(RUN) -m benchmarks.bench_address --quick
+	$(RUN) -m benchmarks.bench_peak --quick
+	$(RUN) -m benchmarks.bench_latency --quick
+	$(RUN) -m benchmarks.bench_joint --quick
+	$(RUN) -m benchmarks.bench_scaling --quick
 
 clean: ## remove the environment and everything made
 	rm -rf $(VENV) out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
