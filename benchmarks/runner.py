@@ -41,10 +41,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; ``data`` is ``None`` when neither ``--data`` nor the default folder is there."""
+    """What the command line asked for; ``data`` is ``None`` when neither ``--data`` nor the default folder is there.
+
+    ``json`` is where the rows will be written, beside which a benchmark may lay what it draws.
+    """
 
     quick: bool
     data: Path | None
+    json: Path | None = None
 
 
 def run(
@@ -52,26 +56,31 @@ def run(
     question: str,
     measure: Callable[[Options], Iterable[Row]],
     *,
-    default_data: Path,
+    default_data: Path | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line, measure, and write the rows where ``--json`` says. Returns the exit status."""
+    """Parse the command line, measure, and write the rows where ``--json`` says. Returns the exit status.
+
+    Without ``default_data`` there is no ``--data`` either: the benchmark makes its inputs itself.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
     parser.add_argument("--quick", action="store_true", help="end within a minute on two cores")
-    parser.add_argument("--data", type=Path, help=f"folder of inputs (default: {default_data} where it exists)")
+    parser.set_defaults(data=None)
+    if default_data is not None:
+        parser.add_argument("--data", type=Path, help=f"folder of inputs (default: {default_data} where it exists)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parsed = parser.parse_args(arguments)
     if parsed.data is not None and not parsed.data.is_dir():
         print(f"{name}: {parsed.data} is not a folder", file=sys.stderr)
         return 2
-    data = parsed.data or (default_data if default_data.is_dir() else None)
+    data = parsed.data or (default_data if default_data is not None and default_data.is_dir() else None)
     try:
-        rows = list(measure(Options(parsed.quick, data)))
+        rows = list(measure(Options(parsed.quick, data, parsed.json)))
     except OpweaveError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     if not rows:
-        print(f"{name}: nothing to measure in {data}", file=sys.stderr)
+        print(f"{name}: nothing to measure{'' if data is None else f' in {data}'}", file=sys.stderr)
         return 2
     if parsed.json is not None:
         parsed.json.parent.mkdir(parents=True, exist_ok=True)
