@@ -20,11 +20,12 @@ from ._cosma_problem import CosmaProblem
 from .milestones import milestones, prefixes
 from .search import BestFirst
 from .states import StateSpace, order_of
-from .windows import stretches, windows_bound
+from .windows import stretches, windows_bounds
 
 __all__ = ["BestFirstJoint"]
 
 FIRST_STATES = 4_000  # expanded before looking for a better order: enough for most networks, well under 1 s
+FIRST_SHARE = 0.15  # of the time left, for those: where states are slow, a good order is worth more
 LONG = 2_000  # operators, above which states of the whole graph lead nowhere
 QUANTUM_STATES = 2_000  # expanded between two reports
 PROHIBITIVE = 1 << 60  # bytes, more than any plan moves
@@ -51,13 +52,13 @@ class BestFirstJoint:
     operators in every order (``_cosma_crossing.py``). Where neither settles it, annealing over orders supplies an
     incumbent below which the search goes on, guided by bounds on what is to go from points along that order
     (``milestones.py``), in rounds of growing effort; long graphs are bounded window by window (``windows.py``) instead.
-    ``max_states`` limits the states held in memory, about 1 KiB each, more in graphs of many thousand operators. In
+    ``max_states`` limits the states held in memory, about 2 KiB each, more in graphs of many thousand operators. In
     deterministic mode ``max_expanded`` states, one round of windows and one of milestones end the search, not a clock.
     ``reserve_bytes`` of the capacity are left free, except where an operator needs them, so that addresses find room;
     nothing is proven then.
     """
 
-    max_states: int = 1_000_000
+    max_states: int = 500_000
     max_expanded: int = 20_000
     reserve_bytes: int = field(default=0, metadata={"internal": True})
 
@@ -83,9 +84,11 @@ class BestFirstJoint:
         memory = plan.machine.scratchpad_memory
         largest = max((sum(problem.footprint[b] for b in touched) for touched in problem.touches), default=0)
         capacity = max(aligned_bytes(memory.capacity_bytes, memory.alignment_bytes) - self.reserve_bytes, largest)
-        search = _Hunt(self, problem, capacity, best, budget).settled()
-        proven = best.base if self.reserve_bytes else best.base + search.bound
-        return Decision(best.plan, _certificate(best, proven), _note(search, best, budget))
+        hunt = _Hunt(self, problem, capacity, best, budget)
+        search = hunt.settled()
+        proven = 0 if self.reserve_bytes else search.bound
+        certificate = _certificate(best, proven, by_ilp=proven == hunt.crossing)
+        return Decision(best.plan, certificate, _note(search, best, budget))
 
 
 class _Hunt:
@@ -97,6 +100,7 @@ class _Hunt:
         self.options, self.problem, self.best, self.budget = options, problem, best, budget
         self.space = StateSpace(problem, capacity)
         self.search = BestFirst(self.space, self.space.root(), best.ceiling)
+        self.crossing = 0  # bytes that no order avoids, by the crossing ILP
 
     def halted(self) -> bool:
         """Whether to end now: told to stop, or out of time where clocks may decide."""
@@ -105,10 +109,11 @@ class _Hunt:
     def settled(self) -> BestFirst:
         """The search when complete, or when time, memory or work has run out."""
         if not (self.search.is_complete or self.halted()):
-            self.search.bound = self._crossing()
+            self.search.bound = self.crossing = min(self._crossing(), self.search.ceiling)
         is_long = len(self.space.problem.touches) > LONG
         work = self.options.max_expanded if self.budget.deterministic else FIRST_STATES
-        self._expand(min(FIRST_STATES // (10 if is_long else 1), work), self.budget, limited=True)
+        few = min(FIRST_STATES // (10 if is_long else 1), work)
+        self._expand(few, self.budget.share(FIRST_SHARE), limited=True)
         if not (self.search.is_complete or self.halted()):
             self._improve_order()
             if not is_long:
@@ -147,12 +152,14 @@ class _Hunt:
     def _window_by_window(self, budget: Budget) -> None:
         """Raise the bound by what stretches of the best order must move each, in rounds of growing effort."""
         halted = self.halted if budget.deterministic else lambda: budget.remaining_s <= 0
+        known: dict[int, list[int]] = {}  # of the same windows in an earlier round, by their size
         for size, states in WINDOWS[:1] if budget.deterministic else WINDOWS:
             if size >= len(self.best.order) // 2 or self.search.is_complete or halted():
                 return
             windows = stretches(prefixes(self.problem, self.best.order, size), self.space.full)
-            bound = windows_bound(self.problem, self.space.capacity, windows, states, halted)
-            self.search.bound = max(self.search.bound, min(bound, self.search.ceiling))
+            before = known.get(size) or [0] * len(windows)
+            known[size] = windows_bounds(self.problem, self.space.capacity, windows, states, halted, before)
+            self.search.bound = max(self.search.bound, min(sum(known[size]), self.search.ceiling))
             self.best.tell(self.best.base + self.search.bound)
 
     def _round(self, states: int) -> None:
@@ -241,9 +248,11 @@ def _problem(plan: Plan) -> OrderProblem:
     return replace(problem, nbytes=tuple(nbytes))
 
 
-def _certificate(best: _Incumbent, proven: int) -> Certificate:
-    proved_by: Literal["analytic", "exhaustive"] = "exhaustive" if proven > best.base else "analytic"
-    return Certificate("additional_traffic_bytes", best.value, min(proven, best.value), proved_by, "order")
+def _certificate(best: _Incumbent, proven: int, *, by_ilp: bool) -> Certificate:
+    """``proven`` are bytes that depend on the order and that none avoids."""
+    proved_by: Literal["analytic", "exhaustive", "ilp"] = "ilp" if by_ilp else "exhaustive"
+    bound = min(best.base + proven, best.value)
+    return Certificate("additional_traffic_bytes", best.value, bound, proved_by if proven else "analytic", "order")
 
 
 def _note(search: BestFirst, best: _Incumbent, budget: Budget) -> str:
