@@ -52,7 +52,7 @@ class BestFirst:
     @property
     def size(self) -> int:
         """States held in memory, roughly."""
-        return len(self._open)
+        return len(self._reached)
 
     def run(self, halted: Callable[[], bool]) -> None:
         """Search until complete, or ``halted``, which is asked at every state."""
