@@ -11,7 +11,6 @@ from benchmarks.networks import layered
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from opweave.compiler.graph import Role
 from opweave.compiler.pipeline import Budget, Decision, Progress, confirm
 from opweave.compiler.plan import Certificate, Pin, Plan
 from opweave.compiler.verify import verify
@@ -26,25 +25,12 @@ from opweave.passes.residency.gaps import base_bytes
 from opweave.passes.residency.ilp import IlpResidency
 from opweave.passes.residency.workset import aligned_bytes, least_capacity
 from tests.graphs.build import all_graphs, machine
-from tests.graphs.strategies import graphs
 from tests.passes.joint.exhaustive import least_placeable_traffic, least_traffic, topological_orders
-from tests.passes.residency.crowded import crowded_graphs
-from tests.passes.residency.training import tight
+from tests.passes.joint.tight_plans import tight_plans
 
 
 def budget(seconds: float = 60.0) -> Budget:
     return Budget.of_seconds(seconds, workers=1, deterministic=True)
-
-
-@st.composite
-def plans(draw: st.DrawFn, max_ops: int = 7) -> Plan:
-    """Random graphs in tight scratchpads: in-place updates, several outputs, some weights streamed."""
-    graph = draw(st.one_of(crowded_graphs(max_ops=max_ops), graphs(max_ops=max_ops)))
-    written = {b for buffers in graph.writes for b in buffers}
-    roles = (Role.WEIGHT, Role.CONSTANT, Role.OPTIMIZER_STATE)
-    fixed = [b for b, base in graph.buffers.items() if base.role in roles and b not in written]
-    streamed = tuple(b for b in fixed if draw(st.booleans()))
-    return tight(graph, draw(st.sampled_from((0.0, 0.2, 0.5))), alignment=1, streamed=streamed)
 
 
 def decided(plan: Plan, **options: int) -> tuple[Decision, Certificate]:
@@ -83,20 +69,20 @@ def check_exact(plan: Plan) -> None:
     assert (joint.value, joint.bound) == (expected, expected)
 
 
-@given(plans())
+@given(tight_plans(max_ops=7))
 @settings(max_examples=60, deadline=None)
 def test_exact_over_every_order(plan: Plan) -> None:
     check_exact(plan)
 
 
 @pytest.mark.slow
-@given(plans(max_ops=8))
+@given(tight_plans(max_ops=8))
 @settings(max_examples=4000, deadline=None)
 def test_exact_over_every_order_of_thousands(plan: Plan) -> None:
     check_exact(plan)
 
 
-@given(plans(), st.randoms(use_true_random=False))
+@given(tight_plans(max_ops=7), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
 def test_bounds_from_points_along_an_order(plan: Plan, draw: random.Random) -> None:
     """What is to go from a prefix is never overstated, whichever order it is of and however short its search."""
@@ -114,7 +100,7 @@ def test_bounds_from_points_along_an_order(plan: Plan, draw: random.Random) -> N
         assert sorted(tail) == [op for op in range(len(order)) if not done >> op & 1]
 
 
-@given(plans(), st.integers(1, 64))
+@given(tight_plans(max_ops=7), st.integers(1, 64))
 @settings(max_examples=40, deadline=None)
 def test_more_room_never_moves_more(plan: Plan, more: int) -> None:
     capacity = plan.machine.scratchpad_memory.capacity_bytes
@@ -122,7 +108,7 @@ def test_more_room_never_moves_more(plan: Plan, more: int) -> None:
     assert decided(roomier)[1].value <= decided(plan)[1].value
 
 
-@given(plans(max_ops=5), st.data())
+@given(tight_plans(max_ops=5), st.data())
 @settings(max_examples=40, deadline=None)
 def test_pinned_buffers_stay(plan: Plan, data: st.DataObject) -> None:
     """What is pinned as resident has one residence in the best order that allows it."""

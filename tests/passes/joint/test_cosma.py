@@ -27,8 +27,8 @@ from opweave.passes.residency.ilp import IlpResidency
 from opweave.passes.residency.least_cost import LeastCostResidency
 from opweave.passes.residency.workset import least_capacity
 from tests.graphs.build import all_graphs, machine
-from tests.graphs.strategies import graphs
 from tests.passes.joint.exhaustive import least_peak, least_placeable_traffic, least_traffic, topological_orders
+from tests.passes.joint.tight_plans import tight_plans
 from tests.passes.residency.crowded import crowded_graphs
 from tests.passes.residency.exhaustive import least_additional_bytes
 from tests.passes.residency.training import tight, training_graph
@@ -36,18 +36,6 @@ from tests.passes.residency.training import tight, training_graph
 
 def budget(seconds: float = 60.0) -> Budget:
     return Budget.of_seconds(seconds, workers=1, deterministic=True)
-
-
-@st.composite
-def plans(draw: st.DrawFn, max_ops: int = 6) -> Plan:
-    """Random graphs in tight scratchpads: in-place updates, several outputs, some weights streamed."""
-    graph = draw(st.one_of(crowded_graphs(max_ops=max_ops), graphs(max_ops=max_ops)))
-    written = {b for buffers in graph.writes for b in buffers}
-    roles = (Role.WEIGHT, Role.CONSTANT, Role.OPTIMIZER_STATE)
-    streamable = [b for b, base in graph.buffers.items() if base.role in roles and b not in written]
-    streamed = draw(st.lists(st.sampled_from(streamable), unique=True)) if streamable else []
-    share = draw(st.sampled_from((0.0, 0.2, 0.4, 0.6)))
-    return tight(graph, share, alignment=draw(st.sampled_from((1, 1, 8))), streamed=tuple(streamed))
 
 
 def certified(decision: Decision) -> Certificate:
@@ -71,20 +59,20 @@ def check_every_mode(plan: Plan) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(plans())
+@given(tight_plans())
 def test_every_mode_finds_what_exhaustive_search_finds(plan: Plan) -> None:
     check_every_mode(plan)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None)
-@given(plans(max_ops=7))
+@given(tight_plans(max_ops=7))
 def test_every_mode_finds_what_exhaustive_search_finds_thousands_of_times(plan: Plan) -> None:
     check_every_mode(plan)
 
 
 @settings(max_examples=30, deadline=None)
-@given(plans(max_ops=5), st.booleans())
+@given(tight_plans(max_ops=5), st.booleans())
 def test_with_addresses_the_optimum_is_over_what_can_be_placed(plan: Plan, fixed: bool) -> None:
     decision = Cosma("fixed" if fixed else "joint").apply(plan, budget())
     certificate = certified(decision)
@@ -169,7 +157,7 @@ def test_fixed_mode_agrees_with_the_gap_ilp_where_the_solver_has_work() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(plans())
+@given(tight_plans())
 def test_what_no_order_avoids_is_a_bound(plan: Plan) -> None:
     base = GapProblem.of(plan).base_bytes
     of = CosmaProblem.of(plan, base, fixed=False)
@@ -201,7 +189,7 @@ def test_rows_left_out_leave_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(), st.data())
+@given(tight_plans(), st.data())
 def test_any_residency_is_a_solution_of_the_model_at_its_cost(plan: Plan, data: st.DataObject) -> None:
     """Warm starts satisfy every row, cost what they move, and come back as the same order and gaps."""
     orders = [order for order, _ in zip(topological_orders(plan), range(20), strict=False)]
