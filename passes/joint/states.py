@@ -63,19 +63,31 @@ class _Draft:
     ran: list[int]
 
 
+class _Masks(dict[int, int]):
+    """Operators by index, as bitmasks, made when first asked for: all of them take the square of the operators."""
+
+    def __init__(self, ops: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self._ops = ops
+
+    def __missing__(self, index: int) -> int:
+        mask = self[index] = sum(1 << op for op in self._ops[index])
+        return mask
+
+
 class StateSpace:
-    """Transitions of one problem in ``capacity`` bytes; holds bitmasks and nothing that changes."""
+    """Transitions of one problem in ``capacity`` bytes."""
 
     def __init__(self, problem: OrderProblem, capacity: int) -> None:
         self.capacity = capacity
         self.full = (1 << len(problem.predecessors)) - 1
         self.problem = problem
-        self._users = [sum(1 << op for op in users) for users in problem.users]
-        self._writers = [0] * len(problem.users)
+        writers: list[list[int]] = [[] for _ in problem.users]
         for op, written in enumerate(problem.writes):
             for buffer in written:
-                self._writers[buffer] |= 1 << op
-        self._predecessors = [sum(1 << op for op in before) for before in problem.predecessors]
+                writers[buffer].append(op)
+        self._users, self._writers = _Masks(problem.users), _Masks(writers)
+        self._predecessors = _Masks(problem.predecessors)
         self._touched = [frozenset(touched) for touched in problem.touches]
         self._sharing = [frozenset(o for b in touched for o in problem.users[b]) for touched in problem.touches]
 
@@ -88,7 +100,11 @@ class StateSpace:
 
         No state with these operators done has less left to pay, so the least cost from here bounds theirs.
         """
-        ready = {o for o, before in enumerate(self._predecessors) if not done >> o & 1 and not before & ~done}
+        ready = {
+            o
+            for o, before in enumerate(self.problem.predecessors)
+            if not done >> o & 1 and all(done >> p & 1 for p in before)
+        }
         return self._closed(_Draft(done, set(), set(), 0, ready, []), set(ready), done.bit_count(), 0, None)
 
     def children(self, state: State, spend: int, wanted: Wanted) -> Iterator[State]:

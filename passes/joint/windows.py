@@ -15,7 +15,7 @@ from ..order.problem import OrderProblem
 from .search import BestFirst
 from .states import StateSpace
 
-__all__ = ["stretches", "windows_bound"]
+__all__ = ["stretches", "windows_bounds"]
 
 
 def stretches(cuts: Sequence[int], full: int) -> list[list[int]]:
@@ -23,43 +23,57 @@ def stretches(cuts: Sequence[int], full: int) -> list[list[int]]:
     found: list[list[int]] = []
     before = 0
     for done in (*cuts, full):
-        fresh = done & ~before
-        found.append([op for op in range(fresh.bit_length()) if fresh >> op & 1])
+        found.append(_members(done & ~before))
         before = done
     return found
 
 
-def windows_bound(
-    problem: OrderProblem, capacity: int, windows: Sequence[Sequence[int]], states: int, halted: Callable[[], bool]
-) -> int:
-    """Bytes that every order moves, from ``windows`` of operators, disjoint stretches of one topological order.
+def _members(mask: int) -> list[int]:
+    """The operators in ``mask``, in time that grows with their number and not with that of all positions in it."""
+    found: list[int] = []
+    while mask:
+        lowest = mask & -mask
+        found.append(lowest.bit_length() - 1)
+        mask ^= lowest
+    return found
 
-    Each window's search ends after ``states`` were expanded, with the bound it has by then; windows that ``halted``
-    leaves out count for nothing.
+
+def windows_bounds(
+    problem: OrderProblem,
+    capacity: int,
+    windows: Sequence[Sequence[int]],
+    states: int,
+    halted: Callable[[], bool],
+    known: Sequence[int],
+) -> list[int]:
+    """Bytes that every order moves for each of ``windows`` of operators, disjoint stretches of one topological order.
+
+    Their sum is a bound. Each window's search ends after ``states`` were expanded, with the bound it has by then, or
+    with what was ``known`` of it where that is more; windows that ``halted`` leaves out keep what was known.
     """
-    owner = _owners(problem, windows)
-    total = 0
+    owned = _owned(problem, windows)
+    bounds = list(known)
     for number, window in enumerate(windows):
         if halted():
             break
-        owned = {b for b, w in owner.items() if w == number}
-        if owned:
-            total += _least(_restricted(problem, sorted(window), owned), capacity, states, halted)
-    return total
+        if owned[number]:
+            part = _restricted(problem, sorted(window), owned[number])
+            bounds[number] = _least(part, capacity, states, halted, known[number])
+    return bounds
 
 
-def _least(problem: OrderProblem, capacity: int, states: int, halted: Callable[[], bool]) -> int:
+def _least(problem: OrderProblem, capacity: int, states: int, halted: Callable[[], bool], known: int) -> int:
     ceiling = problem.spill_bytes(range(len(problem.touches)))
     space = StateSpace(problem, capacity)
-    search = BestFirst(space, space.root(), ceiling)
+    search = BestFirst(space, space.root(), ceiling, bound=known)
     search.run(lambda: halted() or search.expanded >= states)
     return search.bound
 
 
-def _owners(problem: OrderProblem, windows: Sequence[Sequence[int]]) -> dict[int, int]:
-    """The window in which each buffer counts: the one with most of its users, two at least, the earliest of equals."""
+def _owned(problem: OrderProblem, windows: Sequence[Sequence[int]]) -> list[set[int]]:
+    """The buffers that count in each window: a buffer where most of its users are, two at least, earliest of equals."""
     window_of = {op: number for number, window in enumerate(windows) for op in window}
-    owner: dict[int, int] = {}
+    owned: list[set[int]] = [set() for _ in windows]
     for buffer, users in enumerate(problem.users):
         counts: dict[int, int] = {}
         for op in users:
@@ -67,8 +81,8 @@ def _owners(problem: OrderProblem, windows: Sequence[Sequence[int]]) -> dict[int
                 counts[window_of[op]] = counts.get(window_of[op], 0) + 1
         best = max(counts, key=lambda number: (counts[number], -number), default=-1)
         if best >= 0 and counts[best] > 1:
-            owner[buffer] = best
-    return owner
+            owned[best].add(buffer)
+    return owned
 
 
 @dataclass
