@@ -44,6 +44,7 @@ DECIDED_BY = {
     "inplace": ("inplace",),
 }
 MAX_CUTS = 50  # conflicts beyond this many are fragmentation in general: a reserve settles it sooner
+PATIENCE_S = 1.5  # that looking for some placement takes at least, where it is hard
 RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
 
 
@@ -102,18 +103,22 @@ def _place_joint(joint: Pass, residency: Pass, address: Pass, plan: Plan, budget
     decided = run_pass(joint, plan, budget.share(0.6))
     if decided.residences is None:  # it minimises the peak, and leaves the residency to others
         return place(decided, residency, address, budget)
-    if residency == IlpResidency():  # what it would decide has been decided
-        if decided.residences and all(residence.offset is not None for residence in decided.residences):
-            return decided
-        try:
-            return run_pass(address, decided, budget.share(0.4))
-        except PlacementError:
-            pass
     ordered = decided.with_order(decided.order)
     if isinstance(residency, RecomputeResidency):
         ordered = for_recomputation(ordered)
-    placed = restated(place(ordered, residency, address, budget.share(0.5)))
-    if not isinstance(joint, BestFirstJoint) or residency != IlpResidency():
+    if residency != IlpResidency():
+        return restated(place(ordered, residency, address, budget))
+    if decided.residences and all(residence.offset is not None for residence in decided.residences):
+        return decided
+    try:
+        return run_pass(address, decided, budget.share(0.5))
+    except PlacementError as failure:
+        cut = gaps_of_residences(decided, failure.conflict)
+        if failure.proven and cut.gaps:
+            placed = restated(place(ordered, residency, address, budget.share(0.5), (cut,)))
+        else:
+            placed = restated(_place_with_room(ordered, residency, address, budget.share(0.5), None, ()))
+    if not isinstance(joint, BestFirstJoint):
         return placed
     return min((placed, *_tighter(joint, address, decided, budget)), key=_traffic)
 
@@ -139,10 +144,12 @@ def _traffic(plan: Plan) -> int:
     return verify(msgspec.structs.replace(plan, passes=())).additional_bytes
 
 
-def place(plan: Plan, residency: Pass, address: Pass, budget: Budget) -> Plan:
-    """Decide residency and addresses of an ordered ``plan`` together; see the module's text. Raises Infeasible."""
+def place(plan: Plan, residency: Pass, address: Pass, budget: Budget, cuts: tuple[Cut, ...] = ()) -> Plan:
+    """Decide residency and addresses of an ordered ``plan`` together; see the module's text. Raises Infeasible.
+
+    ``cuts`` are known to hold for each placeable residency of the order.
+    """
     proven: Certificate | None = None
-    cuts: tuple[Cut, ...] = ()
     while len(cuts) <= MAX_CUTS:
         step = replace(residency, cuts=cuts) if isinstance(residency, IlpResidency) else residency
         note = f"{len(cuts)} placement cuts" if cuts else ""
@@ -162,7 +169,13 @@ def place(plan: Plan, residency: Pass, address: Pass, budget: Budget) -> Plan:
 def _place_with_room(
     plan: Plan, residency: Pass, address: Pass, budget: Budget, proven: Certificate | None, cuts: tuple[Cut, ...]
 ) -> Plan:
-    """``cuts`` stay in force: without them the master may move less than what they have proven it must."""
+    """``cuts`` stay in force: without them the master may move less than what they have proven it must.
+
+    A plan that keeps little moves a hundred times as much, so this takes ``PATIENCE_S`` even after the time is over,
+    unless told to stop.
+    """
+    if not budget.stop.is_set():
+        budget = replace(budget, deadline=max(budget.deadline, time.monotonic() + PATIENCE_S))
     capacity = plan.machine.scratchpad_memory.capacity_bytes
     for part in RESERVES:
         reserve = capacity // part
