@@ -11,7 +11,7 @@ from ..plan import Plan
 from ..verify import Verification
 from .digest import Digest, digest
 from .palette import CAPACITY_COLOUR, CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
-from .text import LEVELS, OBJECTIVES, PROVERS, SCOPES
+from .text import LEVELS, OBJECTIVES, PROVERS, SCOPES, UNSPILLED
 from .view import Bar, Region, bars, is_timed, regions, role_of
 
 __all__ = ["payload"]
@@ -46,7 +46,13 @@ def payload(plan: Plan, verification: Verification | None = None) -> bytes:
             "traffic": dict(TRAFFIC_COLOURS),
             "capacity": CAPACITY_COLOUR,
         },
-        "words": {"scopes": SCOPES, "provers": PROVERS, "objectives": OBJECTIVES, "levels": LEVELS},
+        "words": {
+            "scopes": SCOPES,
+            "unspilled": UNSPILLED,
+            "provers": PROVERS,
+            "objectives": OBJECTIVES,
+            "levels": LEVELS,
+        },
     }
     return _harmless(msgspec.json.encode(document))
 

@@ -10,7 +10,7 @@ from ..verify import Verification
 from .digest import CertificateFacts, Digest, MovedBuffer, digest
 from .units import format_bytes, format_count, format_flops, format_percent, format_seconds, plural
 
-__all__ = ["LEVELS", "OBJECTIVES", "PROVERS", "SCOPES", "summary", "summary_dict"]
+__all__ = ["LEVELS", "OBJECTIVES", "PROVERS", "SCOPES", "UNSPILLED", "summary", "summary_dict"]
 
 _MOST_BUFFERS = 8
 _MOST_FAULTS = 10

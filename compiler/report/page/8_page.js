@@ -55,6 +55,12 @@ function makeLegends() {
   byId("memory-note").textContent = placed ? `${formatCount(counts.residences)} residences, coloured by role; a dark left edge: fetched or computed again${used > 2 * capacity ? `; some lie above, up to ${formatBytes(used)}` : ""}` : "";
 }
 
+/** Over what a bound holds; orders are compared by peak and arena without what a residency does. */
+function scopeOf(c) {
+  const unspilled = c.scope === "order" && (c.objective === "peak_bytes" || c.objective === "arena_bytes");
+  return unspilled ? words.unspilled : words.scopes[c.scope];
+}
+
 function makePasses() {
   const place = byId("passes");
   if (!digest.passes.length) return place.append(element("span", { class: "quiet" }, "no passes are recorded"));
@@ -64,7 +70,7 @@ function makePasses() {
   const rows = data.passes.map(({ name, seconds, note, certificate: c }) => {
     const remark = [c && !c.stands ? "of the plan before later passes" : "", note].filter(Boolean).join("; ");
     const cells = [name, seconds.toFixed(2), "", "", "", "", "", remark];
-    if (c) cells.splice(2, 5, words.objectives[c.objective], formatExact(c.value), formatExact(c.bound), gapCell(c), words.scopes[c.scope]);
+    if (c) cells.splice(2, 5, words.objectives[c.objective], formatExact(c.value), formatExact(c.bound), gapCell(c), scopeOf(c));
     return element("tr", {}, ...cells.map((cell, i) => element("td", { class: numbers.has(i) ? "number" : "" }, cell)));
   });
   place.append(element("div", { class: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows))));
