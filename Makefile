@@ -40,9 +40,6 @@ bench: $(VENV)/.installed ## quick benchmarks; each also runs alone, see docs/be
 	$(RUN) -m benchmarks.bench_residency --quick
 	$(RUN) -m benchmarks.bench_address --quick
 	$(RUN) -m benchmarks.bench_peak --quick
-	$(RUN) -m benchmarks.bench_joint --quick
-	$(RUN) -m benchmarks.bench_latency --quick
-	$(RUN) -m benchmarks.bench_peak --quick
 	$(RUN) -m benchmarks.bench_latency --quick
 	$(RUN) -m benchmarks.bench_joint --quick
 	$(RUN) -m benchmarks.bench_scaling --quick
