@@ -35,6 +35,7 @@ __all__ = [
     "Found",
     "decided_of",
     "dropped_of",
+    "first_fetches",
     "heuristic",
     "placed_heuristic",
     "polished",

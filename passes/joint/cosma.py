@@ -42,7 +42,7 @@ class Cosma:
     that can be placed; without, bytes are counted and an address pass may follow. ``peak`` never has addresses.
 
     The formulation is Eq. 1 to 17 of Li, Gupta and Malik, "COSMA" (arXiv 2311.18246), with the gaps closed that an
-    independent reproduction found (``docs/formulations.md``). Its definitions are this project's where they differ:
+    independent reproduction found (``docs/formulations/cosma.md``). Its definitions are this project's where they differ:
 
     * The paper counts a store and a fetch for whatever is not preserved. Here a source lies in backing memory
       beforehand, so it is fetched without a store, and its first fetch is compulsory, not additional; an output must

@@ -1,4 +1,4 @@
-"""From a placed plan to a better one, by several objectives in turn of importance."""
+"""From a placed plan to a better one, by several objectives in order of importance."""
 
 from __future__ import annotations
 

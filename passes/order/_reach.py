@@ -3,7 +3,7 @@
 A *down-set* is a set of operators that may have run. The search expands one reached down-set after another; what makes
 it small is that it never branches where one continuation is as good as any other (``settle``). Functions here are
 plain Python over arrays; ``compiled`` gives the same loop as machine code, for graphs that take more than a moment.
-Why the reductions lose nothing is written in docs/formulations.md, "The order of least peak".
+Why the reductions lose nothing is written in docs/formulations/peak.md.
 """
 
 from __future__ import annotations

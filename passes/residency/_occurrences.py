@@ -1,7 +1,7 @@
 """When what could be computed again: the order with every recomputation that is considered written into it.
 
 The order becomes a sequence of *events*: each operator's run, and before it the *slots* in which operators may run
-again. A buffer's *uses* are the events that touch it, or may. ``docs/formulations.md`` has the whole.
+again. A buffer's *uses* are the events that touch it, or may. ``docs/formulations/recomputing.md`` has the whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gap ILP with recomputation as a PuLP model; ``docs/formulations.md`` says why each row is valid.
+"""The gap ILP with recomputation as a PuLP model; ``docs/formulations/recomputing.md`` says why each row is valid.
 
 Variables: ``keep_<t>_<k>``, the buffer of track ``t`` stays from its use ``k`` to the next; ``again_<e>``, the slot
 ``e`` is used; ``load_<t>_<k>``, the buffer is fetched for the slot at use ``k``; ``store_<t>_<v>``, version ``v`` is

@@ -1,6 +1,6 @@
 """What the gap ILP has to decide: everything that needs no search settled, and the rest in independent blocks.
 
-``docs/formulations.md`` says why each reduction is valid.
+``docs/formulations/residency.md`` says why each reduction is valid.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Variables are ``drop[i]``, binary, for each open interval ``i``; ``store[v]`` for each version ``v`` whose one store
 several of them share; and, where capacity rows are chained, ``freed[r]`` in units of the sizes' common divisor. The
-objective is bytes moved, in units of ``objective_unit(block)``. See ``docs/formulations.md``.
+objective is bytes moved, in units of ``objective_unit(block)``. See ``docs/formulations/residency.md``.
 """
 
 from __future__ import annotations
