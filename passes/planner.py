@@ -12,6 +12,7 @@ when each operator alone does. Those plans are valid and keep the bound proven b
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ DECIDED_BY = {
     "inplace": ("inplace",),
 }
 MAX_CUTS = 50  # conflicts beyond this many are fragmentation in general: a reserve settles it sooner
-PATIENCE_S = 1.5  # that looking for some placement takes at least, where it is hard
+PATIENCE_S = 1.5  # that placements get at least, where they are hard
 RESERVES = (256, 64, 32, 16, 8, 4)  # the capacity's n-th parts held back for fragmentation, one after the other
 
 
@@ -111,7 +112,7 @@ def _place_joint(joint: Pass, residency: Pass, address: Pass, plan: Plan, budget
     if decided.residences and all(residence.offset is not None for residence in decided.residences):
         return decided
     try:
-        return run_pass(address, decided, budget.share(0.5))
+        return run_pass(address, decided, _patient(budget.share(0.5)))
     except PlacementError as failure:
         cut = gaps_of_residences(decided, failure.conflict)
         if failure.proven and cut.gaps:
@@ -166,16 +167,22 @@ def place(plan: Plan, residency: Pass, address: Pass, budget: Budget, cuts: tupl
     return _place_with_room(plan, residency, address, budget, proven, cuts)
 
 
+def _patient(budget: Budget) -> Budget:
+    """``budget`` with ``PATIENCE_S`` at least, even after a stop: the best plan so far is none until it is placed."""
+    deadline = time.monotonic() + PATIENCE_S
+    if budget.stop.is_set():
+        return replace(budget, deadline=deadline, stop=threading.Event())
+    return replace(budget, deadline=max(budget.deadline, deadline))
+
+
 def _place_with_room(
     plan: Plan, residency: Pass, address: Pass, budget: Budget, proven: Certificate | None, cuts: tuple[Cut, ...]
 ) -> Plan:
     """``cuts`` stay in force: without them the master may move less than what they have proven it must.
 
-    A plan that keeps little moves a hundred times as much, so this takes ``PATIENCE_S`` even after the time is over,
-    unless told to stop.
+    Where no placement is found, next to nothing is kept, and a hundred times as much may move.
     """
-    if not budget.stop.is_set():
-        budget = replace(budget, deadline=max(budget.deadline, time.monotonic() + PATIENCE_S))
+    budget = _patient(budget)
     capacity = plan.machine.scratchpad_memory.capacity_bytes
     for part in RESERVES:
         reserve = capacity // part
