@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget
-from .._solver.highs import solve
-from ._cosma_problem import CosmaProblem, Version, whole_units
+from .._solver.highs import solve, whole_units
+from ._cosma_problem import CosmaProblem, Version
 
 __all__ = ["crossing_bound", "crossing_peak"]
 

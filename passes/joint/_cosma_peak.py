@@ -6,10 +6,11 @@ import time
 
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
+from .._solver.highs import whole_units
 from ..order.problem import OrderProblem
 from ._cosma_crossing import crossing_peak
 from ._cosma_model import CosmaModel
-from ._cosma_problem import CosmaProblem, whole_units
+from ._cosma_problem import CosmaProblem
 from ._cosma_solutions import first_fetches
 from ._cosma_solve import MAX_STEPS, ended, solved, too_large
 

@@ -11,7 +11,7 @@ from ...compiler.graph import Graph
 from ...compiler.plan import Plan
 from ..residency.workset import aligned_bytes, planned_buffers
 
-__all__ = ["CosmaProblem", "Version", "Window", "whole_units"]
+__all__ = ["CosmaProblem", "Version", "Window"]
 
 Window = tuple[int, int]  # first and last step
 
@@ -134,14 +134,6 @@ class CosmaProblem:
             for step in range(version.window[0], version.window[1] + 1):
                 found[step].add(version.buffer)
         return tuple(tuple(sorted(buffers)) for buffers in found)
-
-
-def whole_units(bound: float, columns: int) -> int:
-    """The least whole number not below a solver's ``bound`` less what its tolerances may add; 0 if nothing is proven.
-
-    Each reduced cost may be off by the dual tolerance, 1e-7, over a range of 1; sums by a few units in the last place.
-    """
-    return max(0, math.ceil(bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound))) if math.isfinite(bound) else 0
 
 
 def _reduced(graph: Graph) -> tuple[tuple[tuple[int, ...], ...], tuple[Window, ...]]:

@@ -8,14 +8,14 @@ from typing import Literal
 
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
-from .._solver.highs import Solution
+from .._solver.highs import Solution, whole_units
 from ..residency.gaps import GapProblem, base_bytes
 from ..residency.workset import require_fit
 from ._cosma_addresses import Addresses, heights_of
 from ._cosma_crossing import crossing_bound
 from ._cosma_model import CosmaModel
 from ._cosma_peak import least_peak
-from ._cosma_problem import CosmaProblem, whole_units
+from ._cosma_problem import CosmaProblem
 from ._cosma_solutions import (
     Found,
     decided_of,
@@ -42,7 +42,8 @@ class Cosma:
     that can be placed; without, bytes are counted and an address pass may follow. ``peak`` never has addresses.
 
     The formulation is Eq. 1 to 17 of Li, Gupta and Malik, "COSMA" (arXiv 2311.18246), with the gaps closed that an
-    independent reproduction found (``docs/formulations/cosma.md``). Its definitions are this project's where they differ:
+    independent reproduction found (``docs/formulations/cosma.md``). Where they differ, its definitions are this
+    project's:
 
     * The paper counts a store and a fetch for whatever is not preserved. Here a source lies in backing memory
       beforehand, so it is fetched without a store, and its first fetch is compulsory, not additional; an output must

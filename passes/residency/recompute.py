@@ -14,7 +14,7 @@ import pulp
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
 from ...errors import OptionError
-from .._solver.highs import Listener, Solution, solve
+from .._solver.highs import Listener, Solution, less_tolerances, solve, whole_units
 from ._choice import Choice, Realised
 from ._greedy import recomputed_greedily
 from ._occurrences import Occurrences
@@ -260,9 +260,8 @@ class _Search:
         )
 
     def _whole(self, bound: float) -> int:
-        """The least price not below ``bound``, in units, less what the solver's tolerances may add; see search.py."""
-        if not math.isfinite(bound):
-            return 0
+        """The least price that ``bound``, in units, proves; 0 if nothing is proven."""
         columns = sum(2 * len(track.uses) for track in self.occurrences.tracks) + self.slots
-        safe = bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound)
-        return max(0, math.ceil(safe) * round(self.unit) if self.is_exact else math.floor(safe * self.unit))
+        if self.is_exact:
+            return whole_units(bound, columns) * round(self.unit)
+        return max(0, math.floor(less_tolerances(bound, columns) * self.unit)) if math.isfinite(bound) else 0

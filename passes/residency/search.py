@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...compiler.pipeline import Budget
-from .._solver.highs import Solution, solve
+from .._solver.highs import Solution, solve, whole_units
 from .formulation import Block
 from .model import build, objective_unit
 
@@ -131,11 +130,5 @@ def _solve(block: Block, incumbent: frozenset[int], budget: Budget, *, relax: bo
 
 
 def _bound_bytes(bound: float, block: Block) -> int:
-    """The least bytes a whole number of units can move that is not below ``bound`` less what tolerances may add.
-
-    Each reduced cost may be off by the dual tolerance, 1e-7, over a range of 1; sums by a few units in the last place.
-    """
-    if not math.isfinite(bound):
-        return 0
-    columns = len(block.cost) + len(block.shared)
-    return objective_unit(block) * max(0, math.ceil(bound - 1e-6 - 1e-7 * columns - 1e-9 * abs(bound)))
+    """The least bytes a whole number of units can move that is not below ``bound``."""
+    return objective_unit(block) * whole_units(bound, len(block.cost) + len(block.shared))
