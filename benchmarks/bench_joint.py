@@ -27,8 +27,7 @@ from statistics import median
 
 import msgspec
 
-from opweave.api import read_model, streamable
-from opweave.compiler.graph import Graph
+from opweave.api import streamable
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Certificate, Plan
 from opweave.errors import Infeasible
@@ -38,7 +37,7 @@ from opweave.passes.planner import Planner
 from opweave.passes.registry import make
 from opweave.passes.residency.workset import least_capacity
 
-from .runner import Options, Row, print_table, run, scratchpad_machine
+from .runner import Options, Row, operator_graphs, print_table, run, scratchpad_machine
 
 SEARCHED = ("amoebanet", "darts", "nasnet", "pnas")  # networks found by search; the others were designed by hand
 QUICK_OPERATORS = 250  # networks above are left out of --quick, but for the one that shows most
@@ -96,7 +95,7 @@ def measure(options: Options) -> Iterator[Row]:
 
 
 def _cases(options: Options) -> Iterator[Case]:
-    for network, graph in _graphs(options):
+    for network, graph in operator_graphs(options):
         if options.quick and len(graph.ops) > QUICK_OPERATORS and network != QUICK_LARGE:
             continue
         for kind, streamed in (("act", streamable(graph)), ("all", ())):
@@ -108,17 +107,6 @@ def _cases(options: Options) -> Iterator[Case]:
                 if budget == "M_R" or capacity > least:
                     plan = msgspec.structs.replace(ample, machine=scratchpad_machine(capacity))
                     yield Case(network, f"{budget} {kind}", plan, plan.with_order(lowest.order))
-
-
-def _graphs(options: Options) -> Iterator[tuple[str, Graph]]:
-    if options.data is None:
-        from .networks import darts_cifar
-
-        print("no folder of operator graphs: measuring a network made here; --data DIR names one")
-        yield "darts_cifar", read_model(darts_cifar())[0].graph
-        return
-    for path in sorted(options.data.glob("*.json")):
-        yield path.stem, read_model(path)[0].graph
 
 
 def _figures(case: Case, options: Options) -> Iterator[tuple[str, Figure]]:

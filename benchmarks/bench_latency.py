@@ -31,7 +31,7 @@ from opweave.passes.latency.prefetch import Prefetch
 from opweave.passes.planner import Planner
 from opweave.passes.residency.workset import least_capacity
 
-from .runner import Options, Row, print_table, run
+from .runner import Options, Row, operator_graphs, print_table, run
 
 MACHINES = ("edge-npu", "ethos-u65-like", "microcontroller", "tpuv4i-like")
 LARGEST = {True: 200, False: 1500}  # operators, by --quick
@@ -99,10 +99,7 @@ def _measured(plan: Plan, seconds: float = 0.0) -> Measured:
 
 def _graphs(options: Options) -> Iterator[tuple[str, Graph]]:
     if options.data is None:
-        from .networks import darts_cifar
-
-        print("no folder of models: measuring a network made here; --data DIR names one")
-        yield "darts_cifar", read_model(darts_cifar())[0].graph
+        yield from operator_graphs(options)
         return
     for path in sorted((*options.data.rglob("*.onnx"), *options.data.rglob("*.json"))):
         try:

@@ -15,15 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opweave.api import read_model, streamable
-from opweave.compiler.graph import Graph
+from opweave.api import streamable
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Plan
 from opweave.compiler.verify import verify
 from opweave.passes.registry import make, names
 from opweave.passes.residency.workset import least_capacity
 
-from .runner import Options, Row, print_table, run, scratchpad_machine
+from .runner import Options, Row, operator_graphs, print_table, run, scratchpad_machine
 
 RESIDENCIES = ("residency/belady", "residency/least_cost", "residency/ilp")
 QUICK_OPERATORS = 800  # larger networks are left out of --quick, but for the one that shows most
@@ -90,7 +89,7 @@ def _measure(case: Case, order: str, options: Options) -> Iterator[Row]:
 
 
 def _cases(options: Options) -> Iterator[Case]:
-    for network, graph in _graphs(options):
+    for network, graph in operator_graphs(options):
         if options.quick and len(graph.ops) > QUICK_OPERATORS and network != QUICK_LARGE:
             continue
         ample = Plan.of_order(graph, scratchpad_machine(1 << 50), streamed=streamable(graph))
@@ -98,17 +97,6 @@ def _cases(options: Options) -> Iterator[Case]:
         for budget, capacity in {"M_R": least, "M_H": (least + peak) // 2}.items():
             if budget == "M_R" or capacity > least:
                 yield Case(network, budget, Plan.of_order(graph, scratchpad_machine(capacity), streamed=ample.streamed))
-
-
-def _graphs(options: Options) -> Iterator[tuple[str, Graph]]:
-    if options.data is None:
-        from .networks import darts_cifar
-
-        print("no folder of operator graphs: measuring a network made here; --data DIR names one")
-        yield "darts_cifar", read_model(darts_cifar())[0].graph
-        return
-    for path in sorted(options.data.glob("*.json")):
-        yield path.stem, read_model(path)[0].graph
 
 
 def _line(case: Case, order: str, rows: list[Row]) -> list[str | float | None]:

@@ -14,14 +14,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from opweave.api import read_model
+from opweave.compiler.graph import Graph
 from opweave.errors import OpweaveError
 from opweave.hw_models.model import Engine, EngineKind, HardwareModel, Memory
 
-__all__ = ["Options", "Row", "print_table", "run", "scratchpad_machine"]
+__all__ = ["Options", "Row", "operator_graphs", "print_table", "run", "scratchpad_machine"]
 
 PACKAGES = ("opweave", "pulp", "highspy", "ortools", "numba", "torch", "onnx", "numpy")
 
@@ -102,6 +104,18 @@ def scratchpad_machine(capacity_bytes: int) -> HardwareModel:
             Engine("dma", EngineKind.COPY, bandwidth_bytes_per_s=1e10),
         ),
     )
+
+
+def operator_graphs(options: Options) -> Iterator[tuple[str, Graph]]:
+    """The operator graphs (``*.json``) in the folder asked for, by name; without one, a network made here."""
+    if options.data is None:
+        from .networks import darts_cifar  # onnx, which some benchmarks do not need
+
+        print("no folder of networks: measuring one made here; --data DIR names a folder")
+        yield "darts_cifar", read_model(darts_cifar())[0].graph
+        return
+    for path in sorted(options.data.glob("*.json")):
+        yield path.stem, read_model(path)[0].graph
 
 
 def print_table(head: Sequence[str], lines: Sequence[Sequence[str | float | None]]) -> None:
