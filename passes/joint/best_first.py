@@ -106,6 +106,10 @@ class _Hunt:
         """Whether to end now: told to stop, or out of time where clocks may decide."""
         return self.budget.stop.is_set() or (not self.budget.deterministic and self.budget.remaining_s <= 0)
 
+    def _is_full(self) -> bool:
+        """Whether the search may hold no more states."""
+        return self.search.size >= self.options.max_states
+
     def settled(self) -> BestFirst:
         """The search when complete, or when time, memory or work has run out."""
         if not (self.search.is_complete or self.halted()):
@@ -178,11 +182,11 @@ class _Hunt:
     def _expand(self, limit: int, budget: Budget, *, limited: bool) -> None:
         """Search on until complete, time or memory end, or ``limit`` states are expanded if work is ``limited``."""
         search, halted = self.search, self.halted if budget.deterministic else lambda: budget.remaining_s <= 0
-        while not (search.is_complete or halted() or search.size >= self.options.max_states):
+        while not (search.is_complete or self._is_full() or halted()):
             if limited and search.expanded >= limit:
                 return
             until = min(limit, search.expanded + QUANTUM_STATES) if limited else search.expanded + QUANTUM_STATES
-            search.run(lambda until=until: halted() or search.expanded >= until)  # type: ignore[misc]
+            search.run(lambda until=until: self._is_full() or search.expanded >= until or halted())  # type: ignore[misc]
             self.best.tell(self.best.base + search.bound)
 
 

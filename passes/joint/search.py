@@ -12,6 +12,9 @@ from .states import State, StateSpace
 
 __all__ = ["BestFirst", "Milestone"]
 
+CHILD_EFFORT = 64  # of looking at one child, in comparisons with a known state
+STATE_EFFORT = 16_384  # after which children count as one more state expanded: that of most states is far below
+
 
 class Milestone(NamedTuple):
     """Operators ``done``, a bitmask closed under predecessors, and bytes still to move while no others have run."""
@@ -40,6 +43,7 @@ class BestFirst:
     _known: dict[int, list[State]] = field(default_factory=dict)
     _reached: dict[tuple[int, frozenset[int], frozenset[int]], int] = field(default_factory=dict)
     _ticket: count[int] = field(default_factory=count)
+    _effort: int = 0  # since ``halted`` was last asked between children
 
     def __post_init__(self) -> None:
         self._push(self.start, 0)
@@ -72,12 +76,18 @@ class BestFirst:
                 return
 
     def _expand(self, state: State, least: int, halted: Callable[[], bool]) -> bool:
-        """Whether every child of ``state`` was looked at; one state can have very many."""
+        """Whether every child of ``state`` was looked at; one state can have very many, which then count for more."""
         self.expanded += 1
-        for number, child in enumerate(self.space.children(state, self.ceiling - 1 - state.cost, self._is_new)):
-            self._push(child, least)
-            if number % 1024 == 1023 and halted():
-                return False
+        for child in self.space.children(state, self.ceiling - 1 - state.cost, self._is_new):
+            if child is not None:
+                self._push(child, least)
+                self._effort += len(self._known.get(child.done, ()))
+            self._effort += CHILD_EFFORT
+            if self._effort >= STATE_EFFORT:
+                self._effort = 0
+                self.expanded += 1
+                if halted():
+                    return False
         return True
 
     def _is_new(self, child: tuple[int, frozenset[int], frozenset[int]], cost: int) -> bool:

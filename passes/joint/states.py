@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import NamedTuple
 
 from ..order.problem import OrderProblem
@@ -26,6 +26,8 @@ __all__ = ["State", "StateSpace", "Wanted", "order_of"]
 MAX_DYING = 6  # operands that die with an operator and are weighed against each other; further ones count for nothing
 
 MAX_CHAIN = 16  # operators that are tried as one eager chain
+
+STEPS = 32  # of looking for what to drop, about as much work as one state
 
 
 class State(NamedTuple):
@@ -107,10 +109,11 @@ class StateSpace:
         }
         return self._closed(_Draft(done, set(), set(), 0, ready, []), set(ready), done.bit_count(), 0, None)
 
-    def children(self, state: State, spend: int, wanted: Wanted) -> Iterator[State]:
+    def children(self, state: State, spend: int, wanted: Wanted) -> Iterator[State | None]:
         """States after one more operator and the eager ones behind it, none dearer than ``state`` by over ``spend``.
 
-        Each child has to be ``wanted`` before its eager operators run, which takes most of the time.
+        Each child has to be ``wanted`` before its eager operators run, which takes most of the time. ``None`` stands
+        for one that is not, and for steps that lead to none: there can be very many.
         """
         footprint = self.problem.footprint
         for op in state.ready:
@@ -118,11 +121,17 @@ class StateSpace:
             for buffer in self._touched[op]:
                 if buffer not in state.kept:
                     need += footprint[buffer]
-            for dropped, cost in (((), 0),) if need <= 0 else self._covers(state, op, need, spend):
+            for cover in (((), 0),) if need <= 0 else self._covers(state, op, need, spend):
+                if cover is None:
+                    yield None
+                    continue
+                dropped, cost = cover
                 draft, fresh = self._after(state, op, dropped)
                 if wanted((draft.done, frozenset(draft.kept), frozenset(draft.clean)), state.cost + cost):
                     suspects = draft.ready if draft.used < state.used else draft.ready & self._sharing[op] | fresh
                     yield self._closed(draft, set(suspects), state.depth + 1, state.cost + cost, state)
+                else:
+                    yield None
 
     def drop_cost(self, state: State, buffers: Iterable[int]) -> int:
         """Bytes that move when ``state`` drops ``buffers``: a load each, and a store for those that are not clean."""
@@ -287,31 +296,43 @@ class StateSpace:
             for dropped in combinations(dying, count)
         )
 
-    def _covers(self, state: State, op: int, need: int, spend: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    def _covers(self, state: State, op: int, need: int, spend: int) -> Iterator[tuple[tuple[int, ...], int] | None]:
         """Smallest sets of kept buffers that free ``need`` bytes for ``op``, and their cost, at most ``spend``.
 
-        Of buffers that are alike for all that is to come, the first are dropped first.
+        Of buffers that are alike for all that is to come, the first are dropped first. ``None`` now and then where
+        many steps find no set.
         """
         problem = self.problem
-        footprint = problem.footprint
-        buffers = sorted(state.kept - self._touched[op], key=lambda b: (-footprint[b], b))
-        cost = [problem.nbytes[b] * (1 if b in state.clean else 2) for b in buffers]
+        buffers = sorted(state.kept - self._touched[op], key=lambda b: (-problem.footprint[b], b))
+        sizes = [problem.footprint[b] for b in buffers]
+        costs = [problem.nbytes[b] * (1 if b in state.clean else 2) for b in buffers]
         alike = [self._likeness(state, b) for b in buffers]
-        behind = [0] * (len(buffers) + 1)
-        for i in reversed(range(len(buffers))):
-            behind[i] = behind[i + 1] + footprint[buffers[i]]
-
-        def extend(i: int, chosen: tuple[int, ...], left: int, spent: int) -> Iterator[tuple[tuple[int, ...], int]]:
-            if left <= 0:
-                if -left < footprint[chosen[-1]]:  # the last one is the smallest: without any, too little is freed
-                    yield chosen, spent
+        behind = [*reversed(list(accumulate(reversed(sizes)))), 0]  # bytes from each buffer on
+        unlike = list(range(1, len(buffers) + 1))  # the next buffer that may be dropped where each is not
+        for i in reversed(range(len(buffers) - 1)):
+            if alike[i] == alike[i + 1]:
+                unlike[i] = unlike[i + 1]
+        chosen: list[int] = []
+        i, left, spent, steps = 0, need, 0, 0
+        while True:
+            steps += 1
+            if steps % STEPS == 0:
+                yield None
+            if behind[i] >= left:  # so some buffers are left, as something is left to free
+                if spent + costs[i] > spend:
+                    i = unlike[i]
+                    continue
+                chosen.append(i)
+                left, spent = left - sizes[i], spent + costs[i]
+                if left > 0:
+                    i += 1
+                    continue
+                if -left < sizes[i]:  # it is the smallest: without any of them, too little is freed
+                    yield tuple(buffers[c] for c in chosen), spent
+            if not chosen:
                 return
-            while i < len(buffers) and behind[i] >= left:
-                if spent + cost[i] <= spend:
-                    yield from extend(i + 1, (*chosen, buffers[i]), left - footprint[buffers[i]], spent + cost[i])
-                i = next((j for j in range(i + 1, len(buffers)) if alike[j] != alike[i]), len(buffers))
-
-        return extend(0, (), need, 0)
+            last = chosen.pop()
+            i, left, spent = unlike[last], left + sizes[last], spent - costs[last]
 
     def _likeness(self, state: State, buffer: int) -> tuple[int, ...]:
         """Equal for two kept buffers that all plans from ``state`` may exchange."""
