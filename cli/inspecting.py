@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
-from .shared import AsJson, PlanPath, TimeLimit, print_json, refuse, say
+from .shared import AsJson, PlanPath, print_json, refuse, say
 
 __all__ = ["export", "hw_list", "hw_show", "passes", "verify", "view"]
+
+PLACING_S = 30.0  # the default of planning as well
 
 
 def verify(plan: PlanPath, as_json: AsJson = False) -> int:
@@ -39,14 +41,16 @@ def verify(plan: PlanPath, as_json: AsJson = False) -> int:
 
 def export(
     plan: PlanPath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The header, or the .tflite file to write.")] = Path(
-        "plan.h"
-    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; plan.h or planned.tflite if left out.")
+    ] = None,
     tflite: Annotated[Path | None, typer.Option(help="A .tflite model: write it with the plan's offsets.")] = None,
     prefix: Annotated[
         str | None, typer.Option(help="What names in the header begin with; 'opweave' if left out.")
     ] = None,
-    time_limit: TimeLimit = 30.0,
+    time_limit: Annotated[
+        float | None, typer.Option(help=f"For a .tflite file: seconds to place its tensors, {PLACING_S:g} if left out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Export a plan as a C header, or as offsets inside a .tflite model for TensorFlow Lite Micro."""
@@ -56,13 +60,17 @@ def export(
     if tflite is None:
         from ..compiler.export import save_c_header
 
+        refuse("a header is written without planning", time_limit=time_limit)
+        output = output or Path("plan.h")
         save_c_header(loaded, output, prefix="opweave" if prefix is None else prefix)
     else:
         from ..compiler.pipeline import Budget
         from ..passes.whole_life import save_planned_tflite
 
         refuse("a .tflite file has no names to prefix", prefix=prefix)
-        save_planned_tflite(loaded, tflite, output, Budget.of_seconds(time_limit))
+        output = output or Path("planned.tflite")
+        budget = Budget.of_seconds(PLACING_S if time_limit is None else time_limit)
+        save_planned_tflite(loaded, tflite, output, budget)
     print_json({"output": str(output)}) if as_json else say(str(output))
     return 0
 

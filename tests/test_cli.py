@@ -286,6 +286,14 @@ def test_options_that_a_plan_has_decided_are_refused(plan: Path) -> None:
     assert "--scratchpad" in opweave("run", plan, "--scratchpad", "1MiB", check=OptionError.exit_code)
 
 
+def test_options_of_the_other_export_are_refused(plan: Path, tmp_path: Path) -> None:
+    """A header takes no time to plan, and a ``.tflite`` file has no names to prefix."""
+    header = ("export", plan, "-o", tmp_path / "net.h")
+    assert "--time-limit" in opweave(*header, "--time-limit", "5", check=OptionError.exit_code)
+    assert "--prefix" in opweave(*header, "--tflite", plan, "--prefix", "net", check=OptionError.exit_code)
+    assert not (tmp_path / "net.h").exists()
+
+
 def test_no_command_shows_the_help_and_no_empty_error() -> None:
     assert "error[" not in opweave(check=OptionError.exit_code)
 

@@ -11,6 +11,7 @@ import msgspec
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Plan
+from ...errors import OptionError
 from ..order._peak_search import certificate, least_peak_order, plain_bound
 from ..order.problem import OrderProblem, decide
 from ..residency.workset import planned_buffers
@@ -41,7 +42,16 @@ class ElementwiseInPlace:
         return "inplace/elementwise"
 
     def apply(self, plan: Plan, budget: Budget) -> Decision:
-        """Rewrite the graph; with ``order="any"`` in time linear in its size, whatever the budget."""
+        """Rewrite the graph; with ``order="any"`` at once, whatever the budget.
+
+        Raises:
+            OptionError: the plan has pins, which name buffers that may be others in the graph rewritten.
+        """
+        if plan.pins:
+            raise OptionError(
+                f"pass {self.name!r} rewrites the graph, and the plan has pins of its buffers",
+                hint="rewrite in place first, then pin, as compile(inplace=True, pins=...) does",
+            )
         if self.order == "least_peak":
             return _with_order(plan, budget)
         chosen = last_in_any_order(plan.graph)

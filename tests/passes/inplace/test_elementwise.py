@@ -18,10 +18,11 @@ from opweave.api import read_model, streamable
 from opweave.compiler.compiled import CompiledModel
 from opweave.compiler.graph import Graph, Role
 from opweave.compiler.pipeline import Budget, run_pass
-from opweave.compiler.plan import Plan
+from opweave.compiler.plan import Pin, Plan
 from opweave.compiler.rewritten import computes_same
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
+from opweave.errors import OptionError
 from opweave.passes.arena import least_arena
 from opweave.passes.inplace._overwrite import candidates, overwritten
 from opweave.passes.inplace.elementwise import ElementwiseInPlace
@@ -213,3 +214,13 @@ def test_a_searched_network_runs_in_an_arena_of_its_least_peak(tmp_path: Path) -
     assert torch.equal(*(result.outputs[0] for result in results))
     assert in_place.graph != program.graph
     assert set(CompiledModel(in_place, program).report(tmp_path)) >= {"plan.json", "index.html"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pins_of_buffers_that_may_go_are_refused(mode: ElementwiseInPlace) -> None:
+    """They are never dropped in silence."""
+    graph = all_graphs()[next(iter(all_graphs()))]
+    buffer = next(name for name, base in graph.buffers.items() if base.nbytes)
+    plan = Plan.of_order(graph, machine(1 << 20, 1), pins=[Pin(buffer, resident=True)])
+    with pytest.raises(OptionError, match="pins"):
+        mode.apply(plan, AMPLE())
