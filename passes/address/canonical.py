@@ -17,12 +17,12 @@ several where there are banks or pins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from .._compiled import compiled
 
 __all__ = ["BY_PREFERENCE", "BY_SLACK", "IMPOSSIBLE", "PLACED", "STOPPED", "search"]
 
@@ -35,15 +35,7 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as machine code on first use, kept on disk where there is a place for it, free of Python's lock."""
-    try:
-        return cast(Callable[..., Any], njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # no folder that numba may write to
-        return cast(Callable[..., Any], njit(nogil=True)(function))
-
-
-@_compiled
+@compiled
 def search(
     items: Integers,  # of one component, by first section
     floor: int,  # offset of the item placed last, and its rank
@@ -89,7 +81,7 @@ def search(
     return IMPOSSIBLE
 
 
-@_compiled
+@compiled
 def _may_fit(
     items: Integers,
     floor: int,
@@ -120,7 +112,7 @@ def _may_fit(
     return True
 
 
-@_compiled
+@compiled
 def _candidates(
     items: Integers,
     floor: int,
@@ -156,7 +148,7 @@ def _candidates(
     return chosen[:count][np.argsort(key[:count])]
 
 
-@_compiled
+@compiled
 def _put(
     item: int,
     items: Integers,
@@ -181,7 +173,7 @@ def _put(
                 offset[other] = _lifted(other, max(offset[other], top), low, high, window)
 
 
-@_compiled
+@compiled
 def _lifted(item: int, least: int, low: Integers, high: Integers, window: Integers) -> Any:
     """The lowest offset, from ``least`` on, that is allowed to ``item``."""
     for w in range(window[item], window[item + 1]):
@@ -190,7 +182,7 @@ def _lifted(item: int, least: int, low: Integers, high: Integers, window: Intege
     return NOWHERE
 
 
-@_compiled
+@compiled
 def _part_end(items: Integers, start: int, first: Integers, behind: Integers) -> Any:
     """Position behind the items from ``start`` on that hang together by shared sections."""
     stop = start + 1

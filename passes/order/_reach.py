@@ -280,18 +280,15 @@ def ran(r: Reached, state: int) -> int:
 @cache
 def compiled() -> Callable[..., int]:
     """``explore`` as machine code, kept on disk where there is a place for it, free of Python's lock."""
-    from numba import njit
+    from .._compiled import compiled as machine_code  # numba: only where it is needed
 
     functions: dict[str, Any] = dict(globals())
     for function in (run, undo, chain, open_after, settle, list_if_ready, move, enter, record, expand, ran, explore):
         # The same code, calling what has been compiled before it. Calls copy every array's description: what is called
         # most often is made part of its caller.
         code: Any = FunctionType(function.__code__, functions, function.__name__)
-        options: dict[str, Any] = {"nogil": True, "inline": "always" if function in (run, undo) else "never"}
-        try:
-            functions[function.__name__] = njit(cache=True, **options)(code)
-        except RuntimeError:  # no folder that numba may write to
-            functions[function.__name__] = njit(**options)(code)
+        inline = "always" if function in (run, undo) else "never"
+        functions[function.__name__] = machine_code(code, inline=inline)
     return cast(Callable[..., int], functions["explore"])
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._compiled import compiled
 from .track import Arrays, Integers, Track
-from .walk import compiled, place, walk
+from .walk import place, walk
 
 __all__ = ["anneal"]
 

@@ -8,27 +8,18 @@ a window, a walk begins a little before it and ends as soon as the state is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
 
+from .._compiled import compiled
 from .track import STRIDE, Arrays, Track
 
-__all__ = ["FURTHEST", "IMPOSSIBLE", "LEAST_COST", "compiled", "place", "walk"]
+__all__ = ["FURTHEST", "IMPOSSIBLE", "LEAST_COST", "place", "walk"]
 
 FURTHEST, LEAST_COST = 0, 1  # which buffer leaves: the one used last, or the cheapest for the room it makes
 MANY_USERS = 64  # a buffer with more is taken to be needed soon, as looking for its next use would take too long
 IMPOSSIBLE = 1 << 60  # cost of a walk that meets more resident buffers than a track has room to remember
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as machine code on first use, kept on disk where there is a place for it, free of Python's lock."""
-    try:
-        return cast(Callable[..., Any], njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # no folder that numba may write to
-        return cast(Callable[..., Any], njit(nogil=True)(function))
 
 
 @compiled
