@@ -11,15 +11,14 @@ from ...compiler.pipeline import Budget, Pass
 from ...compiler.plan import Certificate, Plan, Recompute
 from ...compiler.verify import verify
 from ...hw_models.model import HardwareModel
-from ..registry import make, names
 from ..residency.gaps import GapProblem
 from ..residency.ilp import IlpResidency
+from ..residency.recompute import RecomputeResidency
 from ..residency.workset import aligned_bytes, least_capacity, streamable_buffers
 from .facts import Relaxation
 
 __all__ = ["Findings", "relax", "shortage_relaxations"]
 
-RECOMPUTE = "residency/recompute"
 STREAMED = "weights streamed instead of resident"
 GROWTHS = (5, 10, 25)  # percent of the capacity
 
@@ -81,7 +80,8 @@ def _run(
     for number, task in enumerate(tasks):
         if budget.stop.is_set() or not (budget.deterministic or budget.remaining_s):
             return results, [task.relaxation.what for task in tasks[number:]]
-        certificate = _planned(task.step, task.plan, budget.share(1 / (len(tasks) - number)))
+        certificate = task.step.apply(task.plan, budget.share(1 / (len(tasks) - number))).certificate
+        assert certificate is not None  # both residency passes certify what they return
         reached = certificate.value
         if task.relaxation.kind in ("residency", "capacity"):  # in the order of capacity: what fits less fits more
             reached = least = min(least, reached)
@@ -97,10 +97,8 @@ def _tasks(ordered: Plan, problem: GapProblem) -> list[_Task]:
     for what, capacity in _growths(ordered, problem):
         larger = msgspec.structs.replace(ordered, machine=with_capacity(ordered.machine, capacity))
         tasks.append(_Task(Relaxation("capacity", what, None, 0, capacity), IlpResidency(), larger))
-    if RECOMPUTE in names():
-        tasks.append(
-            _Task(Relaxation("recompute", "dropped tensors computed again", None, 0), make(RECOMPUTE), ordered)
-        )
+    again = Relaxation("recompute", "dropped tensors computed again", None, 0)
+    tasks.append(_Task(again, RecomputeResidency(), ordered))
     if any(pin.resident for pin in ordered.pins):
         free = msgspec.structs.replace(ordered, pins=())
         tasks.append(_Task(Relaxation("pins", "nothing pinned as resident", None, 0), IlpResidency(), free))
@@ -115,15 +113,6 @@ def _tasks(ordered: Plan, problem: GapProblem) -> list[_Task]:
             _Task(Relaxation("weights", "weights resident instead of streamed", None, 0), IlpResidency(), plan)
         )
     return tasks
-
-
-def _planned(step: Pass, plan: Plan, budget: Budget) -> Certificate:
-    """The step's certificate; of passes that prove nothing, the recount over a bound of 0."""
-    decision = step.apply(plan, budget)
-    if decision.certificate is not None:
-        return decision.certificate
-    value = verify(decision.plan).additional_bytes
-    return Certificate("additional_traffic_bytes", value, 0, "analytic", "residency")
 
 
 def _growths(plan: Plan, problem: GapProblem) -> list[tuple[str, int]]:
