@@ -11,6 +11,7 @@ from ..compiler.plan import Certificate, PassRecord, Plan
 from ..errors import Infeasible
 from .address.exact import ExactPlacement
 from .address.placement import PlacementError
+from .objective.neighbours import one_moved
 from .order._peak_search import aligned_peak
 from .order.least_peak import LeastPeakOrder
 from .order.problem import OrderProblem
@@ -84,18 +85,6 @@ def orders_alike(problem: OrderProblem, order: Sequence[int], budget: Budget) ->
     while True:
         yield tuple(current)
         for _ in range(MOVES if len(current) > 1 else 0):
-            moved = _moved(problem, current, draw)
+            moved = one_moved(problem, current, draw)
             if moved != current and aligned_peak(problem, moved) <= peak:
                 current = moved
-
-
-def _moved(problem: OrderProblem, order: list[int], draw: random.Random) -> list[int]:
-    """``order`` with one operator somewhere else between its neighbours in the graph."""
-    position = draw.randrange(len(order))
-    op = order[position]
-    index = {other: i for i, other in enumerate(order)}
-    low = max((index[p] + 1 for p in problem.predecessors[op]), default=0)
-    high = min((index[s] - 1 for s in problem.successors[op]), default=len(order) - 1)
-    rest = order[:position] + order[position + 1 :]
-    target = draw.randint(low, high)
-    return [*rest[:target], op, *rest[target:]]

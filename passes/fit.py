@@ -11,7 +11,9 @@ from ..compiler.pipeline import Budget
 from ..compiler.plan import Certificate, Plan, relative_gap
 from ..compiler.verify import verify
 from ..hw_models.model import HardwareModel
+from .order._peak_search import aligned_peak
 from .order.least_peak import LeastPeakOrder
+from .order.problem import OrderProblem
 from .planner import Planner
 from .registry import make
 from .residency.workset import aligned_bytes, least_capacity
@@ -83,29 +85,9 @@ def _machine(plan: Plan, capacity_bytes: int) -> HardwareModel:
 def _capacities(roomy: Plan, points: int) -> list[int]:
     alignment = roomy.machine.scratchpad_memory.alignment_bytes
     least = least_capacity(roomy)
-    most = max(least, _aligned_peak(roomy, alignment))
+    most = max(least, aligned_peak(OrderProblem.of(roomy), roomy.order))
     steps = (least * (most / least) ** (i / (points - 1)) for i in range(points))
     return sorted({least, most, *(min(most, aligned_bytes(round(step), alignment)) for step in steps)})
-
-
-def _aligned_peak(plan: Plan, alignment: int) -> int:
-    """Capacity that holds every buffer from its first to its last use, each size rounded up to ``alignment``."""
-    graph, streamed = plan.graph, set(plan.streamed)
-    uses: dict[str, list[int]] = {}
-    for position, op in enumerate(plan.order):
-        for buffer in graph.touches[op]:
-            if buffer not in streamed:
-                uses.setdefault(buffer, []).append(position)
-    change = [0] * (len(graph.ops) + 1)
-    for buffer, positions in uses.items():
-        size = aligned_bytes(graph.buffers[buffer].nbytes, alignment)
-        change[positions[0]] += size
-        change[positions[-1] + 1] -= size
-    live = peak = 0
-    for step in change:
-        live += step
-        peak = max(peak, live)
-    return peak
 
 
 def _point(planned: Plan, capacity: int) -> FitPoint:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
-from ...compiler.graph import Graph
-
-__all__ = ["neighbour"]
+__all__ = ["Dependencies", "neighbour", "one_moved"]
 
 LARGEST_WINDOW = 64
 
 
-def neighbour(graph: Graph, order: Sequence[int], draw: random.Random) -> list[int]:
+def neighbour(graph: Dependencies, order: Sequence[int], draw: random.Random) -> list[int]:
     """Another valid order of ``graph``, drawn at random; ``order`` itself where nothing can move."""
-    return _moved(graph, order, draw) if draw.random() < 0.5 else _shuffled(graph, order, draw)
+    return one_moved(graph, order, draw) if draw.random() < 0.5 else _shuffled(graph, order, draw)
 
 
-def _moved(graph: Graph, order: Sequence[int], draw: random.Random) -> list[int]:
+class Dependencies(Protocol):
+    """Operators by index with those they depend on, and those that depend on them."""
+
+    @property
+    def predecessors(self) -> Sequence[Sequence[int]]:
+        """Operators each operator comes after."""
+
+    @property
+    def successors(self) -> Sequence[Sequence[int]]:
+        """Operators each operator comes before."""
+
+
+def one_moved(graph: Dependencies, order: Sequence[int], draw: random.Random) -> list[int]:
+    """``order`` with one operator, drawn at random, somewhere between its neighbours in the graph, or where it was."""
     place = {op: position for position, op in enumerate(order)}
     position = draw.randrange(len(order))
     op = order[position]
@@ -28,7 +40,7 @@ def _moved(graph: Graph, order: Sequence[int], draw: random.Random) -> list[int]
     return [*rest[:target], op, *rest[target:]]
 
 
-def _shuffled(graph: Graph, order: Sequence[int], draw: random.Random) -> list[int]:
+def _shuffled(graph: Dependencies, order: Sequence[int], draw: random.Random) -> list[int]:
     """A window in another valid order; short windows are as likely as long ones (log-uniform)."""
     longest = min(LARGEST_WINDOW, len(order))
     length = min(longest, max(2, int(2 * (longest / 2) ** draw.random())))
