@@ -10,6 +10,7 @@ from typing import Literal
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
 from ...errors import Infeasible, InternalError, OptionError
+from ..order.greedy import list_schedule
 from ..order.problem import OrderProblem
 from ..order.search import search_orders
 from ..residency.gaps import base_bytes
@@ -145,7 +146,7 @@ class _Hunt:
         orders = search_orders(
             self.problem,
             self.budget.share(ORDER_SHARE),
-            seed_orders=[self.best.given.order],
+            seed_orders=[self.best.given.order, list_schedule(self.problem)],
             target=self.search.bound,
         )
         for found in orders:
