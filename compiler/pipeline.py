@@ -25,7 +25,7 @@ __all__ = ["Budget", "Decision", "Pass", "Progress", "confirm", "run_pass"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a running pass stands. ``incumbent`` and ``bound`` are in the unit of its objective, bytes here."""
+    """Where a running pass stands. ``incumbent`` and ``bound`` are in the unit of its objective, bytes or nanoseconds."""
 
     pass_name: str
     elapsed_s: float
@@ -69,6 +69,10 @@ class Budget:
     def remaining_s(self) -> float:
         """Seconds left, never below 0; 0 once told to stop."""
         return 0.0 if self.stop.is_set() else max(0.0, self.deadline - time.monotonic())
+
+    def halted(self) -> bool:
+        """Whether to end now: told to stop, or out of time where clocks may decide."""
+        return self.stop.is_set() or (not self.deterministic and self.remaining_s <= 0)
 
     def share(self, fraction: float) -> Budget:
         """A budget of the same kind over ``fraction`` of what remains."""

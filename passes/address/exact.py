@@ -151,7 +151,7 @@ class _Search:
                 floor = max(floor, self._arena(part.items))
                 if part.first > self.bound:
                     self.bound, self.by_search = part.first, part.by_search
-            if self._arena(self.packing.items) <= self.bound or self._halted():
+            if self._arena(self.packing.items) <= self.bound or self.budget.halted():
                 break
         self._tell()
 
@@ -165,7 +165,7 @@ class _Search:
             return
         asked = middle = part.least_above(floor)
         near = (self._arena(part.items) - asked) // 8  # closer to the arena only if longer questions gain nothing
-        while asked < self._arena(part.items) - near and not self._halted():
+        while asked < self._arena(part.items) - near and not self.budget.halted():
             answer, _ = self._ask(part.items, middle, limit)
             if answer.verdict is Verdict.PLACED:
                 self._keep(part.items, answer.offsets)
@@ -185,9 +185,6 @@ class _Search:
         while True:
             yield limit
             limit *= 4
-
-    def _halted(self) -> bool:
-        return self.budget.stop.is_set() if self.budget.deterministic else self.budget.remaining_s <= 0
 
     def _seconds(self, share: float) -> float:
         return share * (self.options.effort if self.budget.deterministic else self.budget.remaining_s)

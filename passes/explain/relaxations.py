@@ -78,7 +78,7 @@ def _run(
     results: list[tuple[Relaxation, Certificate]] = []
     least = value
     for number, task in enumerate(tasks):
-        if budget.stop.is_set() or not (budget.deterministic or budget.remaining_s):
+        if budget.halted():
             return results, [task.relaxation.what for task in tasks[number:]]
         certificate = task.step.apply(task.plan, budget.share(1 / (len(tasks) - number))).certificate
         assert certificate is not None  # both residency passes certify what they return

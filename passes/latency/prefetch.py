@@ -73,7 +73,7 @@ class Prefetch:
         for part in HELD_BACK:
             for moved in search.unplaced(part):
                 # Without places every stay that has ended is waited for: hardly ever does a placement save more.
-                if latency_ns(moved) >= search.fastest or search.halted():
+                if latency_ns(moved) >= search.fastest or budget.halted():
                     continue
                 share = budget if budget.deterministic else budget.share(0.3)
                 try:
@@ -98,10 +98,6 @@ class _Search:
         seconds = step_seconds(plan)
         return TransferProblem.of(plan, seconds, self.name), seconds
 
-    def halted(self) -> bool:
-        """Whether to end now: told to stop, or out of time where clocks may decide."""
-        return self.budget.stop.is_set() or (not self.budget.deterministic and self.budget.remaining_s <= 0)
-
     def offer(self, plan: Plan) -> bool:
         """Keep ``plan`` if it is faster."""
         latency = latency_ns(plan)
@@ -113,7 +109,7 @@ class _Search:
     def unplaced(self, part: int) -> Iterator[Plan]:
         """The plan given with its transfers moved, without offsets; early loads leave a ``part``-th of the bytes."""
         held_back = self.problem.capacity // part if part else 0
-        sequence = issue(self.problem, self.seconds, Bytes(self.problem, held_back), self.halted)
+        sequence = issue(self.problem, self.seconds, Bytes(self.problem, held_back), self.budget.halted)
         if sequence is not None:
             yield rebuilt(self.problem, sequence)
 
@@ -121,7 +117,7 @@ class _Search:
         """A placed plan with its transfers moved; only loads that come early change their place."""
         problem, seconds = self._problem(plan)
         places = Places(problem)
-        sequence = issue(problem, seconds, places, self.halted)
+        sequence = issue(problem, seconds, places, self.budget.halted)
         if sequence is None:
             return
         moved = rebuilt(problem, sequence, places.offsets)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...compiler.pipeline import Budget, Decision, Progress
@@ -73,7 +72,7 @@ class BeamOrder:
 
     def _run_beams(self, best: _Incumbent, narrowest: int, widest: int) -> None:
         """Offer what beams of ``narrowest`` to ``widest`` states find, list scheduling where beams cost too much."""
-        halted = _halted(best.budget)
+        halted = best.budget.halted
         if best.is_roomy or halted():
             return
         if len(best.order) > LARGE:
@@ -95,7 +94,7 @@ class BeamOrder:
         if operators <= SMALL:
             patience = min(self.patience, WINDOW_WORK // operators)
             improved = improve(
-                problem, best.order, patience=patience, seed=budget.seed, halted=_halted(budget), found=best.tell
+                problem, best.order, patience=patience, seed=budget.seed, halted=budget.halted, found=best.tell
             )
             best.offer(improved)
             return
@@ -141,10 +140,3 @@ class _Incumbent:
     def tell(self, spill: int) -> None:
         """Let the listener know of ``spill`` bytes."""
         self.budget.listen(Progress(self.name, time.monotonic() - self.begin, spill))
-
-
-def _halted(budget: Budget) -> Callable[[], bool]:
-    """Whether to end now: told to stop, or out of time where clocks may decide."""
-    if budget.deterministic:
-        return budget.stop.is_set
-    return lambda: budget.remaining_s <= 0

@@ -53,7 +53,7 @@ def search_orders(
 
     The first use on a machine compiles for some seconds; a budget that ends meanwhile ends the search without a result.
     """
-    halted = _halted(budget)
+    halted = budget.halted
     if not problem.touches or not _is_compiled(halted):
         return
     search = _Search(problem, clusters(problem) if blocks is None else blocks, budget.seed, most_moves)
@@ -148,7 +148,7 @@ class _Search:
 
         The temperature falls with the moves, or with the time that is left where that is too short for them.
         """
-        rule, halted = self.rules[number % 2], _halted(budget)
+        rule = self.rules[number % 2]
         self.begin(self._best.tolist() if start is None else start, rule)
         evictions = int(np.count_nonzero(self._track.moved))
         unit = self._track.total[0] / max(1, evictions)
@@ -156,7 +156,7 @@ class _Search:
         pieces, time_s = -(-moves // MOVES_AT_ONCE), budget.remaining_s
         piece, progress = 0, 0.0
         self._control[1] = target
-        while progress < 1.0 and self.spill > target and self.moves_left > 0 and not halted():
+        while progress < 1.0 and self.spill > target and self.moves_left > 0 and not budget.halted():
             piece += 1
             before, hot = self.spill, unit * HOT * (COLD / HOT) ** progress
             progress = piece / pieces
@@ -219,10 +219,3 @@ def _compile() -> None:
     search = _Search(problem, ((0,),), 0, 0)
     search.begin((0,), search.rules[0])
     search.move(0, 1.0, 1.0, search.rules[0])
-
-
-def _halted(budget: Budget) -> Callable[[], bool]:
-    """Whether to end now: told to stop, or out of time where clocks may decide."""
-    if budget.deterministic:
-        return budget.stop.is_set
-    return lambda: budget.remaining_s <= 0
