@@ -25,7 +25,7 @@ __all__ = ["Budget", "Decision", "Pass", "Progress", "confirm", "run_pass"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a running pass stands. ``incumbent`` and ``bound`` are in the unit of its objective, bytes or nanoseconds."""
+    """Where a running pass stands; ``incumbent`` and ``bound`` are in bytes or nanoseconds, as its objective is."""
 
     pass_name: str
     elapsed_s: float
