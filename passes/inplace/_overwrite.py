@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ...compiler.graph import Graph, Op, Tensor
+from ..order.problem import ancestor_masks
 
 __all__ = ["ELEMENTWISE", "candidates", "last_in_any_order", "last_in_order", "overwritten"]
 
@@ -65,12 +66,7 @@ def last_in_any_order(graph: Graph) -> dict[str, str]:
     for index, touched in enumerate(graph.touches):
         for buffer in touched:
             users.setdefault(buffer, []).append(index)
-    ancestors: list[int] = []  # bit sets of operators
-    for before in graph.predecessors:
-        reached = 0
-        for other in before:
-            reached |= ancestors[other] | 1 << other
-        ancestors.append(reached)
+    ancestors = ancestor_masks(graph.predecessors)
     chosen: dict[str, str] = {}
     for index, buffers in enumerate(candidates(graph)):
         for buffer in buffers:

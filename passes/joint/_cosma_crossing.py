@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget
 from .._solver.highs import solve, whole_units
+from ..order.problem import ancestor_masks, descendant_masks
 from ._cosma_problem import CosmaProblem, Version
 
 __all__ = ["crossing_bound", "crossing_peak"]
@@ -55,7 +56,8 @@ class _Crossings:
     """Which buffers cross which operators, and who may fetch them after it; bit masks are over operators."""
 
     def __init__(self, graph: Graph, of: CosmaProblem) -> None:
-        self.ancestors, self.descendants = _closures(graph)
+        self.ancestors = ancestor_masks(graph.predecessors)
+        self.descendants = descendant_masks(graph.successors)
         chains: list[list[Version]] = [[] for _ in of.buffers]
         for version in of.versions:
             chains[version.buffer].append(version)
@@ -159,19 +161,6 @@ class _Model:
                 terms.append((store[v], of.nbytes[buffer] // of.unit))
             self.program += pulp.LpAffineExpression([(store[v], 1), (variable, -1)]) >= 0, f"store_{v}_{user}"
         self.program += pulp.LpAffineExpression(terms), "moved"
-
-
-def _closures(graph: Graph) -> tuple[list[int], list[int]]:
-    """Ancestors and descendants of each operator as bit masks."""
-    count = len(graph.ops)
-    ancestors, descendants = [0] * count, [0] * count
-    for op, before in enumerate(graph.predecessors):
-        for p in before:
-            ancestors[op] |= ancestors[p] | 1 << p
-    for op in reversed(range(count)):
-        for p in graph.predecessors[op]:
-            descendants[p] |= descendants[op] | 1 << op
-    return ancestors, descendants
 
 
 def _bits(mask: int, width: int) -> NDArray[np.bool_]:

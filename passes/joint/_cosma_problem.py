@@ -9,6 +9,7 @@ from functools import cached_property
 
 from ...compiler.graph import Graph
 from ...compiler.plan import Plan
+from ..order.problem import ancestor_masks, descendant_masks
 from ..residency.workset import aligned_bytes, planned_buffers
 
 __all__ = ["CosmaProblem", "Version", "Window"]
@@ -139,18 +140,13 @@ class CosmaProblem:
 def _reduced(graph: Graph) -> tuple[tuple[tuple[int, ...], ...], tuple[Window, ...]]:
     """Predecessors that no other one implies, and the steps each operator can run at in some order."""
     count = len(graph.ops)
-    ancestors = [0] * count  # bit masks
+    ancestors, descendants = ancestor_masks(graph.predecessors), descendant_masks(graph.successors)
     reduced: list[tuple[int, ...]] = []
-    for op, before in enumerate(graph.predecessors):
+    for before in graph.predecessors:
         implied = 0
         for p in before:
             implied |= ancestors[p]
         reduced.append(tuple(p for p in before if not implied >> p & 1))
-        ancestors[op] = implied | sum(1 << p for p in before)
-    descendants = [0] * count
-    for op in reversed(range(count)):
-        for p in reduced[op]:
-            descendants[p] |= descendants[op] | 1 << op
     windows = tuple((a.bit_count(), count - 1 - d.bit_count()) for a, d in zip(ancestors, descendants, strict=True))
     return tuple(reduced), windows
 

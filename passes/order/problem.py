@@ -10,7 +10,7 @@ from ...compiler.pipeline import Decision
 from ...compiler.plan import Certificate, Plan
 from ..residency.workset import aligned_bytes
 
-__all__ = ["Eviction", "OrderProblem", "decide", "depths"]
+__all__ = ["Eviction", "OrderProblem", "ancestor_masks", "decide", "depths", "descendant_masks"]
 
 
 class Eviction(NamedTuple):
@@ -185,3 +185,23 @@ def decide(plan: Plan, problem: OrderProblem, order: Sequence[int], *, note: str
     peak = problem.peak_bytes(order)
     certificate = Certificate("peak_bytes", peak, problem.largest_working_set(), "analytic", "order")
     return Decision(plan.with_order(order), certificate, note)
+
+
+def ancestor_masks(predecessors: Sequence[Sequence[int]]) -> list[int]:
+    """Each operator's ancestors as a bit mask; operators come in an order that respects dependencies."""
+    ancestors: list[int] = []
+    for before in predecessors:
+        reached = 0
+        for op in before:
+            reached |= ancestors[op] | 1 << op
+        ancestors.append(reached)
+    return ancestors
+
+
+def descendant_masks(successors: Sequence[Sequence[int]]) -> list[int]:
+    """Each operator's descendants as a bit mask; operators come in an order that respects dependencies."""
+    descendants = [0] * len(successors)
+    for op in reversed(range(len(successors))):
+        for later in successors[op]:
+            descendants[op] |= descendants[later] | 1 << later
+    return descendants
