@@ -34,8 +34,7 @@ from opweave.passes.order._reach import compiled
 from opweave.passes.order.problem import OrderProblem
 from opweave.passes.registry import make
 
-from .networks import darts_cifar
-from .runner import Options, Row, print_table, run, scratchpad_machine
+from .runner import Options, Row, operator_graphs, print_table, run, scratchpad_machine
 
 SECONDS, QUICK_SECONDS = 60.0, 5.0
 QUICK_GRAPHS = 2
@@ -89,12 +88,12 @@ class Result:
     arena_s: float
 
 
-def cases(data: Path | None, *, quick: bool) -> Iterator[Case]:
-    """Every ONNX model in ``data`` by name, or a network made here when there is none."""
-    if data is None:
-        models = [("darts_cifar", read_model(darts_cifar())[0].graph)]
+def cases(options: Options) -> Iterator[Case]:
+    """Every ONNX model in the folder asked for, by name; without one, a network made here."""
+    if options.data is None:
+        models = list(operator_graphs(options))
     else:
-        paths = sorted(data.glob("*.onnx"))[: QUICK_GRAPHS if quick else None]
+        paths = sorted(options.data.glob("*.onnx"))[: QUICK_GRAPHS if options.quick else None]
         models = [(path.name.partition(".")[0], read_model(path)[0].graph) for path in paths]
     for network, graph in models:
         for operators, version in (("imported", graph), ("nodes", by_node(graph))):
@@ -149,7 +148,7 @@ def measure(options: Options) -> Iterator[Row]:
     compiled()
     lines: list[tuple[str | float | None, ...]] = []
     measured: list[tuple[Case, Result]] = []
-    for case in cases(options.data, quick=options.quick):
+    for case in cases(options):
         result = plan_case(case, QUICK_SECONDS if options.quick else SECONDS)
         if not measured:  # the first one also loaded the solvers
             result = plan_case(case, QUICK_SECONDS if options.quick else SECONDS)
@@ -164,7 +163,7 @@ def measure(options: Options) -> Iterator[Row]:
     print_table((*head, "HMCOS peak", "HMCOS arena", "HMCOS ms"), lines)
     closed = sum(r.peak == r.bound for _, r in measured)
     reached = sum(r.arena <= r.peak for _, r in measured)
-    print(f"peak: proven least in {closed} of {len(measured)} cases; the arena is the peak in {reached}")
+    print(f"bench_peak: proven least in {closed} of {len(measured)} cases; the arena is the peak in {reached}")
 
 
 def _rows(case: Case, result: Result) -> Iterator[Row]:
@@ -204,7 +203,7 @@ if __name__ == "__main__":
     sys.exit(
         run(
             "bench_peak",
-            __doc__ or "",
+            "How low is the peak of live bytes over all orders, and does the arena reach it?",
             measure,
             default_data=Path(__file__).parents[2] / "shared" / "data" / "nas_onnx",
         )

@@ -1,4 +1,4 @@
-"""The least arena of given residences, whatever the machine's capacity."""
+"""The least arena of given residences, and the race that looks for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from opweave.compiler.pipeline import Budget, run_pass
-from opweave.compiler.plan import Pin, Plan
+from opweave.compiler.plan import Certificate, Pin, Plan
 from opweave.compiler.verify import verify
 from opweave.errors import OptionError
-from opweave.passes.address.least_arena import least_arena
+from opweave.passes.address.exact import ExactPlacement
 from opweave.passes.address.no_overlap import Answer, Verdict
 from opweave.passes.address.packing import Packing
 from opweave.passes.address.repair import Ask, race
@@ -26,26 +26,30 @@ def budget() -> Budget:
     return Budget.of_seconds(60, deterministic=True)
 
 
-def resident(name: str, capacity: int = 1 << 20) -> Plan:
+def resident(name: str, capacity: int = 1 << 22) -> Plan:
     return run_pass(BeladyResidency(), Plan.of_order(all_graphs()[name], machine(capacity)), budget())
 
 
+def least_arena(plan: Plan) -> tuple[Plan, Certificate]:
+    placed = run_pass(ExactPlacement(minimize=True), plan, budget())
+    return placed, placed.certificates[-1]
+
+
 @pytest.mark.parametrize("name", ["chain", "diamond", "residual"])
-def test_a_plan_on_just_its_arena(name: str) -> None:
-    """The machine's own capacity plays no part, and the plan that comes back verifies on the least scratchpad."""
-    plan, certificate = least_arena(resident(name), budget())
+def test_a_plan_fits_just_its_arena(name: str) -> None:
+    """With room for everything, the arena is as small as where it is all there is."""
+    plan, certificate = least_arena(resident(name))
     assert certificate.gap == 0
-    assert plan.machine.scratchpad_memory.capacity_bytes == certificate.value == verify(plan).arena_bytes
-    assert verify(plan).ok
-    peak = verify(plan).peak_bytes
-    less = msgspec.structs.replace(resident(name), machine=machine(peak))  # placed as if there were room for everything
-    assert least_arena(less, budget())[1].value == certificate.value
+    assert certificate.value == verify(plan).arena_bytes
+    small = msgspec.structs.replace(plan, machine=machine(certificate.value))
+    assert verify(small).ok
+    assert least_arena(msgspec.structs.replace(resident(name), machine=small.machine))[1].value == certificate.value
 
 
 def test_banks_stay() -> None:
     """The arena ends where the highest region does; banks are not moved together."""
     plan = msgspec.structs.replace(resident("chain"), machine=machine(1).with_banks(1 << 10, 1 << 20))
-    placed, certificate = least_arena(plan, budget())
+    placed, certificate = least_arena(plan)
     assert placed.machine == plan.machine
     assert certificate.value == verify(placed).arena_bytes
     assert verify(placed).ok
@@ -54,7 +58,7 @@ def test_banks_stay() -> None:
 def test_a_pin_bounds_the_arena() -> None:
     """What is pinned far up lies far up, and the bound says so."""
     plan = msgspec.structs.replace(resident("chain"), pins=(Pin("x", offset=1 << 21),))
-    placed, certificate = least_arena(plan, budget())
+    placed, certificate = least_arena(plan)
     nbytes = plan.graph.buffers["x"].nbytes
     assert (certificate.value, certificate.bound) == ((1 << 21) + nbytes, (1 << 21) + nbytes)
     assert verify(placed).ok
@@ -62,7 +66,7 @@ def test_a_pin_bounds_the_arena() -> None:
 
 def test_it_needs_residences() -> None:
     with pytest.raises(OptionError, match="residency"):
-        least_arena(Plan.of_order(all_graphs()["chain"], machine()), budget())
+        least_arena(Plan.of_order(all_graphs()["chain"], machine()))
 
 
 def knows(verdict: Verdict) -> Ask:
