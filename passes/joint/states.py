@@ -2,7 +2,7 @@
 
 A state stands for every way to run the operators ``done`` that leaves exactly ``kept`` in the scratchpad. A buffer
 that is live but not kept has left it: the load that brings it back, and the store that made this possible, are part of
-``cost`` already. Three facts, proven in docs/formulations.md, keep the space small without losing an optimum:
+``cost`` already. Three facts, proven in docs/formulations/joint.md, keep the space small without losing an optimum:
 
 * *Late decisions.* Everything is kept until some operator finds no room. Then one of the smallest sets of buffers that
   makes the room is dropped, each from its last use on, which is no dearer than having dropped it then.
