@@ -43,7 +43,7 @@ class LinearAllocation:
         return "joint/linear"
 
     def apply(self, plan: Plan, budget: Budget) -> Decision:
-        """Decide residency and addresses, in milliseconds whatever the budget.
+        """Decide residency and addresses in one walk over the order, whatever the budget.
 
         Raises:
             OptionError: the scratchpad has banks, or the plan has pins: this allocator knows neither.

@@ -15,6 +15,8 @@ from .states import StateSpace, order_of
 
 __all__ = ["milestones", "prefixes"]
 
+UNLIMITED = 1 << 62  # bytes: no plan is known that a search would have to undercut
+
 
 def prefixes(problem: OrderProblem, order: Sequence[int], spacing: int) -> list[int]:
     """Bitmasks of prefixes of ``order``, about ``spacing`` operators apart, ending where the fewest bytes are live."""
@@ -55,9 +57,6 @@ def milestones(
                 offer(done, order_of(search.found))
         found.insert(0, Milestone(done, to_go))
     return found
-
-
-UNLIMITED = 1 << 62
 
 
 def _live_after(problem: OrderProblem, order: Sequence[int]) -> Iterator[int]:
