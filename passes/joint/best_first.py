@@ -29,7 +29,6 @@ FIRST_STATES = 4_000  # expanded before looking for a better order: enough for m
 FIRST_SHARE = 0.15  # of the time left, for those: where states are slow, a good order is worth more
 LONG = 2_000  # operators, above which states of the whole graph lead nowhere
 QUANTUM_STATES = 2_000  # expanded between two reports
-PROHIBITIVE = 1 << 60  # bytes, more than any plan moves
 MAX_CROSSED = 6_000  # operators, the square of which in bytes is held for a moment
 CROSSING_SHARE = 0.15  # of the time left, for what no order avoids
 ORDER_SHARE = 0.25  # of the time left, for finding a good order when the first states do not settle it
@@ -219,12 +218,12 @@ class _Incumbent:
     @property
     def value(self) -> int:
         """Its additional traffic, in bytes."""
-        return PROHIBITIVE if self.found is None else self.found[1]
+        return self.base + _more_than_any_moves(self.given) if self.found is None else self.found[1]
 
     @property
     def ceiling(self) -> int:
         """What a better order would have to stay below, in bytes that depend on the order."""
-        return self.value - (0 if self.found is None else self.base)
+        return self.value - self.base
 
     def offer(self, order: Sequence[int], method: str) -> None:
         """Keep ``order`` if its residency moves fewer bytes; what is pinned may leave it none at all."""
@@ -245,11 +244,20 @@ class _Incumbent:
             self.budget.listen(Progress(self.name, elapsed, self.value, min(bound, self.value)))
 
 
+def _more_than_any_moves(plan: Plan) -> int:
+    """Bytes above what the orders of ``plan`` and their residencies move and what depends on them.
+
+    As small as that is easy to say, so that sums of it, for all that is pinned, are far from the end of 64 bits.
+    """
+    sized = planned_buffers(plan)
+    return 1 + 2 * sum(sized.get(buffer, 0) for touched in plan.graph.touches for buffer in touched)
+
+
 def _problem(plan: Plan) -> OrderProblem:
     """The order problem, in which it costs too much to drop what is pinned as resident."""
-    problem = OrderProblem.of(plan)
+    problem, prohibitive = OrderProblem.of(plan), _more_than_any_moves(plan)
     staying = {pin.buffer for pin in plan.pins if pin.resident}
-    nbytes = (PROHIBITIVE if name in staying else size for name, size in planned_buffers(plan).items())
+    nbytes = (prohibitive if name in staying else size for name, size in planned_buffers(plan).items())
     return replace(problem, nbytes=tuple(nbytes))
 
 

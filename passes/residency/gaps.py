@@ -109,7 +109,8 @@ class GapProblem:
             room[:, range(first, last + 1) if stays else list(lifetime.positions)] -= np.array(sizes)[:, None]
             intervals.extend(() if stays else _intervals(lifetime, sizes))
         if staying:
-            _check_room(plan, lifetimes, room[0] + reserve_bytes)
+            for capacity, left in zip(capacities, room + reserve_bytes, strict=True):
+                _check_room(plan, lifetimes, left, capacity)
         return cls(lifetimes, tuple(intervals), np.maximum(room, 0), base_bytes(plan))
 
     @cached_property
@@ -168,8 +169,8 @@ def _staying(plan: Plan) -> frozenset[str]:
     return frozenset(pin.buffer for pin in plan.pins if pin.resident)
 
 
-def _check_room(plan: Plan, lifetimes: Iterable[Lifetime], room: NDArray[np.int64]) -> None:
-    """There is room for each operator beside what is pinned as resident across it. Raises Infeasible."""
+def _check_room(plan: Plan, lifetimes: Iterable[Lifetime], room: NDArray[np.int64], capacity: int) -> None:
+    """``capacity`` has ``room`` for each operator beside what is pinned as resident across it. Raises Infeasible."""
     position = int(np.argmin(room))
     missing = -int(room[position])
     if missing <= 0:
@@ -184,7 +185,7 @@ def _check_room(plan: Plan, lifetimes: Iterable[Lifetime], room: NDArray[np.int6
         and lifetime.buffer not in plan.graph.touches[op]
     }
     pinned = ", ".join(f"{name!r} {nbytes}" for name, nbytes in sorted(across.items(), key=lambda term: -term[1]))
-    required = aligned_bytes(memory.capacity_bytes, memory.alignment_bytes) + missing
+    required = capacity + missing
     raise Infeasible(
         f"operator {plan.graph.ops[op].name!r} and what is pinned as resident across it ({pinned or 'nothing'}) need "
         f"{required} bytes, but memory {memory.name!r} has {memory.capacity_bytes}",
