@@ -1,0 +1,1 @@
+"""The ``torch.compile`` backend: Inductor's kernels under a plan of ours."""
