@@ -71,11 +71,12 @@ _SOURCES = frozenset({Role.INPUT, Role.WEIGHT, Role.CONSTANT, Role.OPTIMIZER_STA
 
 
 class OpKind(StrEnum):
-    """Which kind of engine an operator occupies."""
+    """Which kind of engine an operator occupies; one at a boundary takes or hands over what exists, in no time."""
 
     COMPUTE = "compute"
     COLLECTIVE = "collective"
     COPY = "copy"
+    BOUNDARY = "boundary"
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,7 +140,9 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     ``inputs`` and ``outputs`` name tensors. An output whose buffer already exists is written in place. ``flops``
     counts multiplications and additions. ``body`` is the call that computes it, for example
     ``aten.convolution.default(%0, %1, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)`` where ``%i`` is input ``i``;
-    an empty body can be planned but not executed. ``origin`` names the model's own node.
+    an empty body can be planned but not executed. ``origin`` names the model's own node. ``outside_bytes`` are what it
+    reads and writes in the scratchpad's memory beyond the graph's tensors, as weights that their owner keeps there: they
+    take time and no planned place.
     """
 
     name: str
@@ -149,6 +152,7 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     flops: int = 0
     body: str = ""
     origin: str = ""
+    outside_bytes: int = 0
 
     @property
     def target(self) -> str:
@@ -268,8 +272,10 @@ def _check_program_order(graph: Graph) -> None:
     produced: set[str] = set()
     operator_outputs = {name for op in graph.ops for name in op.outputs}
     for op in graph.ops:
-        if not 0 <= op.flops < 1 << 63:  # what a plan's JSON can hold
-            raise ModelError(f"operator {op.name!r} has {op.flops} flops, outside 0 to 2**63 - 1")
+        if not (0 <= op.flops < 1 << 63 and 0 <= op.outside_bytes < 1 << 63):  # what a plan's JSON can hold
+            raise ModelError(
+                f"operator {op.name!r} has {op.flops} flops and {op.outside_bytes} outside bytes; both take 0 to 2**63 - 1"
+            )
         for name in op.inputs:
             tensor = _known(graph, name, f"operator {op.name!r}")
             if not (name in produced if name in operator_outputs else tensor.buffer in live):

@@ -19,6 +19,7 @@ import msgspec
 from ..errors import PlanError
 from ..hw_models.cost import op_seconds, transfer_seconds
 from ..hw_models.model import Direction, Engine, EngineKind, HardwareModel
+from .graph import OpKind
 from .plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
 
 _T = TypeVar("_T")
@@ -125,8 +126,10 @@ def _run_seconds(plan: Plan, streamed: frozenset[str], op_index: int, engine: En
     tensors, streamed ones with those of their buffers.
     """
     graph, op = plan.graph, plan.graph.ops[op_index]
+    if op.kind is OpKind.BOUNDARY:
+        return 0.0
     operands = [graph.tensor[name] for name in dict.fromkeys((*op.inputs, *op.outputs))]
-    local_bytes = sum(tensor.nbytes for tensor in operands if tensor.buffer not in streamed)
+    local_bytes = op.outside_bytes + sum(tensor.nbytes for tensor in operands if tensor.buffer not in streamed)
     streamed_bytes = sum(graph.buffers[b].nbytes for b in graph.reads[op_index] if b in streamed)
     dtype = operands[0].dtype if operands else "default"
     return op_seconds(op.flops, dtype, local_bytes, streamed_bytes, plan.machine, engine)

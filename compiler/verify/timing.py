@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ...hw_models.cost import op_seconds, transfer_seconds
 from ...hw_models.model import Engine, EngineKind
-from ..graph import DTYPE_BYTES
+from ..graph import DTYPE_BYTES, OpKind
 from ..plan import Instruction, Plan, Recompute, Residence, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
@@ -65,8 +65,11 @@ def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: E
         return 0.0
     index = facts.op_index[instruction.op]
     op = plan.graph.ops[index]
+    if op.kind is OpKind.BOUNDARY:
+        return 0.0
     operands = [plan.graph.tensor[name] for name in dict.fromkeys((*op.inputs, *op.outputs))]
     local = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] for t in operands if t.buffer not in facts.streamed)
+    local += op.outside_bytes
     streamed = sum(facts.nbytes[buffer] for buffer in facts.reads[index] if buffer in facts.streamed)
     dtype = operands[0].dtype if operands else "default"
     return op_seconds(op.flops, dtype, local, streamed, plan.machine, engine)

@@ -64,7 +64,8 @@ class Prices:
         machine, graph = self.plan.machine, self.plan.graph
         tensors = [graph.tensor[name] for name in dict.fromkeys((*graph.ops[op].inputs, *graph.ops[op].outputs))]
         streamed = self.streamed_bytes(op)
-        local = sum(tensor.nbytes for tensor in tensors if tensor.buffer not in self._streamed)
+        local = graph.ops[op].outside_bytes
+        local += sum(tensor.nbytes for tensor in tensors if tensor.buffer not in self._streamed)
         if self.objective == "traffic":
             return streamed
         flops, dtype = graph.ops[op].flops, tensors[0].dtype if tensors else "default"

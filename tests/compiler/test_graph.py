@@ -123,7 +123,7 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "names a tensor twice: x": lambda: graph([X, X], [], "x"),
     "names an operator twice: relu": lambda: graph([X, tensor("y")], [RELU, RELU], "y"),
     "operator 'o' has -1 flops": lambda: graph([X], [Op("o", ("x",), (), flops=-1)], "x"),
-    "outside 0 to 2**63 - 1": lambda: graph([X], [Op("o", ("x",), (), flops=1 << 63)], "x"),
+    "both take 0 to 2**63 - 1": lambda: graph([X], [Op("o", ("x",), (), flops=1 << 63)], "x"),
     "tensor 'd' has 100000 dimensions": lambda: tensor("d", *[1 << 60] * 100_000),
     "tensor 'v' lies in buffer 'gone'": lambda: graph([X, tensor("v", buffer="gone")], [], "v"),
     "tensor 'u' lies in buffer 'v'": lambda: graph([X, tensor("v", buffer="x"), tensor("u", buffer="v")], [], "u"),
@@ -167,4 +167,4 @@ def test_contradictions_are_refused_by_name(message: str) -> None:
 
 
 def test_kinds_of_operators_are_closed() -> None:
-    assert [kind.value for kind in OpKind] == ["compute", "collective", "copy"]
+    assert [kind.value for kind in OpKind] == ["compute", "collective", "copy", "boundary"]

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.codegen import common as codegen
 from torch._inductor.compile_fx import compile_fx_inner
 
-from .program import Program
+from ...runtime.device.program import Program
 from .recorder import ProgramCodegen, Unrecorded, recording
 
 __all__ = ["Lowered", "Unrecorded", "lower"]

@@ -22,7 +22,7 @@ from torch._inductor.codegen.common import FileBackedGraphModule, WorkspaceArg
 from torch._inductor.codegen.wrapper_fxir import WrapperFxCodegen
 from torch._inductor.virtualized import V
 
-from .program import Call, Kernel, Origin, Program, Ref, Size, Storage, View, span_elements
+from ...runtime.device.program import Call, Kernel, Origin, Program, Ref, Size, Storage, View, span_elements
 
 __all__ = ["ProgramCodegen", "Unrecorded", "recording"]
 

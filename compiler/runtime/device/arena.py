@@ -1,0 +1,66 @@
+"""The bytes that programs share, one block for each device and stream at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["ALIGNMENT_BYTES", "ArenaPool"]
+
+ALIGNMENT_BYTES = 512  # what PyTorch's CUDA caching allocator aligns to; more than any vector load needs
+
+
+class ArenaPool:
+    """Lends one block of bytes to each call, and keeps the largest returned for the next one.
+
+    All programs of a process share it: a training step's backward pass runs in the bytes its forward pass has used. A
+    second call at the same time gets a block of its own. ``allocated_bytes`` is what is kept or lent now.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self._lent = 0
+
+    @contextmanager
+    def lend(self, nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """A block of at least ``nbytes`` on ``device``, for work on the current stream."""
+        key = (device, _current_stream(device))
+        with self._lock:
+            block = self._idle.pop(key, None)
+        if block is None or block.numel() < nbytes:
+            del block  # free it before its successor is allocated
+            block = self._allocate(nbytes, device)
+        try:
+            with self._lock:
+                self._lent += block.numel()
+            yield block
+        finally:
+            with self._lock:
+                self._lent -= block.numel()
+                kept = self._idle.get(key)
+                if kept is None or kept.numel() < block.numel():
+                    self._idle[key] = block
+
+    def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        block = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+        skip = -block.data_ptr() % ALIGNMENT_BYTES
+        return block[skip : skip + nbytes]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all blocks, lent and idle."""
+        with self._lock:
+            return self._lent + sum(block.numel() for block in self._idle.values())
+
+    def clear(self) -> None:
+        """Give back every idle block."""
+        with self._lock:
+            self._idle.clear()
+
+
+def _current_stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

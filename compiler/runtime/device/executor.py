@@ -1,0 +1,49 @@
+"""A planned program as a function of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .arena import ArenaPool
+from .code import HostCode, write_host_code
+from .kernels import load_kernels
+from .layout import DevicePlan
+from .program import Program
+
+__all__ = ["POOL", "Executor"]
+
+#: Shared by all programs of the process.
+POOL = ArenaPool()
+
+
+class Executor:
+    """Runs ``program``, whose sizes are integers, under ``device_plan`` in an arena lent by ``pool``.
+
+    It is called with a list of inputs, which it empties so that those nobody else holds can be freed, and returns a
+    tuple of outputs (the boxed convention of AOTAutograd).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        device_plan: DevicePlan,
+        *,
+        device: torch.device,
+        kernels: Mapping[str, Any] | None = None,
+        pool: ArenaPool = POOL,
+    ) -> None:
+        loaded = load_kernels(program) if kernels is None else kernels
+        self.code: HostCode = write_host_code(program, device_plan, loaded)
+        self.device, self.pool, self.arena_bytes = device, pool, device_plan.arena_bytes
+        self._bound: tuple[int, Any] | None = None  # the arena's address and the host code over it
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        with self.pool.lend(self.arena_bytes, self.device) as arena:
+            bound = self._bound
+            if bound is None or bound[0] != arena.data_ptr():
+                bound = self._bound = (arena.data_ptr(), self.code.bind(arena))
+            result: tuple[Any, ...] = bound[1](inputs)
+            return result
