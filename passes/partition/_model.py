@@ -1,0 +1,205 @@
+"""The integer program of a partition, as PuLP model; docs/formulations/partition.md states it in these symbols."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import pulp
+
+from ...compiler.partition import PartitionProblem
+
+__all__ = ["Early", "Model", "Saved", "early"]
+
+#: Kept and offloaded values, by index.
+Saved = tuple[frozenset[int], frozenset[int]]
+
+
+@dataclass(frozen=True)
+class Early:
+    """An offloaded ``value`` is needed before backward step ``before`` if all the steps in ``again`` run again."""
+
+    value: int
+    again: frozenset[int]
+    before: int
+
+
+def early(problem: PartitionProblem, answer: Saved) -> frozenset[Early]:
+    """What of ``answer`` is needed before it is needed at the latest, and why."""
+    kept, offloaded = answer
+    count = problem.recount(kept, offloaded)
+    if count is None:
+        return frozenset()
+    due = problem.due(kept | offloaded, count.again)
+    found = set()
+    for v in offloaded & due.keys():
+        before, step = due[v]
+        if before == problem.latest[v]:
+            continue
+        again: set[int] = set()
+        while step is not None:
+            again.add(step)
+            unsaved = [u for u in problem.made[step] if u in due and u not in kept | offloaded]
+            step = due[min(unsaved, key=lambda u: due[u][0])][1]
+        found.add(Early(v, frozenset(again), before))
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Variables by name: ``keep_v``, ``offload_v``, ``again_s``, and those of exposed transfers.
+
+    One unit of the objective is ``unit_ps`` picoseconds. Loads are due when they are needed at the latest, or
+    ``early``: without those it is a relaxation.
+    """
+
+    problem: PartitionProblem
+    limit_bytes: int
+    unit_ps: int = 1
+    early: frozenset[Early] = frozenset()
+
+    @cached_property
+    def repeatable(self) -> frozenset[int]:
+        """Steps that may run again and make something that is needed."""
+        steps, values = self.problem.steps, self.problem.values
+        made = (values[v].producer for v in self.problem.needed)
+        return frozenset(s for s in made if s is not None and steps[s].repeatable)
+
+    def least_time(self) -> pulp.LpProblem:
+        """Minimise the time added, within the limit."""
+        model = pulp.LpProblem("partition", pulp.LpMinimize)
+        variables = self._variables(model)
+        cost = {variables[f"again_{s}"]: self.problem.steps[s].again_ps / self.unit_ps for s in sorted(self.repeatable)}
+        for v in self.problem.needed:
+            for way in ("keep", "offload"):
+                if f"{way}_{v}" in variables:
+                    cost[variables[f"{way}_{v}"]] = self.problem.values[v].save_ps / self.unit_ps
+        exposed_store, exposed_load = (
+            model.add_variable(name, 0, None, pulp.LpContinuous) for name in ("exposed_store", "exposed_load")
+        )
+        cost |= {exposed_store: 1.0, exposed_load: 1.0}
+        model += pulp.LpAffineExpression(cost), "time"
+        self._add_availability(model, variables)
+        unit, kept = self._kept_bytes(variables)
+        if sum(kept.values()) > self.limit_bytes // unit:
+            model += pulp.LpAffineExpression(kept) <= self.limit_bytes // unit, "limit"
+        self._add_stores(model, variables, exposed_store)
+        self._add_loads(model, variables, exposed_load)
+        return model
+
+    def least_bytes(self) -> pulp.LpProblem:
+        """Minimise the bytes kept; the objective is in units of ``bytes_unit``."""
+        model = pulp.LpProblem("least_bytes", pulp.LpMinimize)
+        variables = self._variables(model)
+        _, kept = self._kept_bytes(variables)
+        model += pulp.LpAffineExpression(kept), "bytes"
+        self._add_availability(model, variables)
+        return model
+
+    @cached_property
+    def bytes_unit(self) -> int:
+        """The sizes' common divisor."""
+        return math.gcd(*(self.problem.values[v].nbytes for v in self.problem.needed)) or 1
+
+    def start(self, saved: Saved, again: frozenset[int]) -> dict[str, float]:
+        """The binary variables' values in an answer."""
+        values = {f"{way}_{v}": 0.0 for v in self.problem.needed for way in ("keep", "offload") if self._may(way, v)}
+        values.update({f"again_{s}": float(s in again) for s in self.repeatable})
+        for way, chosen in zip(("keep", "offload"), saved, strict=True):
+            values.update({f"{way}_{v}": 1.0 for v in chosen if f"{way}_{v}" in values})
+        return values
+
+    def saved(self, values: Mapping[str, float]) -> Saved:
+        """The answer that a solution stands for."""
+        kept = frozenset(v for v in self.problem.needed if values.get(f"keep_{v}", 0.0) > 0.5)
+        offloaded = frozenset(v for v in self.problem.needed if values.get(f"offload_{v}", 0.0) > 0.5)
+        return kept, offloaded - kept
+
+    def _may(self, way: str, v: int) -> bool:
+        value = self.problem.values[v]
+        return value.can_keep if way == "keep" else value.can_offload
+
+    def _variables(self, model: pulp.LpProblem) -> dict[str, Any]:
+        names = [f"{way}_{v}" for v in self.problem.needed for way in ("keep", "offload") if self._may(way, v)]
+        names += [f"again_{s}" for s in sorted(self.repeatable)]
+        return {name: model.add_variable(name, 0, 1, pulp.LpInteger) for name in names}
+
+    def _kept_bytes(self, variables: Mapping[str, Any]) -> tuple[int, dict[Any, int]]:
+        sizes = {
+            variables[f"keep_{v}"]: self.problem.values[v].nbytes for v in self.problem.needed if self._may("keep", v)
+        }
+        return self.bytes_unit, {variable: size // self.bytes_unit for variable, size in sizes.items() if size}
+
+    def _add_availability(self, model: pulp.LpProblem, variables: Mapping[str, Any]) -> None:
+        """Whatever is read in the backward half is kept, offloaded, or made by a step that runs again."""
+        needed = frozenset(self.problem.needed)
+        for v in self.problem.demanded:
+            model += pulp.LpAffineExpression(self._sources(v, variables)) >= 1, f"demanded_{v}"
+        for s in sorted(self.repeatable):
+            for v in sorted(needed.intersection(self.problem.steps[s].reads)):
+                row = {**self._sources(v, variables), variables[f"again_{s}"]: -1}
+                model += pulp.LpAffineExpression(row) >= 0, f"operand_{s}_{v}"
+
+    def _sources(self, v: int, variables: Mapping[str, Any]) -> dict[Any, int]:
+        names = (f"keep_{v}", f"offload_{v}", f"again_{self.problem.values[v].producer}")
+        return {variables[name]: 1 for name in names if name in variables}
+
+    def _add_stores(self, model: pulp.LpProblem, variables: Mapping[str, Any], exposed: Any) -> None:
+        """What is stored from each moment on does not end before all of it has passed the link."""
+        problem = self.problem
+        released = sorted(
+            (v for v in self.problem.needed if self._may("offload", v)), key=lambda v: -problem.released_ps[v]
+        )
+        later: Any = None
+        for ps, group in groupby(released, key=lambda v: problem.released_ps[v]):
+            now = model.add_variable(f"stored_from_{ps}", 0, None, pulp.LpContinuous)
+            row = {variables[f"offload_{v}"]: (problem.values[v].store_ps or 0) / self.unit_ps for v in group}
+            row |= {now: -1.0} | ({} if later is None else {later: 1.0})
+            model += pulp.LpAffineExpression(row) == 0, f"stored_from_{ps}"
+            left = (problem.forward_ps - ps) / self.unit_ps
+            model += pulp.LpAffineExpression({exposed: 1, now: -1}) >= -left, f"exposed_store_{ps}"
+            later = now
+
+    def _add_loads(self, model: pulp.LpProblem, variables: Mapping[str, Any], exposed: Any) -> None:
+        """What is needed by each moment has passed the link, or the backward half waits for it."""
+        problem = self.problem
+        due: dict[int, dict[Any, float]] = {}
+
+        def add(before: int, variable: Any, load: float) -> None:
+            row = due.setdefault(problem.begins_ps[before], {})
+            row[variable] = row.get(variable, 0.0) + load
+
+        for v in problem.needed:
+            if self._may("offload", v):
+                load = (problem.values[v].load_ps or 0) / self.unit_ps
+                latest = problem.latest[v]
+                add(latest, variables[f"offload_{v}"], load)
+                for before, moved in self._add_early(model, variables, v):
+                    add(before, moved, load)
+                    add(latest, moved, -load)
+                    latest = before
+        earlier: Any = None
+        for ps in sorted(due):
+            now = model.add_variable(f"loaded_by_{ps}", 0, None, pulp.LpContinuous)
+            row = due[ps] | {now: -1.0} | ({} if earlier is None else {earlier: 1.0})
+            model += pulp.LpAffineExpression(row) == 0, f"loaded_by_{ps}"
+            model += pulp.LpAffineExpression({exposed: 1, now: -1}) >= -ps / self.unit_ps, f"exposed_load_{ps}"
+            earlier = now
+
+    def _add_early(self, model: pulp.LpProblem, variables: Mapping[str, Any], v: int) -> Iterator[tuple[int, Any]]:
+        """Backward steps before which ``v`` may be needed, the last one first, each with whether it is."""
+        whether = variables[f"offload_{v}"]
+        reasons = sorted((e for e in self.early if e.value == v), key=lambda e: (-e.before, sorted(e.again)))
+        for before, group in groupby(reasons, key=lambda e: e.before):
+            now = model.add_variable(f"early_{v}_{before}", 0, 1, pulp.LpContinuous)
+            model += pulp.LpAffineExpression({whether: 1, now: -1}) >= 0, f"early_{v}_{before}"
+            for i, reason in enumerate(group):
+                row = {variables[f"again_{s}"]: 1.0 for s in sorted(reason.again)}
+                row |= {variables[f"offload_{v}"]: 1.0, now: -1.0}
+                model += pulp.LpAffineExpression(row) <= len(reason.again), f"early_{v}_{before}_{i}"
+            yield before, now
+            whether = now
