@@ -1,0 +1,73 @@
+"""The order of least peak for a program that others feed: what frames it stays first and last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...compiler.graph import Graph, OpKind
+from ...compiler.pipeline import Budget
+from ...compiler.plan import Certificate, Plan
+from ..order._peak_search import LeastPeak, aligned_peak, certificate, least_peak_order, plain_bound, working_set_bound
+from ..order.problem import OrderProblem
+
+__all__ = ["Ordering", "framed", "ordering"]
+
+SHARE = 0.8  # of the budget for the search; the rest repeats the proof in plain bytes
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """An order of operators (indices), what it proves, and the peaks it is compared with.
+
+    ``certificate`` states its largest sum of live bytes and the bound over all orders, in plain bytes;
+    ``program_bytes`` is the same sum in program order. ``peak`` and ``bound`` are the first two with every buffer
+    rounded up to the machine's alignment, as an allocator does.
+    """
+
+    order: tuple[int, ...]
+    certificate: Certificate
+    program_bytes: int
+    peak: int
+    bound: int
+
+
+def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
+    """The order of least peak of ``plan``'s graph; without ``search`` program order, whose bound is a working set's.
+
+    Where no order has a lower peak than program order, program order it is: it uses what it has just made.
+    """
+    problem = framed(OrderProblem.of(plan), plan.graph)
+    program = tuple(range(len(plan.graph.ops)))
+    if search:
+        found = least_peak_order(problem, budget.share(SHARE), start=program)
+        plain = plain_bound(problem, found, budget)
+    else:
+        peak = aligned_peak(problem, program)
+        found = LeastPeak(program, peak, working_set_bound(problem, problem.footprint))
+        plain = working_set_bound(problem, problem.nbytes)
+    proven = certificate(problem, problem.peak_bytes(found.order), plain)
+    return Ordering(found.order, proven, problem.peak_bytes(program), found.peak, found.bound)
+
+
+def framed(problem: OrderProblem, graph: Graph) -> OrderProblem:
+    """``problem`` with operators that bring what exists before all others, and those that take results behind them."""
+    bring = [i for i, op in enumerate(graph.ops) if op.kind is OpKind.BOUNDARY and not op.inputs]
+    take = [i for i, op in enumerate(graph.ops) if op.kind is OpKind.BOUNDARY and op.inputs and not op.outputs]
+    if not bring and not take:
+        return problem
+    between = [i for i in range(len(graph.ops)) if i not in {*bring, *take}]
+    before = [set(others) for others in problem.predecessors]
+    for op in between:
+        before[op].update(bring)
+    for op in take:
+        before[op].update(between, bring)
+    return replace(problem, predecessors=tuple(tuple(sorted(o)) for o in before), successors=_mirrored(before))
+
+
+def _mirrored(before: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
+    after: list[list[int]] = [[] for _ in before]
+    for op, others in enumerate(before):
+        for other in others:
+            after[other].append(op)
+    return tuple(tuple(sorted(others)) for others in after)

@@ -1,0 +1,64 @@
+"""From a program's graph to a plan for a device: an order of least peak, one arena, and what is allocated apart."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from ...compiler.graph import Graph
+from ...compiler.pipeline import Budget, confirm
+from ...compiler.plan import PassRecord, Plan, Residence
+from ...compiler.runtime.device.layout import DevicePlan
+from ...hw_models.model import HardwareModel
+from .ordering import ordering
+from .placement import place
+
+__all__ = ["plan_for_device"]
+
+ORDER_SHARE = 0.6  # of the budget; placing has what is left
+
+
+def plan_for_device(
+    graph: Graph,
+    apart: frozenset[str],
+    machine: HardwareModel,
+    budget: Budget,
+    *,
+    hosts: frozenset[str] = frozenset(),
+    reorder: bool = True,
+) -> DevicePlan:
+    """Decide order, residences and places of ``graph`` (a program's planning graph) so that a process allocates least.
+
+    ``apart`` are buffers that cannot lie in the arena: outputs, what calls make for themselves, inputs handed over.
+    ``hosts`` are those of them whose memory may hold other buffers while they do not need it: before its first write
+    if the caller allocates it, after its last use if it was handed over. ``machine`` gives the alignment; its capacity
+    plays no part, and the plan's own is what arena and ranges take. Without ``reorder`` the order is the program's.
+
+    The order is of least peak (``order/least_peak``), program order where that is as good, and buffers stay from first
+    to last use. The plan's first record certifies the peak of live bytes over all orders, its note that of program
+    order. Never fails because time ran out.
+    """
+    begin = time.monotonic()
+    start = Plan.of_order(graph, machine)
+    found = ordering(start, budget.share(ORDER_SHARE), search=reorder)
+    note = f"program order has {found.program_bytes:,}"
+    record = PassRecord("order/least_peak", time.monotonic() - begin, found.certificate, note)
+    resident = msgspec.structs.replace(start.with_order(found.order).with_record(record))
+    resident = msgspec.structs.replace(resident, residences=_residences(resident))
+    placed = place(resident, apart, hosts & apart, budget)
+    confirm("device", placed.plan, found.certificate)
+    return placed
+
+
+def _residences(plan: Plan) -> tuple[Residence, ...]:
+    """One for each buffer that has bytes, from its first use to its last."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for step, op in enumerate(plan.order):
+        for buffer in plan.graph.touches[op]:
+            first.setdefault(buffer, step)
+            last[buffer] = step + 1
+    memory = plan.machine.scratchpad
+    spans = sorted((first[b], b) for b in first if plan.graph.buffers[b].nbytes)
+    return tuple(Residence(buffer, memory, begin, last[buffer]) for begin, buffer in spans)
