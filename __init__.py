@@ -2,7 +2,8 @@
 
 ``compile`` reads a PyTorch or ONNX model and returns a verified, executable space-time plan; ``load_plan`` reads a
 saved one; ``explain`` says why a plan moves what it moves; ``fit`` answers how small a scratchpad may be; ``hardware``
-describes machines; ``onnx_backend`` is the ONNX Backend interface; ``errors`` holds every deliberate error.
+describes machines; ``onnx_backend`` is the ONNX Backend interface; ``backend`` is what ``torch.compile(model,
+backend="opweave")`` calls, and ``backend_reports`` what it made; ``errors`` holds every deliberate error.
 
 Importing this package imports neither torch nor a solver: everything below is resolved on first use.
 """
@@ -21,16 +22,32 @@ if TYPE_CHECKING:
     from .api import hardware as hardware
     from .api import load_plan as load_plan
     from .api import onnx_backend as onnx_backend
+    from .torch_backend import backend as backend
+    from .torch_backend import backend_reports as backend_reports
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "compile", "errors", "explain", "fit", "hardware", "load_plan", "onnx_backend"]
+__all__ = [
+    "CompiledModel",
+    "backend",
+    "backend_reports",
+    "compile",
+    "errors",
+    "explain",
+    "fit",
+    "hardware",
+    "load_plan",
+    "onnx_backend",
+]
+
+_TORCH = ("backend", "backend_reports")
 
 
 def __getattr__(name: str) -> object:
     if name == "errors":
         return importlib.import_module(".errors", __name__)
     if name in __all__:
-        return getattr(importlib.import_module(".api", __name__), name)
+        roof = ".torch_backend" if name in _TORCH else ".api"
+        return getattr(importlib.import_module(roof, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

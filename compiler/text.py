@@ -18,7 +18,8 @@ The grammar, a statement a line; blank lines and lines that begin with ``#`` mea
 
     graph   = "graph" NAME "{" { tensor | op | return } "}"
     tensor  = ROLE NAME ":" DTYPE SHAPE [ "in" NAME ] [ "strides" LIST ] [ "offset" INTEGER ]
-    op      = "op" NAME NAMES "->" NAMES [ "kind" KIND ] [ "flops" INTEGER ] [ "outside" INTEGER ] [ "from" NAME ] [ "do" BODY ]
+    op      = "op" NAME NAMES "->" NAMES [ "kind" KIND ] [ "flops" INTEGER ] [ "outside" INTEGER ] [ "once" ]
+              [ "from" NAME ] [ "do" BODY ]
     return  = "return" [ NAME { "," NAME } ]
 
 ``NAME`` is a JSON string, ``SHAPE`` and ``LIST`` are integers in brackets, ``NAMES`` are names in parentheses.
@@ -77,6 +78,8 @@ def _print_op(op: Op) -> str:
         text += f" flops {op.flops}"
     if op.outside_bytes:
         text += f" outside {op.outside_bytes}"
+    if not op.repeatable:
+        text += " once"
     if op.origin:
         text += f" from {_quoted(op.origin)}"
     if op.body:
@@ -155,12 +158,14 @@ def _parse_op(line: _Line) -> Op:
     line.word("(", ("(",))
     outputs = line.names_until(")")
     kinds = tuple(kind.value for kind in OpKind)
-    kind = line.option("kind", lambda: line.word("a kind of operator", kinds))
+    kind_name = line.option("kind", lambda: line.word("a kind of operator", kinds))
     flops = line.option("flops", lambda: line.integer("a number of operations"))
     outside = line.option("outside", lambda: line.integer("a number of bytes"))
+    once = line.option("once", lambda: True)
     origin = line.option("from", lambda: line.name("the name of the model's node"))
     body = line.option("do", line.body)
-    return Op(name, inputs, outputs, OpKind(kind or "compute"), flops or 0, body or "", origin or "", outside or 0)
+    kind = OpKind(kind_name or "compute")
+    return Op(name, inputs, outputs, kind, flops or 0, body or "", origin or "", outside or 0, not once)
 
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9]{1,40}(?![0-9])|[A-Za-z_][A-Za-z0-9_]*|->|[\[\](){},:]')

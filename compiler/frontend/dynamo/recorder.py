@@ -93,11 +93,14 @@ class _Recorder:
         self.written: set[str] = set()
         self.constants: dict[str, torch.Tensor] = {}
         self.symbols: dict[sympy.Symbol, tuple[str, str, int]] = {}
+        self.symbol_named: dict[str, sympy.Symbol] = {}  # C++ kernels are called with symbols by name
 
     def program(self) -> Program:
         """Everything recorded. Raises Unrecorded."""
         inputs = tuple(self._input(name, node) for name, node in self.wrapper.get_graph_inputs().items())
         self._symbols_of_shapes(inputs)
+        given = (item for item in inputs if isinstance(item, sympy.Symbol))
+        self.symbol_named = {str(symbol): symbol for symbol in (*given, *self.symbols)}
         for name, value in V.graph.constants.items():
             self.constants[name] = value
             self._own(name, value.dtype, value.device, tuple(value.shape), value.stride(), Origin.CONSTANT)
@@ -292,7 +295,8 @@ class _Recorder:
         if isinstance(value, lines.SymbolicCallArg):
             return _size(value.inner_expr)
         if isinstance(value, str):
-            return Ref(self._known(value))
+            symbol = self.symbol_named.get(value)
+            return Ref(self._known(value)) if symbol is None else symbol
         if isinstance(value, int | float | bool | sympy.Expr | torch.dtype | type(None)):
             return _size(value)
         raise Unrecorded(f"a kernel argument of type {type(value).__name__}")

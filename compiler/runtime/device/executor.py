@@ -36,6 +36,7 @@ class Executor:
         pool: ArenaPool = POOL,
     ) -> None:
         loaded = load_kernels(program) if kernels is None else kernels
+        self.kernels = loaded
         self.code: HostCode = write_host_code(program, device_plan, loaded)
         self.device, self.pool, self.arena_bytes = device, pool, device_plan.arena_bytes
         self._bound: tuple[int, Any] | None = None  # the arena's address and the host code over it

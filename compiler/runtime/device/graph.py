@@ -4,6 +4,9 @@ Its buffers are those whose bytes come and go while the program runs: planned on
 themselves, and inputs that the caller hands over. What the caller keeps occupies no planned byte and is left out; the
 order it imposes is kept by tensors without bytes. Two operators frame the program: ``receive`` brings the inputs that
 are handed over, ``return`` takes the outputs, so that both occupy memory as long as they do.
+
+Tensors that the caller has in host memory are inputs of the graph, and those that it gets there are its outputs: the
+plan loads and stores them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ __all__ = ["RECEIVE", "RETURN", "planning_graph"]
 
 RECEIVE, RETURN = "receive", "return"
 #: Origins of the storages that a graph lists.
-_LISTED = (Origin.PLANNED, Origin.OUTPUT, Origin.CALL, Origin.GIVEN)
+_LISTED = (Origin.PLANNED, Origin.OUTPUT, Origin.CALL, Origin.GIVEN, Origin.HOST, Origin.RETURNED)
 
 
 def planning_graph(program: Program) -> Graph:
@@ -39,18 +42,26 @@ class _Builder:
         self.readers: dict[str, list[int]] = {}  # of storages that are not listed, since the last write
         self.writer: dict[str, int] = {}
         self.effect: int | None = None
+        written = {name for call in program.calls for name in call.writes}
+        self.updated = frozenset(name for name in written if not self._is_listed(name))
 
     def graph(self) -> Graph:
         given = [s.name for s in self.program.storages.values() if s.origin is Origin.GIVEN]
         if given:
             self.ops.append(Op(RECEIVE, (), tuple(self._written(name) for name in given), OpKind.BOUNDARY))
+        used = {name for call in self.program.calls for name in (*call.reads, *call.writes)}
+        for storage in self.program.storages.values():
+            if storage.origin is Origin.HOST and storage.name in used:
+                self._written(storage.name, Role.INPUT)
         for call in self.program.calls:
             self._append(call)
-        returned = dict.fromkeys(self.program.storage_of(o).name for o in self.program.outputs if isinstance(o, Ref))
-        kept = tuple(self.version[name] for name in returned if name in self.version)
+        returned = dict.fromkeys(self.program.storage_of(o) for o in self.program.outputs if isinstance(o, Ref))
+        made = [s for s in returned if s.name in self.version and s.origin is not Origin.HOST]
+        kept = tuple(self.version[s.name] for s in made if s.origin is not Origin.RETURNED)
         if kept:
             self.ops.append(Op(RETURN, kept, (), OpKind.BOUNDARY))
-        return Graph(self.program.name, tuple(self.tensors), tuple(self.ops), ())
+        stored = tuple(self.version[s.name] for s in made if s.origin is Origin.RETURNED)
+        return Graph(self.program.name, tuple(self.tensors), tuple(self.ops), stored)
 
     def _append(self, call: Call) -> None:
         index = len(self.ops)
@@ -62,8 +73,17 @@ class _Builder:
             self._bytes(name) for name in dict.fromkeys((*call.reads, *call.writes)) if not self._is_listed(name)
         )
         flops = call_flops(call, self.program)
+        again = not (call.effect or call.makes or self.updated.intersection((*call.reads, *call.writes)))
         self.ops.append(
-            Op(call.name, tuple(inputs), tuple(outputs), flops=flops, outside_bytes=outside, origin=call.target)
+            Op(
+                call.name,
+                tuple(inputs),
+                tuple(outputs),
+                flops=flops,
+                outside_bytes=outside,
+                origin=call.target,
+                repeatable=again,
+            )
         )
 
     def _is_listed(self, storage: str) -> bool:
@@ -74,14 +94,14 @@ class _Builder:
         assert isinstance(nbytes, int)
         return nbytes
 
-    def _written(self, storage: str) -> str:
+    def _written(self, storage: str, role: Role = Role.ACTIVATION) -> str:
         """A new version of a storage's tensor, or its first."""
         known = self.program.storages[storage]
         before = self.version.get(storage)
         name = storage if before is None else f"{before}'"
         dtype = str(known.dtype).removeprefix("torch.")
         elements = self._bytes(storage) // known.dtype.itemsize
-        self.tensors.append(Tensor(name, (elements,), dtype, Role.ACTIVATION, storage))
+        self.tensors.append(Tensor(name, (elements,), dtype, role, storage))
         self.version[storage] = name
         return name
 

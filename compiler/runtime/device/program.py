@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -32,6 +31,8 @@ class Origin(StrEnum):
     PLANNED = "planned"  # the planner: in the arena
     OUTPUT = "output"  # the executor, afresh in each call: the caller keeps it
     CALL = "call"  # the call that makes it
+    HOST = "host"  # the caller, in host memory: the plan loads it, and stores back what calls wrote
+    RETURNED = "returned"  # the planner: in the arena; the caller gets a copy in host memory, which the plan stores
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Program:
         known = _Substitution(values)
         return replace(
             self,
-            storages=MappingProxyType({k: replace(s, nbytes=known(s.nbytes)) for k, s in self.storages.items()}),
-            views=MappingProxyType({k: _view_at(v, known) for k, v in self.views.items()}),
+            storages={k: replace(s, nbytes=known(s.nbytes)) for k, s in self.storages.items()},
+            views={k: _view_at(v, known) for k, v in self.views.items()},
             calls=tuple(_call_at(c, known) for c in self.calls),
             outputs=tuple(known(o) for o in self.outputs),
         )

@@ -1,0 +1,164 @@
+"""A compiled graph as AOTAutograd runs and stores it: a program, its plans, and its report."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch._inductor.output_code import OutputCode
+
+from ...runtime.device.executor import Executor
+from ...runtime.device.layout import DevicePlan
+from ...runtime.device.program import Program, Ref
+from .report import GraphReport
+
+__all__ = ["LOADING", "Loading", "PlannedGraph", "StockGraph"]
+
+#: Makes a plan for a program all of whose sizes are integers.
+PlanProgram = Callable[[Program], DevicePlan]
+
+
+class Loading(Protocol):
+    """What a graph that comes from the cache needs of the backend that asked for it."""
+
+    @property
+    def replan(self) -> PlanProgram:
+        """Makes plans for shapes that no stored plan covers."""
+
+    def found(self, report: GraphReport) -> None:
+        """Take the report of a graph that was found."""
+
+
+#: Set by the backend while it compiles: AOTAutograd loads what it finds without saying for whom.
+LOADING: ContextVar[Loading] = ContextVar("loading")
+#: Shapes whose plans are kept; the oldest goes first.
+KEPT_PLANS = 64
+
+
+class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for it
+    """A program run by our executor (tier T1), with one plan for each combination of its symbols' values.
+
+    It is stored without executors; in another process they are made when it is first called. ``replan`` makes plans for
+    shapes that the stored ones do not cover; it is set by the backend after loading.
+    """
+
+    def __init__(self, program: Program, device: torch.device, report: GraphReport, key: str) -> None:
+        super().__init__()
+        self._boxed_call = True  # in the instance: AOTAutograd copies its attributes
+        self.program, self.device, self.report = program, device, report
+        self.plans: dict[tuple[int, ...], DevicePlan] = {}
+        self.replan: PlanProgram | None = None
+        self._fx_graph_cache_key = key
+        self._time_taken_ns = int((report.lowering_s + report.planning_s) * 1e9)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._executors: dict[tuple[int, ...], Executor] = {}
+        self._lock = threading.Lock()
+        positions = enumerate(self.program.inputs)
+        self._given = {item: index for index, item in positions if isinstance(item, sympy.Symbol)}
+        names = {item.name: index for index, item in enumerate(self.program.inputs) if isinstance(item, Ref)}
+        self._read = {symbol: (names[name], what, dim) for symbol, (name, what, dim) in self.program.symbols.items()}
+
+    def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        boxed = inputs if isinstance(inputs, list) else list(inputs)
+        values = self.values(boxed)
+        executor = self._executors.get(values)
+        if executor is None:
+            executor = self._executor(values)
+        return executor(boxed)
+
+    def values(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """Values of the program's symbols, in the order of ``free_symbols``."""
+        if not self.program.free_symbols:
+            return ()
+        return tuple(self._value(symbol, inputs) for symbol in self.program.free_symbols)
+
+    def _value(self, symbol: sympy.Symbol, inputs: Sequence[Any]) -> int:
+        if symbol in self._given:
+            return int(inputs[self._given[symbol]])
+        index, what, dimension = self._read[symbol]
+        tensor = inputs[index]
+        return int(tensor.shape[dimension] if what == "size" else tensor.stride(dimension))
+
+    def _executor(self, values: tuple[int, ...]) -> Executor:
+        with self._lock:
+            if values in self._executors:
+                return self._executors[values]
+            program = self.program.at(dict(zip(self.program.free_symbols, values, strict=True)))
+            plan = self.plans.get(values)
+            if plan is None:
+                assert self.replan is not None  # set by the backend wherever a graph comes from
+                plan = self.replan(program)
+                self.plans[values] = plan
+            kernels = next(iter(self._executors.values())).kernels if self._executors else None
+            executor = Executor(program, plan, device=self.device, kernels=kernels)
+            if len(self._executors) >= KEPT_PLANS:
+                oldest = next(iter(self._executors))
+                del self._executors[oldest]
+                self.plans.pop(oldest, None)
+            self._executors[values] = executor
+            return executor
+
+    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
+        """Called when it comes from the cache, within ``loading``."""
+        compiling = LOADING.get()
+        self.replan = compiling.replan
+        compiling.found(self.report)
+
+    def prepare_for_serialization(self) -> None:
+        """Called before it is stored."""
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """Kernels travel as source; Triton's own cache has their binaries."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_executors", "_lock", "_given", "_read"):
+            state.pop(name)
+        return {**state, "replan": None, "report": replace(self.report, from_cache=True)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+
+class StockGraph(OutputCode):  # type: ignore[misc] # torch ships no types for it
+    """A graph that stock Inductor runs (tier T0), with its report."""
+
+    def __init__(self, compiled: Any, report: GraphReport) -> None:
+        super().__init__()
+        self._boxed_call = True  # in the instance: AOTAutograd copies its attributes
+        self.compiled, self.report = compiled, report
+        self._fx_graph_cache_key = getattr(compiled, "_fx_graph_cache_key", None)
+        self._time_taken_ns = getattr(compiled, "_time_taken_ns", None) or int(report.lowering_s * 1e9)
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        return self.compiled(inputs)
+
+    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
+        """Called when it comes from the cache, within ``loading``: what AOTAutograd does for stock Inductor's own."""
+        from torch._inductor.codecache import FxGraphCache
+
+        graph, _ = FxGraphCache.cache_hit_post_compile(self.compiled, {}, constants)
+        if graph is None:
+            raise RuntimeError("an entry of the cache could not be loaded")  # AOTAutograd compiles afresh then
+        self.compiled = graph
+        graph.post_compile(example_inputs, constants, graph_kwargs)
+        LOADING.get().found(self.report)
+
+    def prepare_for_serialization(self) -> None:
+        """As stock Inductor's own, on a copy: AOTAutograd has copied only this object."""
+        self.compiled = copy.copy(self.compiled)
+        self.compiled.prepare_for_serialization()
+        self.report = replace(self.report, from_cache=True)
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """As stock Inductor's own."""
+        self.compiled.set_triton_bundle(triton_bundle)

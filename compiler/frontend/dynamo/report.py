@@ -1,0 +1,76 @@
+"""What became of each graph that the backend compiled."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+from ...plan import Plan, relative_gap
+
+__all__ = ["GraphReport", "Reports"]
+
+KEPT = 1000  # reports of a process; a compiler that made more has been asked about the last ones
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph.
+
+    ``phase`` is ``"inference"``, ``"forward"`` or ``"backward"``. ``kernels`` and ``operators`` count the calls to each
+    generated kernel and to each library operator. Bytes are of what comes and goes while the graph runs, without
+    ``held_bytes``, which the caller keeps (weights, inputs): ``peak_before_bytes`` live at once in Inductor's order,
+    ``peak_bytes`` in ours, ``bound_bytes`` in any order, ``allocated_bytes`` what the process really allocates with an
+    arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
+    planning took, ``status`` what the solver proved.
+    """
+
+    name: str
+    phase: str
+    tier: str
+    device: str
+    kernels: dict[str, int] = field(default_factory=dict)
+    operators: dict[str, int] = field(default_factory=dict)
+    fallbacks: tuple[str, ...] = ()
+    peak_before_bytes: int = 0
+    peak_bytes: int = 0
+    bound_bytes: int = 0
+    allocated_bytes: int = 0
+    arena_bytes: int = 0
+    held_bytes: int = 0
+    streams: int = 1
+    predicted_s: float | None = None
+    lowering_s: float = 0.0
+    planning_s: float = 0.0
+    status: str = ""
+    from_cache: bool = False
+    plan: Plan | None = field(default=None, repr=False)
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of what is allocated from the bound over all orders."""
+        return relative_gap(self.allocated_bytes, self.bound_bytes)
+
+
+class Reports:
+    """The reports of a process, in the order of compilation; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._all: deque[GraphReport] = deque(maxlen=KEPT)
+        self._lock = threading.Lock()
+
+    def add(self, report: GraphReport) -> None:
+        """Keep one more."""
+        with self._lock:
+            self._all.append(report)
+
+    @property
+    def all(self) -> tuple[GraphReport, ...]:
+        """Those kept."""
+        with self._lock:
+            return tuple(self._all)
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._all.clear()

@@ -1,0 +1,107 @@
+"""The other roof: ``torch.compile(model, backend="opweave")``. Inductor's front half, our passes and runtime meet here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .compiler.frontend.dynamo.backend import Backend, Planners
+from .compiler.frontend.dynamo.options import BackendOptions
+from .compiler.frontend.dynamo.report import GraphReport
+from .compiler.pipeline import Budget
+from .errors import MachineError
+from .hw_models.model import HardwareModel
+from .hw_models.registry import load as hardware
+
+if TYPE_CHECKING:
+    from .compiler.graph import Graph
+    from .compiler.runtime.device.layout import DevicePlan
+    from .compiler.runtime.device.program import Origin
+
+__all__ = ["backend", "backend_reports", "fallback_counts", "reset"]
+
+
+def backend(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend itself, as torch.compile calls it; registered under the entry point ``torch_dynamo_backends``.
+
+    Raises:
+        OptionError: an option is unknown, or has a wrong type or value.
+        Infeasible: no plan holds the memory limit; says the least that works.
+        ExecutionError: a fallback would be needed, and ``strict`` is set.
+    """
+    return _backend()(module, example_inputs, BackendOptions.of(options, mode))
+
+
+def backend_reports() -> tuple[GraphReport, ...]:
+    """What became of each graph compiled in this process, the last thousand, in order."""
+    return _backend().reports.all
+
+
+def fallback_counts() -> Mapping[str, int]:
+    """How often each fallback has happened in this process."""
+    return _backend().fallbacks.counts
+
+
+def reset() -> None:
+    """Forget reports and fallbacks, and give back the memory that programs share."""
+    from .compiler.runtime.device.executor import POOL
+
+    _backend().reports.clear()
+    _backend().fallbacks.clear()
+    POOL.clear()
+
+
+@cache
+def _backend() -> Backend:
+    """One for the process: Dynamo calls a function, and users ask afterwards what it did."""
+    return Backend(Planners(_plan, _order, _machine))
+
+
+def _budget(options: BackendOptions) -> Budget:
+    return Budget.of_seconds(options.time_limit, deterministic=options.deterministic)
+
+
+def _plan(
+    graph: Graph, apart: Mapping[str, Origin], machine: HardwareModel, options: BackendOptions
+) -> DevicePlan:
+    from .passes.device.planner import plan_for_device
+
+    return plan_for_device(graph, frozenset(apart), machine, _budget(options))
+
+
+def _order(graph: Graph, options: BackendOptions) -> tuple[int, ...]:
+    from .compiler.pipeline import run_pass
+    from .compiler.plan import Plan
+    from .passes.order.least_peak import LeastPeakOrder
+
+    machine = hardware("h100-sxm")
+    return run_pass(LeastPeakOrder(), Plan.of_order(graph, machine), _budget(options)).order
+
+
+#: Which of our hardware models a GPU's name means, the most particular first.
+_GPUS = (("H200", "h200"), ("H100", "h100-sxm"), ("A100", "a100"))
+
+
+def _machine(device: torch.device, options: BackendOptions) -> HardwareModel:
+    """The hardware model of ``device``. Raises MachineError."""
+    if options.machine is not None:
+        return hardware(options.machine)
+    if device.type != "cuda":
+        return hardware("cpu-server")
+    name = torch.cuda.get_device_name(device)
+    for part, model in _GPUS:
+        if part in name:
+            return hardware(model)
+    raise MachineError(
+        f"there is no hardware model of the GPU {name!r}",
+        hint="name the nearest one that `opweave hw` lists, as options={'machine': 'a100'}, or write a machine file",
+    )
