@@ -142,7 +142,7 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     ``aten.convolution.default(%0, %1, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)`` where ``%i`` is input ``i``;
     an empty body can be planned but not executed. ``origin`` names the model's own node. ``outside_bytes`` are what it
     reads and writes in the scratchpad's memory beyond the graph's tensors, as weights that their owner keeps there: they
-    take time and no planned place.
+    take time and no planned place. One that is not ``repeatable`` acts on more than its outputs, and runs once.
     """
 
     name: str
@@ -153,6 +153,7 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     body: str = ""
     origin: str = ""
     outside_bytes: int = 0
+    repeatable: bool = True
 
     @property
     def target(self) -> str:

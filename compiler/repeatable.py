@@ -18,8 +18,8 @@ _NOT_REPEATABLE = re.compile(
 
 
 def is_repeatable(op: Op) -> bool:
-    """Whether running ``op`` again on the same operands gives the same bytes, by what its body calls.
+    """Whether running ``op`` again on the same operands gives the same bytes, by what it says and its body calls.
 
     An operator without a body computes nothing that could differ.
     """
-    return not _NOT_REPEATABLE.search(op.body)
+    return op.repeatable and not _NOT_REPEATABLE.search(op.body)

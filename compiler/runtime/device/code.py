@@ -13,25 +13,33 @@ from typing import Any
 
 import torch
 
-from ...plan import Load, Residence, Run, Store
+from ...plan import Load, Recompute, Residence, Run, Store
+from .backing import Backing, flat
 from .layout import DevicePlan
 from .program import Call, Origin, Program, Ref, Storage, View, references
 
 __all__ = ["HostCode", "write_host_code"]
 
+#: Origins of the storages that lie in the arena.
+ARENA = (Origin.PLANNED, Origin.HOST, Origin.RETURNED)
+
 
 @dataclass(frozen=True)
 class HostCode:
-    """``source`` defines ``bind(arena)``, which returns a function of the list of inputs; ``names`` are its globals."""
+    """``source`` defines ``bind(arena, spill)``, which returns a function of the list of inputs; ``names`` its globals.
+
+    ``spill`` are the ``spill_bytes`` of host memory that storages leave the device for and come back from.
+    """
 
     source: str
     names: Mapping[str, Any] = field(repr=False)
+    spill_bytes: int = 0
 
-    def bind(self, arena: torch.Tensor) -> Callable[[list[Any]], tuple[Any, ...]]:
+    def bind(self, arena: torch.Tensor, spill: torch.Tensor | None = None) -> Callable[[list[Any]], tuple[Any, ...]]:
         """The program over one arena."""
         scope = dict(self.names)
         exec(compile(self.source, "<opweave host code>", "exec"), scope)
-        bound: Callable[[list[Any]], tuple[Any, ...]] = scope["bind"](arena)
+        bound: Callable[[list[Any]], tuple[Any, ...]] = scope["bind"](arena, spill)
         return bound
 
 
@@ -48,6 +56,7 @@ class _Writer:
             "placed": placed,
             "reinterpreted": reinterpreted,
             "empty": torch.empty_strided,
+            "flat": flat,
             **{f"launch_{name}": _launcher(kernel, program, name) for name, kernel in kernels.items()},
         }
         self.bound: list[str] = []  # statements that run once for an arena
@@ -56,6 +65,9 @@ class _Writer:
         self.by_storage: dict[str, list[str]] = {}  # views, by storage, that calls or outputs use
         for name in self._used_views():
             self.by_storage.setdefault(program.views[name].storage, []).append(name)
+        self.backing = Backing(program, device_plan.plan, self._table)
+        self.regions: dict[str, tuple[list[str], str, int, int]] = {}  # where each storage lies now
+        self.bytes_of: dict[str, str] = {}  # variables of all bytes of what is copied, by storage
 
     def _used_views(self) -> list[str]:
         used = [name for call in self.program.calls for name in call.views]
@@ -65,6 +77,7 @@ class _Writer:
     def write(self) -> HostCode:
         self._constants()
         self._receive()
+        self._without_bytes()
         residences = self.device_plan.plan.residences or ()
         begins: dict[int, list[Residence]] = {}
         for residence in residences:
@@ -73,17 +86,17 @@ class _Writer:
         for step, instruction in enumerate(self.device_plan.plan.instructions):
             for residence in begins.get(step, ()):
                 self._begin(residence)
-            if isinstance(instruction, Run) and instruction.op in self.calls:
+            if isinstance(instruction, Run | Recompute) and instruction.op in self.calls:
                 self._launch(self.calls[instruction.op])
             elif isinstance(instruction, Load | Store):
                 self._copy(instruction)
             for name in ends.get(step, ()):
                 self._drop(name)
-        self.body.append(f"return ({''.join(self._text(item) + ', ' for item in self.program.outputs)})")
+        self._return()
         inner = "\n".join(f"        {line}" for line in self.body)
         outer = "\n".join(f"    {line}" for line in self.bound)
-        source = f"def bind(arena):\n{outer}\n    def call(inputs):\n{inner}\n    return call\n"
-        return HostCode(source, self.names)
+        source = f"def bind(arena, spill):\n{outer}\n    def call(inputs):\n{inner}\n    return call\n"
+        return HostCode(source, self.names, self.backing.spill_bytes)
 
     # --- where tensors come from
 
@@ -102,7 +115,9 @@ class _Writer:
         self.body.append("inputs.clear()")
         kept = []
         for name, item in zip(names, self.program.inputs, strict=True):
-            if isinstance(item, Ref) and item.name in self.by_storage:
+            if isinstance(item, Ref) and self.program.storages[item.name].origin is Origin.HOST:
+                self.body += self.backing.receive(item.name, name)
+            elif isinstance(item, Ref) and item.name in self.by_storage:
                 self.body.append(f"{item.name} = {name}")
                 self.variables[item.name] = item.name
                 self._views_of(item.name, self.body)
@@ -139,7 +154,7 @@ class _Writer:
         storage = self.program.storages[residence.buffer]
         if storage.origin is Origin.OUTPUT and residence.buffer not in self.variables:
             self._allocate(storage)
-        if storage.origin is not Origin.PLANNED:
+        if storage.origin not in ARENA:
             return
         assert residence.offset is not None
         if residence.offset + int(storage.nbytes) <= self.device_plan.arena_bytes:
@@ -149,6 +164,8 @@ class _Writer:
             if host.name not in self.variables:
                 self._allocate(host)
             base, into, first = self.variables[host.name], self.body, residence.offset - self.device_plan.apart[host.name]
+        self.regions[storage.name] = into, base, first, residence.begin
+        self.bytes_of.pop(storage.name, None)
         for name in self.by_storage.get(storage.name, ()):
             view = self.program.views[name]
             variable = f"{name}_at_{residence.begin}" if into is self.bound else name
@@ -170,6 +187,21 @@ class _Writer:
         self.body.append(f"{storage.name} = empty({view.shape}, {view.strides}, dtype={dtype}, device={device})")
         self.variables[storage.name] = storage.name
         self._views_of(storage.name, self.body)
+
+    def _without_bytes(self) -> None:
+        """Variables for storages without bytes, which have no residence."""
+        for name in self.by_storage:
+            storage = self.program.storages[name]
+            if storage.nbytes or name in self.variables:
+                continue
+            if storage.origin is Origin.OUTPUT:
+                self._allocate(storage)
+            elif storage.origin in ARENA:
+                view = self.program.views[name]
+                place = f"0, {view.shape}, {view.strides}, {self._table(view.dtype)}"
+                self.bound.append(f"{name} = placed(arena, {place})")
+                self.variables[name] = name
+                self._views_of(name, self.bound)
 
     # --- what happens
 
@@ -196,7 +228,35 @@ class _Writer:
         return name
 
     def _copy(self, instruction: Load | Store) -> None:
-        raise NotImplementedError(instruction)
+        device = self._all_bytes(self.program.storages[instruction.buffer])
+        host, once, each = self.backing.home(instruction.buffer)
+        self.bound += once
+        self.body += each
+        to, source = (device, host) if isinstance(instruction, Load) else (host, device)
+        self.body.append(f"{to}.copy_({source}, True)")
+
+    def _all_bytes(self, storage: Storage) -> str:
+        """A variable for the bytes of a storage where it is now, as one row."""
+        if storage.origin not in ARENA:
+            return f"flat({self.variables[storage.name]}, {storage.nbytes})"
+        if storage.name not in self.bytes_of:
+            into, base, first, begin = self.regions[storage.name]
+            variable = self.bytes_of[storage.name] = f"{storage.name}_bytes_at_{begin}"
+            into.append(f"{variable} = placed({base}, {first}, ({storage.nbytes},), (1,), {self._table(torch.uint8)})")
+        return self.bytes_of[storage.name]
+
+    def _return(self) -> None:
+        """Outputs: what lies in host memory there."""
+        items = []
+        for item in self.program.outputs:
+            if isinstance(item, Ref) and self.program.storage_of(item).origin in (Origin.HOST, Origin.RETURNED):
+                view = self.program.views[item.name]
+                variable, each = self.backing.output(view.storage)
+                self.body += each
+                items.append(self._reinterpreted(variable, self.program.views[view.storage], view))
+            else:
+                items.append(self._text(item))
+        self.body.append(f"return ({''.join(item + ', ' for item in items)})")
 
     def _last_uses(self) -> dict[int, list[str]]:
         """Storages to let go of after each step: those not in the arena, behind their last residence."""

@@ -150,7 +150,7 @@ class _Substitution:
     """Puts values in the place of symbols, in numbers and in whatever holds them."""
 
     def __init__(self, values: Mapping[sympy.Symbol, int]) -> None:
-        self.values = dict(values)
+        self.values = {symbol: sympy.Integer(value) for symbol, value in values.items()}
         self.known: dict[sympy.Expr, Any] = {}
 
     def __call__(self, item: Any) -> Any:
