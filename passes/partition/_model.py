@@ -70,33 +70,35 @@ class Model:
         return frozenset(s for s in made if s is not None and steps[s].repeatable)
 
     def least_time(self) -> pulp.LpProblem:
-        """Minimise the time added, within the limit."""
-        model = pulp.LpProblem("partition", pulp.LpMinimize)
+        """Minimise the time added, within the limit; in units of ``unit_ps``."""
+        model = pulp.LpProblem("least_time", pulp.LpMinimize)
         variables = self._variables(model)
-        cost = {variables[f"again_{s}"]: self.problem.steps[s].again_ps / self.unit_ps for s in sorted(self.repeatable)}
-        for v in self.problem.needed:
-            for way in ("keep", "offload"):
-                if f"{way}_{v}" in variables:
-                    cost[variables[f"{way}_{v}"]] = self.problem.values[v].save_ps / self.unit_ps
-        exposed_store, exposed_load = (
-            model.add_variable(name, 0, None, pulp.LpContinuous) for name in ("exposed_store", "exposed_load")
-        )
-        cost |= {exposed_store: 1.0, exposed_load: 1.0}
-        model += pulp.LpAffineExpression(cost), "time"
+        model += self._time(model, variables), "time"
+        model += pulp.LpAffineExpression(self._kept_bytes(variables)) <= self.limit_bytes // self.bytes_unit, "limit"
         self._add_availability(model, variables)
-        unit, kept = self._kept_bytes(variables)
-        if sum(kept.values()) > self.limit_bytes // unit:
-            model += pulp.LpAffineExpression(kept) <= self.limit_bytes // unit, "limit"
-        self._add_stores(model, variables, exposed_store)
-        self._add_loads(model, variables, exposed_load)
         return model
 
     def least_bytes(self) -> pulp.LpProblem:
-        """Minimise the bytes kept; the objective is in units of ``bytes_unit``."""
+        """Minimise the bytes kept, whatever time it takes; in units of ``bytes_unit``."""
         model = pulp.LpProblem("least_bytes", pulp.LpMinimize)
         variables = self._variables(model)
-        _, kept = self._kept_bytes(variables)
-        model += pulp.LpAffineExpression(kept), "bytes"
+        model += pulp.LpAffineExpression(self._kept_bytes(variables)), "bytes"
+        self._add_availability(model, variables)
+        return model
+
+    def least_saved(self, at_most_ps: int) -> pulp.LpProblem:
+        """Minimise the bytes kept, and twice those offloaded, adding no more than ``at_most_ps`` within the limit."""
+        model = pulp.LpProblem("least_saved", pulp.LpMinimize)
+        variables = self._variables(model)
+        kept = self._kept_bytes(variables)
+        away = {
+            variables[f"offload_{v}"]: 2 * self.problem.values[v].nbytes // self.bytes_unit
+            for v in self.problem.needed
+            if self._may("offload", v)
+        }
+        model += pulp.LpAffineExpression(kept | away), "saved"
+        model += self._time(model, variables) <= at_most_ps / self.unit_ps, "time"
+        model += pulp.LpAffineExpression(kept) <= self.limit_bytes // self.bytes_unit, "limit"
         self._add_availability(model, variables)
         return model
 
@@ -128,11 +130,24 @@ class Model:
         names += [f"again_{s}" for s in sorted(self.repeatable)]
         return {name: model.add_variable(name, 0, 1, pulp.LpInteger) for name in names}
 
-    def _kept_bytes(self, variables: Mapping[str, Any]) -> tuple[int, dict[Any, int]]:
-        sizes = {
-            variables[f"keep_{v}"]: self.problem.values[v].nbytes for v in self.problem.needed if self._may("keep", v)
-        }
-        return self.bytes_unit, {variable: size // self.bytes_unit for variable, size in sizes.items() if size}
+    def _time(self, model: pulp.LpProblem, variables: Mapping[str, Any]) -> Any:
+        """Steps that run again, what saving costs, and exposed transfers."""
+        cost = {variables[f"again_{s}"]: self.problem.steps[s].again_ps / self.unit_ps for s in sorted(self.repeatable)}
+        for v in self.problem.needed:
+            for way in ("keep", "offload"):
+                if f"{way}_{v}" in variables:
+                    cost[variables[f"{way}_{v}"]] = self.problem.values[v].save_ps / self.unit_ps
+        exposed_store, exposed_load = (
+            model.add_variable(name, 0, None, pulp.LpContinuous) for name in ("exposed_store", "exposed_load")
+        )
+        self._add_stores(model, variables, exposed_store)
+        self._add_loads(model, variables, exposed_load)
+        return pulp.LpAffineExpression(cost | {exposed_store: 1.0, exposed_load: 1.0})
+
+    def _kept_bytes(self, variables: Mapping[str, Any]) -> dict[Any, int]:
+        """In units of ``bytes_unit``."""
+        keepable = [v for v in self.problem.needed if self._may("keep", v)]
+        return {variables[f"keep_{v}"]: self.problem.values[v].nbytes // self.bytes_unit for v in keepable}
 
     def _add_availability(self, model: pulp.LpProblem, variables: Mapping[str, Any]) -> None:
         """Whatever is read in the backward half is kept, offloaded, or made by a step that runs again."""

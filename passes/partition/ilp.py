@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import pulp
+
 from ...compiler.partition import Partition, PartitionProblem
 from ...compiler.pipeline import Budget, Progress
 from ...errors import Infeasible, ModelError, OptionError
@@ -28,8 +30,9 @@ class IlpPartition:
     """Keep, offload, or compute again each value that the backward half of a training step needs.
 
     *Given* a ``PartitionProblem`` and a limit for what is kept. *Result*: the ``Partition`` that adds the least time,
-    never more than the best of the greedy answer and of ``starts``, with a bound over all partitions. In deterministic
-    mode the search is limited by nodes; if the deadline comes first nevertheless, another run may differ.
+    with a bound over all partitions; never more than the best of the greedy answer and of ``starts``. Among those that
+    it finds to be equal it saves the fewest bytes, one offloaded counting as two kept. In deterministic mode the search
+    is limited by nodes; if the deadline comes first nevertheless, another run may differ.
     """
 
     @property
@@ -55,30 +58,28 @@ class IlpPartition:
         reasons = early(problem, start)
         for _ in range(MAX_ROUNDS):
             model = Model(problem, limit_bytes, max(1, best.recount.total_ps // FINE), reasons)
-            solution = self._solve(model, best, budget)
-            bound_ps = max(best.bound_ps, _bound_ps(model, solution))
-            answers = [(best.kept, best.offloaded)]
-            if solution.values:
-                found = model.saved(solution.values)
-                answers += [found, tidied(problem, limit_bytes, found)]
-            chosen = better(problem, limit_bytes, answers) or start
-            best = Partition(problem, limit_bytes, *chosen, bound_ps=0)
-            best = replace(best, bound_ps=min(bound_ps, best.recount.total_ps))
+            solution = self._solve(model.least_time(), model, best, budget.share(0.8))
+            best, answers = _better(best, model, solution, _bound_ps(model, solution))
             more = reasons.union(*(early(problem, answer) for answer in answers))
             if more == reasons or best.bound_ps == best.recount.total_ps or budget.remaining_s <= 0:
                 break
             reasons = more
+        if budget.remaining_s > 0:
+            model = Model(problem, limit_bytes, model.unit_ps, reasons)
+            solution = self._solve(model.least_saved(best.recount.total_ps), model, best, budget)
+            best, _ = _better(best, model, solution, 0)
         return replace(best, seconds=round(time.monotonic() - begin, 3))
 
-    def _solve(self, model: Model, best: Partition, budget: Budget) -> Solution:
+    def _solve(self, program: pulp.LpProblem, model: Model, best: Partition, budget: Budget) -> Solution:
         begin = time.monotonic()
 
         def tell(incumbent: float | None, bound: float | None) -> None:
-            told = [None if value is None else round(value * model.unit_ps / 1000) for value in (incumbent, bound)]
-            budget.listen(Progress(self.name, time.monotonic() - begin, *told))
+            if program.name == "least_time":
+                told = [None if value is None else round(value * model.unit_ps / 1000) for value in (incumbent, bound)]
+                budget.listen(Progress(self.name, time.monotonic() - begin, *told))
 
         return solve(
-            model.least_time(),
+            program,
             budget,
             start=model.start((best.kept, best.offloaded), best.recount.again),
             absolute_gap=0.9,
@@ -119,6 +120,18 @@ class IlpPartition:
                 hint="what is kept then cannot be computed again or offloaded; raise the limit",
             )
         return better(problem, limit_bytes, (saved, tidied(problem, limit_bytes, saved))) or saved
+
+
+def _better(best: Partition, model: Model, solution: Solution, bound_ps: int) -> tuple[Partition, list[Saved]]:
+    """The better one of ``best`` and what the solver found, put in order, and all that was looked at."""
+    answers = [(best.kept, best.offloaded)]
+    if solution.values:
+        found = model.saved(solution.values)
+        answers += [found, tidied(best.problem, best.limit_bytes, found)]
+    chosen = better(best.problem, best.limit_bytes, answers) or answers[0]
+    improved = Partition(best.problem, best.limit_bytes, *chosen, bound_ps=0)
+    bound_ps = min(max(best.bound_ps, bound_ps), improved.recount.total_ps)
+    return replace(improved, bound_ps=bound_ps), answers
 
 
 def _bound_ps(model: Model, solution: Solution) -> int:
