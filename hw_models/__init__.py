@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cost import op_seconds, transfer_seconds
-    from .model import Engine, EngineKind, HardwareModel, Link, Memory
+    from .model import Concurrency, Engine, EngineKind, HardwareModel, Link, Memory
     from .registry import load, names, parse_bytes
 
 __all__ = [
+    "Concurrency",
     "Engine",
     "EngineKind",
     "HardwareModel",

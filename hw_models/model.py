@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import MachineError
 
-__all__ = ["Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory"]
+__all__ = ["Concurrency", "Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory"]
 
 #: Beyond any machine, and far enough below 2**63 that sums of a few such sizes stay exact in 64 bits.
 LARGEST_MEMORY_BYTES = 2**60
@@ -88,8 +88,25 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latency_s: NonNegativeFloat
 
 
+class Concurrency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How operators share a compute engine that runs several at a time, as a GPU runs kernels of several streams.
+
+    At most ``streams`` queues of operators are worth having. Operators are issued ``issue_s`` apart, on whatever
+    queue, and waiting for one on another queue adds ``event_s``. One with ``saturating_elements`` elements or more
+    uses the whole engine; a smaller one uses that fraction of it, and leaves the rest to others.
+    """
+
+    streams: PositiveInt
+    issue_s: NonNegativeFloat
+    event_s: NonNegativeFloat
+    saturating_elements: PositiveInt
+
+
 class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A machine. ``scratchpad`` names the memory that is planned, ``backing`` the one behind it (off-chip)."""
+    """A machine. ``scratchpad`` names the memory that is planned, ``backing`` the one behind it (off-chip).
+
+    ``concurrency`` says how its compute engine runs several operators at a time, where it does.
+    """
 
     name: str
     description: str
@@ -99,6 +116,7 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     memories: tuple[Memory, ...]
     engines: tuple[Engine, ...]
     links: tuple[Link, ...] = ()
+    concurrency: Concurrency | None = None
 
     def __post_init__(self) -> None:
         for kind, things in (("memory", self.memories), ("engine", self.engines), ("link", self.links)):
@@ -206,6 +224,25 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         return self._with(
             msgspec.structs.replace(memory, capacity_bytes=sum(banks_bytes), banks_bytes=tuple(banks_bytes))
         )
+
+    def with_streams(self, count: int) -> HardwareModel:
+        """The same machine with ``count`` queues for its first compute engine: itself, and others numbered from 1.
+
+        They share that engine's rates as ``concurrency`` says, which ``simulate`` does not count: times of a plan over
+        several queues are those its pass has given it.
+
+        Raises:
+            MachineError: no queue was asked for, or more than one, and the machine does not say how they share.
+        """
+        if count < 1 or (count > 1 and self.concurrency is None):
+            raise MachineError(
+                f"{count} streams were asked for on machine {self.name!r}, allowed is at least 1, and more than 1 "
+                "only where it states its concurrency",
+                hint="state the table 'concurrency' in a machine file of your own",
+            )
+        first = self.engines_of(EngineKind.COMPUTE)[0]
+        more = (msgspec.structs.replace(first, name=f"{first.name}{number}") for number in range(1, count))
+        return msgspec.structs.replace(self, engines=(*self.engines, *more))
 
     def _with(self, scratchpad: Memory) -> HardwareModel:
         memories = tuple(scratchpad if memory.name == self.scratchpad else memory for memory in self.memories)

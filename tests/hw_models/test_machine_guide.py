@@ -9,7 +9,7 @@ import pytest
 
 from opweave.errors import MachineError
 from opweave.hw_models import load
-from opweave.hw_models.model import Engine, HardwareModel, Link, Memory
+from opweave.hw_models.model import Concurrency, Engine, HardwareModel, Link, Memory
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-machine.md"
 
@@ -32,6 +32,6 @@ def test_the_example_loads_and_its_error_is_real(tmp_path: Path, monkeypatch: py
 
 def test_the_guide_names_every_field() -> None:
     text = GUIDE.read_text(encoding="utf-8")
-    for struct in (HardwareModel, Memory, Engine, Link):
+    for struct in (HardwareModel, Memory, Engine, Link, Concurrency):
         for field in struct.__struct_fields__:
             assert field in text, f"{struct.__name__}.{field}"

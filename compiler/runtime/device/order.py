@@ -1,7 +1,7 @@
 """Which steps wait for which: the events that keep a plan's meaning when its steps run on several engines.
 
-Steps of one engine run one after another, in the plan's order. Two steps *conflict* when both access the same bytes and
-one writes them, or when the host may hand memory that the first has used to the second. Each pair that conflicts must be
+Steps of one engine run one after another, in the plan's order. Two steps *conflict* when both access the same bytes
+and one writes them, or when the host may hand memory that the first has used to the second. Each such pair must be
 ordered, by the engines or by waits. What runs on other engines starts behind whatever came before the program, and the
 program is done when all engines are: a boundary operator, which receives or returns, neither waits nor is waited for.
 """
@@ -15,26 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....errors import PlanError
+from ....hw_models.model import EngineKind
 from ...graph import OpKind
-from ...plan import Load, Plan, Recompute, Residence, Run
+from ...plan import Plan, Recompute, Run
+from .conflicts import Access, accesses, predecessors
 from .layout import DevicePlan
 
 if TYPE_CHECKING:
     from .program import Program
 
-__all__ = ["Access", "accesses", "predecessors", "random_linear_extension", "recorded", "reduced", "synchronisation"]
+__all__ = ["random_linear_extension", "recorded", "reduced", "synchronisation"]
 
 _Steps = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Access:
-    """Bytes ``begin`` to ``end - 1`` of ``space``, which a step reads or ``writes``."""
-
-    space: str
-    begin: int
-    end: int
-    writes: bool
 
 
 def synchronisation(program: Program, device_plan: DevicePlan) -> _Steps:
@@ -64,114 +56,6 @@ def synchronisation(program: Program, device_plan: DevicePlan) -> _Steps:
 def recorded(waits: Sequence[Sequence[int]]) -> frozenset[int]:
     """Steps that some step waits for: behind each of them an event is recorded."""
     return frozenset(step for steps in waits for step in steps)
-
-
-def accesses(plan: Plan, *, by_address: bool = True) -> list[tuple[Access, ...]]:
-    """What each step accesses: bytes of the scratchpad, of a buffer's copy in backing memory, and tensors without bytes.
-
-    Without ``by_address`` each buffer has bytes of its own, as if nothing shared an address. Boundary operators access
-    nothing.
-
-    Raises:
-        PlanError: a buffer that is accessed has no residence at that step, or one without an offset.
-    """
-    places = _Places(plan, by_address)
-    index = {op.name: i for i, op in enumerate(plan.graph.ops)}
-    result: list[tuple[Access, ...]] = []
-    for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run | Recompute):
-            op = index[instruction.op]
-            if plan.graph.ops[op].kind is OpKind.BOUNDARY:
-                result.append(())
-                continue
-            read = [places.of(buffer, step, writes=False) for buffer in plan.graph.reads[op]]
-            result.append((*read, *(places.of(buffer, step, writes=True) for buffer in plan.graph.writes[op])))
-        else:
-            loads = isinstance(instruction, Load)
-            backing = places.backing(instruction.buffer, writes=not loads)
-            result.append((backing, places.of(instruction.buffer, step, writes=loads)))
-    return result
-
-
-class _Places:
-    def __init__(self, plan: Plan, by_address: bool) -> None:
-        self.nbytes = {name: base.nbytes for name, base in plan.graph.buffers.items()}
-        self.streamed = frozenset(plan.streamed)
-        self.by_address = by_address
-        self.residences: dict[str, list[Residence]] = {}
-        for residence in sorted(plan.residences or (), key=lambda r: r.begin):
-            self.residences.setdefault(residence.buffer, []).append(residence)
-
-    def of(self, buffer: str, step: int, *, writes: bool) -> Access:
-        """The bytes of ``buffer`` at ``step``."""
-        nbytes = self.nbytes[buffer]
-        if buffer in self.streamed:
-            return self.backing(buffer, writes=writes)
-        if nbytes == 0 or not self.by_address:
-            return Access(f"buffer {buffer}", 0, 1, writes)
-        stays = self.residences.get(buffer, [])
-        position = bisect.bisect_right(stays, step, key=lambda r: r.begin) - 1
-        if position < 0 or stays[position].end <= step or stays[position].offset is None:
-            raise PlanError(f"buffer {buffer!r} has no address at step {step}, which uses it")
-        first = stays[position].offset or 0
-        return Access(stays[position].memory, first, first + nbytes, writes)
-
-    def backing(self, buffer: str, *, writes: bool) -> Access:
-        """The copy of ``buffer`` in backing memory."""
-        return Access(f"backing {buffer}", 0, 1, writes)
-
-
-def predecessors(touched: Sequence[Sequence[Access]]) -> list[tuple[int, ...]]:
-    """For each step the earlier ones it conflicts with; of those that are ordered among themselves, the last suffice.
-
-    These are the last writer of each byte, and for a step that writes it all readers since.
-    """
-    spaces: dict[str, _Bytes] = {}
-    result: list[tuple[int, ...]] = []
-    for step, items in enumerate(touched):
-        before: set[int] = set()
-        for access in items:
-            before |= spaces.setdefault(access.space, _Bytes()).access(access, step)
-        result.append(tuple(sorted(before - {step})))
-    return result
-
-
-class _Bytes:
-    """Disjoint ranges of bytes in order, each with its last writer, -1 for none, and its readers since."""
-
-    def __init__(self) -> None:
-        self.ranges: list[tuple[int, int, int, frozenset[int]]] = []
-
-    def access(self, access: Access, step: int) -> set[int]:
-        """Note an access; returns the steps that must come before."""
-        low, inside, high = self._cut(access.begin, access.end)
-        before = {writer for _, _, writer, _ in inside if writer >= 0}
-        if access.writes:
-            before.update(*(readers for _, _, _, readers in inside))
-            inside = [(access.begin, access.end, step, frozenset())]
-        else:
-            inside = [(begin, end, writer, readers | {step}) for begin, end, writer, readers in inside]
-        self.ranges[low:high] = inside
-        return before
-
-    def _cut(self, begin: int, end: int) -> tuple[int, list[tuple[int, int, int, frozenset[int]]], int]:
-        """Ranges that make up ``[begin, end)`` exactly, and the positions they belong between."""
-        for at in (begin, end):
-            position = bisect.bisect_right(self.ranges, at, key=lambda r: r[0]) - 1
-            if position >= 0 and self.ranges[position][0] < at < self.ranges[position][1]:
-                first, last, writer, readers = self.ranges[position]
-                self.ranges[position : position + 1] = [(first, at, writer, readers), (at, last, writer, readers)]
-        low = bisect.bisect_left(self.ranges, begin, key=lambda r: r[0])
-        high = bisect.bisect_left(self.ranges, end, key=lambda r: r[0])
-        inside: list[tuple[int, int, int, frozenset[int]]] = []
-        reached = begin
-        for known in [*self.ranges[low:high], (end, end, -1, frozenset[int]())]:
-            if reached < known[0]:
-                inside.append((reached, known[0], -1, frozenset()))
-            if known[0] < known[1]:
-                inside.append(known)
-            reached = known[1]
-        return low, inside, high
 
 
 def reduced(engines: Sequence[str], before: Sequence[Iterable[int]]) -> _Steps:
@@ -217,7 +101,10 @@ def _reuse(
         return {}
     memory = plan.machine.scratchpad
     spans = sorted(
-        (a.begin, a.end, step) for step, items in enumerate(touched) for a in items if a.space == memory and a.begin < a.end
+        (a.begin, a.end, step)
+        for step, items in enumerate(touched)
+        for a in items
+        if a.space == memory and a.begin < a.end
     )
     users = {a: _users(spans, a) for a in allocations}
     freed = sorted((a for a in allocations if a.end < len(touched)), key=lambda a: a.end)
@@ -233,7 +120,7 @@ def _reuse(
             position += 1
         others = {step for pool in (None, allocation.pool) for step in last.get(pool, {}).values()}
         for step in users[allocation]:
-            result[step] = result.get(step, frozenset()) | {other for other in others if other < step}
+            result[step] = result.get(step, frozenset()) | others
     return result
 
 
@@ -246,38 +133,33 @@ def _users(spans: Sequence[tuple[int, int, int]], allocation: _Allocation) -> tu
 
 def _allocations(program: Program, device_plan: DevicePlan) -> Iterator[_Allocation]:
     """Every allocation apart; what the caller gets is not freed before the end."""
+    from .program import Origin, references  # which imports torch, as whoever made the program has
+
     plan = device_plan.plan
     steps = len(plan.instructions)
-    main = next(e.name for e in plan.machine.engines if e.kind == "compute")
-    returned = {program.views[name].storage for name in _names(program.outputs)}
+    main = plan.machine.engines_of(EngineKind.COMPUTE)[0].name
+    returned = {program.views[name].storage for name in references(program.outputs)}
     placed = sorted((r for r in plan.residences or () if r.offset is not None), key=lambda r: r.offset or 0)
     for name, first in device_plan.apart.items():
         last = first + plan.graph.buffers[name].nbytes
         low = bisect.bisect_left(placed, first, key=lambda r: r.offset or 0)
         high = bisect.bisect_left(placed, last, key=lambda r: r.offset or 0)
         stays = placed[low:high]
-        origin = program.storages[name].origin
         if not stays:
             continue
-        if origin == "call":  # made anew by each recomputation
+        origin = program.storages[name].origin
+        if origin is Origin.GIVEN:
+            end = steps if name in returned else max(r.end for r in stays)
+            yield _Allocation(0, end, None, first, last)
+        elif origin is Origin.OUTPUT:
+            yield _Allocation(min(r.begin for r in stays), steps, main, first, last)
+        else:  # made anew by each recomputation
             for stay in stays:
-                end = steps if name in returned else stay.end
-                yield _Allocation(stay.begin, end, plan.instructions[stay.begin].engine, first, last)
-            continue
-        end = steps if name in returned else max(r.end for r in stays)
-        yield _Allocation(min(r.begin for r in stays), end, None if origin == "given" else main, first, last)
+                pool = plan.instructions[stay.begin].engine
+                yield _Allocation(stay.begin, steps if name in returned else stay.end, pool, first, last)
 
 
-def _names(outputs: Iterable[object]) -> Iterator[str]:
-    for item in outputs:
-        name = getattr(item, "name", None)
-        if isinstance(name, str):
-            yield name
-
-
-def random_linear_extension(
-    plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random
-) -> tuple[int, ...]:
+def random_linear_extension(plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random) -> tuple[int, ...]:
     """The plan's steps in an order that its engines and ``waits`` admit, each step that may come next equally likely.
 
     What receives comes first and what returns last, as the program begins and ends there.
