@@ -17,6 +17,7 @@ from ...plan import Load, Recompute, Residence, Run, Store
 from .backing import Backing, flat
 from .layout import DevicePlan
 from .program import Call, Origin, Program, Ref, Storage, View, references
+from .streams import Streams
 
 __all__ = ["HostCode", "write_host_code"]
 
@@ -28,12 +29,14 @@ ARENA = (Origin.PLANNED, Origin.HOST, Origin.RETURNED)
 class HostCode:
     """``source`` defines ``bind(arena, spill)``, which returns a function of the list of inputs; ``names`` its globals.
 
-    ``spill`` are the ``spill_bytes`` of host memory that storages leave the device for and come back from.
+    ``spill`` are the ``spill_bytes`` of host memory that storages leave the device for and come back from. One with
+    events is not called twice at once.
     """
 
     source: str
     names: Mapping[str, Any] = field(repr=False)
     spill_bytes: int = 0
+    has_events: bool = False
 
     def bind(self, arena: torch.Tensor, spill: torch.Tensor | None = None) -> Callable[[list[Any]], tuple[Any, ...]]:
         """The program over one arena."""
@@ -66,6 +69,8 @@ class _Writer:
         for name in self._used_views():
             self.by_storage.setdefault(program.views[name].storage, []).append(name)
         self.backing = Backing(program, device_plan.plan, self._table)
+        self.streams = Streams(program, device_plan)
+        self.names.update(self.streams.names)
         self.regions: dict[str, tuple[list[str], str, int, int]] = {}  # where each storage lies now
         self.bytes_of: dict[str, str] = {}  # variables of all bytes of what is copied, by storage
 
@@ -83,20 +88,25 @@ class _Writer:
         for residence in residences:
             begins.setdefault(residence.begin, []).append(residence)
         ends = self._last_uses()
+        self.body += self.streams.fork()
         for step, instruction in enumerate(self.device_plan.plan.instructions):
             for residence in begins.get(step, ()):
                 self._begin(residence)
-            if isinstance(instruction, Run | Recompute) and instruction.op in self.calls:
-                self._launch(self.calls[instruction.op])
-            elif isinstance(instruction, Load | Store):
-                self._copy(instruction)
+            if isinstance(instruction, Run | Recompute):
+                if instruction.op in self.calls:
+                    self.body += self.streams.before(step)
+                    self._launch(self.calls[instruction.op])
+            else:
+                self._copy(instruction, self.streams.before(step))
+            self.body += self.streams.after(step)
             for name in ends.get(step, ()):
                 self._drop(name)
+        self.body += self.streams.join()
         self._return()
         inner = "\n".join(f"        {line}" for line in self.body)
         outer = "\n".join(f"    {line}" for line in self.bound)
         source = f"def bind(arena, spill):\n{outer}\n    def call(inputs):\n{inner}\n    return call\n"
-        return HostCode(source, self.names, self.backing.spill_bytes)
+        return HostCode(source, self.names, self.backing.spill_bytes, bool(self.streams.sides))
 
     # --- where tensors come from
 
@@ -163,6 +173,9 @@ class _Writer:
             host = self._host(residence.offset)
             if host.name not in self.variables:
                 self._allocate(host)
+            if host.name == storage.name:
+                self.regions[storage.name] = self.body, storage.name, 0, residence.begin
+                return
             base, into, first = self.variables[host.name], self.body, residence.offset - self.device_plan.apart[host.name]
         self.regions[storage.name] = into, base, first, residence.begin
         self.bytes_of.pop(storage.name, None)
@@ -184,6 +197,7 @@ class _Writer:
         view = self.program.views[storage.name]
         device = self._table(storage.device)
         dtype = self._table(storage.dtype)
+        self.body += self.streams.main()  # what the caller may keep comes from the pool of its own stream
         self.body.append(f"{storage.name} = empty({view.shape}, {view.strides}, dtype={dtype}, device={device})")
         self.variables[storage.name] = storage.name
         self._views_of(storage.name, self.body)
@@ -227,11 +241,11 @@ class _Writer:
         self.names.setdefault(name, operator(call.target))
         return name
 
-    def _copy(self, instruction: Load | Store) -> None:
+    def _copy(self, instruction: Load | Store, before: list[str]) -> None:
         device = self._all_bytes(self.program.storages[instruction.buffer])
         host, once, each = self.backing.home(instruction.buffer)
         self.bound += once
-        self.body += each
+        self.body += [*each, *before]
         to, source = (device, host) if isinstance(instruction, Load) else (host, device)
         self.body.append(f"{to}.copy_({source}, True)")
 
@@ -259,15 +273,16 @@ class _Writer:
         self.body.append(f"return ({''.join(item + ', ' for item in items)})")
 
     def _last_uses(self) -> dict[int, list[str]]:
-        """Storages to let go of after each step: those not in the arena, behind their last residence."""
+        """Storages to let go of after each step: those apart once nothing lies in them, and guests of others."""
         returned = {self.program.views[name].storage for name in references(self.program.outputs)}
         ends: dict[int, list[str]] = {}
-        last: dict[str, int] = {}
+        for name, allocation in self.device_plan.allocations.items():
+            if name not in returned:
+                ends.setdefault(allocation.end - 1, []).append(name)
         for residence in self.device_plan.plan.residences or ():
-            last[residence.buffer] = max(last.get(residence.buffer, 0), residence.end)
-        for name, end in last.items():
-            if self.program.storages[name].origin in (Origin.GIVEN, Origin.CALL) and name not in returned:
-                ends.setdefault(end - 1, []).append(name)
+            is_guest = residence.buffer not in self.device_plan.apart
+            if is_guest and residence.offset is not None and residence.offset >= self.device_plan.arena_bytes:
+                ends.setdefault(residence.end - 1, []).append(residence.buffer)
         return ends
 
     def _drop(self, storage: str) -> None:
@@ -331,7 +346,10 @@ def _launcher(kernel: Any, program: Program, name: str) -> Callable[..., Any]:
     if program.kernels[name].language == "cpp":
         return kernel  # type: ignore[no-any-return]
 
+    device = next(s.device for s in program.storages.values() if s.device.type != "cpu").index or 0
+    raw_stream = torch._C._cuda_getCurrentRawStream
+
     def launch(*args: Any) -> None:
-        kernel.run(*args, stream=torch.cuda.current_stream().cuda_stream)
+        kernel.run(*args, stream=raw_stream(device))
 
     return launch

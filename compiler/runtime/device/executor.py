@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from .backing import SpillPool
 from .code import HostCode, write_host_code
 from .kernels import load_kernels
 from .layout import DevicePlan
-from .program import Program
+from .program import Program, Ref, span_elements
 
 __all__ = ["POOL", "SPILL_POOL", "Executor"]
 
@@ -25,7 +27,7 @@ class Executor:
     """Runs ``program``, whose sizes are integers, under ``device_plan`` in an arena lent by ``pool``.
 
     It is called with a list of inputs, which it empties so that those nobody else holds can be freed, and returns a
-    tuple of outputs (the boxed convention of AOTAutograd).
+    tuple of outputs (the boxed convention of AOTAutograd). On a GPU the work is queued on the current stream.
     """
 
     def __init__(
@@ -42,9 +44,28 @@ class Executor:
         self.code: HostCode = write_host_code(program, device_plan, loaded)
         self.device, self.pool, self.arena_bytes = device, pool, device_plan.arena_bytes
         self._bound: tuple[tuple[int, int], Any] | None = None  # addresses of its memory, and the host code over it
+        # Two calls at once would record each other's events.
+        self._one_at_a_time = threading.Lock() if self.code.has_events else nullcontext()
+        tensors = [(p, program.storage_of(i)) for p, i in enumerate(program.inputs) if isinstance(i, Ref)]
+        written = {name for call in program.calls for name in call.writes}
+        #: Positions of inputs that kernels take to be aligned, and whether they are written.
+        self._aligned = [(p, storage.name in written) for p, storage in tensors if storage.device.type == "cuda"]
 
-    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
-        with self.pool.lend(self.arena_bytes, self.device) as arena:
+    def __call__(self, inputs: list[Any], pool: ArenaPool | None = None) -> tuple[Any, ...]:
+        if self.device.type != "cuda":
+            return self._call(inputs, pool or self.pool)
+        stream = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(stream), self._one_at_a_time:
+            copies = [(inputs[p], _realigned(inputs, p), written) for p, written in self._aligned if _is_off(inputs[p])]
+            outputs = self._call(inputs, pool or self.pool)
+            for original, copy, written in copies:
+                if written:
+                    original.copy_(copy)
+            originals = {id(copy): original for original, copy, _ in copies}
+            return tuple(originals.get(id(item), item) for item in outputs)
+
+    def _call(self, inputs: list[Any], pool: ArenaPool) -> tuple[Any, ...]:
+        with pool.lend(self.arena_bytes, self.device) as arena:
             if not self.code.spill_bytes:
                 return self._run(inputs, arena, None)
             with SPILL_POOL.lend(self.code.spill_bytes, self.device) as spill:
@@ -57,3 +78,20 @@ class Executor:
             bound = self._bound = (addresses, self.code.bind(arena, spill))
         result: tuple[Any, ...] = bound[1](inputs)
         return result
+
+
+#: Bytes that vector loads of generated kernels are aligned to.
+_VECTOR_BYTES = 16
+
+
+def _is_off(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % _VECTOR_BYTES != 0
+
+
+def _realigned(inputs: list[Any], position: int) -> torch.Tensor:
+    """Puts an aligned copy of an input, with its strides, in its place."""
+    tensor = inputs[position]
+    row = torch.as_strided(tensor, (span_elements(tuple(tensor.shape), tensor.stride()),), (1,)).clone()
+    inputs[position] = torch.as_strided(row, tensor.shape, tensor.stride(), 0)
+    copy: torch.Tensor = inputs[position]
+    return copy

@@ -39,6 +39,10 @@ class DevicePlan:
     apart: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     waits: tuple[tuple[int, ...], ...] = ()
 
+    def __getstate__(self) -> dict[str, object]:
+        """What is pickled: the fields, in types that can be."""
+        return {"plan": self.plan, "arena_bytes": self.arena_bytes, "apart": dict(self.apart), "waits": self.waits}
+
     @cached_property
     def allocations(self) -> Mapping[str, Allocation]:
         """When the memory of each storage that is allocated apart exists: while anything lies in it."""
