@@ -17,10 +17,11 @@ Bytes = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Storages:
-    """Residence ``i`` of a plan holds ``sizes[i]`` bytes, rounded up to ``alignment``, in steps ``[begins[i], ends[i])``.
+    """Residence ``i`` of a plan holds ``sizes[i]`` bytes during steps ``begins[i]`` to ``ends[i] - 1``.
 
-    ``apart[i]`` says that it is allocated apart in any case. Its memory may be allocated from step ``earliest[i]`` on
-    and kept until step ``latest[i]``: its own lifetime, or longer where it may host others.
+    Sizes are rounded up to ``alignment``. ``apart[i]`` says that it is allocated apart in any case. Its memory may be
+    allocated from step ``earliest[i]`` on and kept until step ``latest[i]``: its own lifetime, or longer where it may
+    host others.
     """
 
     begins: Bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,65 +26,71 @@ class Places(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Places, and how many bytes of planned storages have memory of their own: what an allocator has to find."""
+    """Places, how many bytes they allocate at most, and how many of planned storages have memory of their own."""
 
     places: Places
-    allocated_alone: int
+    peak: int
+    alone_bytes: int
 
 
-def mixed(storages: Storages, arena_bytes: int, inside: Bytes, limit: int) -> Mixture | None:
-    """Places that allocate at most ``limit`` bytes at each step, or ``None`` if the arena is too large for that.
+def mixed(storages: Storages, arena_bytes: int, order: Sequence[int], inside: Bytes | None, limit: int) -> Mixture:
+    """Places for all storages, those not apart one after the other in ``order``.
 
-    ``inside`` are offsets of those that lie in the arena, and -1 for all others. Largest first, each of them goes into
-    the memory of one that is allocated apart, where that is not needed yet or no longer, if allocating it so much
-    earlier or freeing it so much later keeps the limit; else it gets memory of its own, which then may hold others.
-    That never breaks the limit: until a storage is placed, its own bytes are reserved.
+    Each goes into the arena, else into the memory of one that is allocated apart, where that is not needed yet or no
+    longer, if allocating it so much earlier or freeing it so much later keeps ``limit``; else it gets memory of its
+    own, which then may hold others.
+
+    With ``inside``, the arena holds what has an offset there, and nothing else (-1). The bytes of every other storage
+    are then reserved until it is placed, so that the limit is kept if it is in the beginning; without, it may be
+    exceeded.
     """
-    mixing = _Mixing(storages, arena_bytes, inside, limit)
-    if mixing.profile.max(initial=0) > limit:
-        return None
-    outside = np.flatnonzero((inside < 0) & ~storages.apart)
-    order = sorted(outside.tolist(), key=lambda i: (-storages.sizes[i], storages.begins[i], i))
+    mixing = _Mixing(storages, arena_bytes, limit, inside)
     for item in order:
-        mixing.place(item)
-    alone = outside[mixing.owners[outside] == outside]
-    return Mixture(Places(arena_bytes, mixing.owners, mixing.offsets), int(storages.sizes[alone].sum()))
+        if inside is None or inside[item] < 0:
+            mixing.place(item)
+    return mixing.result()
 
 
 @dataclass
 class _Mixing:
-    """``profile`` is what is allocated at each step if all that is not placed yet got memory of its own."""
+    """``profile`` is what is allocated at each step, including what is reserved for storages not placed yet."""
 
     storages: Storages
     arena_bytes: int
-    inside: Bytes
     limit: int
+    inside: Bytes | None
     profile: Bytes = field(init=False)
     owners: Bytes = field(init=False)
     offsets: Bytes = field(init=False)
     is_host: NDArray[np.bool_] = field(init=False)
     first: Bytes = field(init=False)  # step from which a host's memory is allocated
     last: Bytes = field(init=False)  # and the one behind the last
-    guests: dict[int, list[int]] = field(default_factory=dict)
+    guests: dict[int, Bytes] = field(default_factory=dict)  # by host, in the order of their offsets
 
     def __post_init__(self) -> None:
         storages = self.storages
-        self.profile = self.arena_bytes + storages.profile(self.inside < 0)
-        self.owners = np.where(self.inside >= 0, ARENA, np.arange(len(self.inside)))
-        self.offsets = np.maximum(self.inside, 0)
+        own = np.arange(len(storages.sizes))
+        if self.inside is None:
+            self.profile = self.arena_bytes + storages.profile(storages.apart)
+            self.owners, self.offsets = own, np.zeros_like(own)
+        else:
+            self.profile = self.arena_bytes + storages.profile(self.inside < 0)
+            self.owners, self.offsets = np.where(self.inside >= 0, ARENA, own), np.maximum(self.inside, 0)
         self.is_host = storages.apart.copy()
         self.first, self.last = storages.begins.copy(), storages.ends.copy()
 
     def place(self, item: int) -> None:
-        """Find a host for ``item``, or make it one."""
+        """Find a place for ``item`` in the arena or a host, or make it a host."""
         storages = self.storages
         begin, end, size = int(storages.begins[item]), int(storages.ends[item]), int(storages.sizes[item])
-        self.profile[begin:end] -= size
+        if self.inside is None:
+            if self._moved_in(ARENA, self.arena_bytes, item):
+                return
+        else:
+            self.profile[begin:end] -= size
         for host in self._hosts(item):
-            offset = self._gap(host, item)
-            if offset is not None and self._extend(host, begin, end):
-                self.owners[item], self.offsets[item] = host, offset
-                self.guests.setdefault(host, []).append(item)
+            if self._extends(host, begin, end) and self._moved_in(host, int(storages.sizes[host]), item):
+                self._extend(host, begin, end)
                 return
         self.profile[begin:end] += size
         self.is_host[item] = True
@@ -92,8 +99,7 @@ class _Mixing:
         """Those that could hold ``item``, first those that need to be allocated the least longer for it."""
         s = self.storages
         begin, end, size = s.begins[item], s.ends[item], s.sizes[item]
-        earliest = np.where(s.apart, s.earliest, 0)
-        latest = np.where(s.apart, s.latest, s.steps)
+        earliest, latest = np.where(s.apart, s.earliest, 0), np.where(s.apart, s.latest, s.steps)
         clear = ((end <= s.begins) & (begin >= earliest)) | ((begin >= s.ends) & (end <= latest))
         found = np.flatnonzero(self.is_host & (s.sizes >= size) & clear)
         longer = np.maximum(self.first[found] - begin, 0) + np.maximum(end - self.last[found], 0)
@@ -101,30 +107,50 @@ class _Mixing:
         chosen: list[int] = found[ranked[:CANDIDATES]].tolist()
         return chosen
 
-    def _gap(self, host: int, item: int) -> int | None:
-        """The lowest free offset for ``item`` in ``host``'s memory."""
+    def _moved_in(self, host: int, capacity: int, item: int) -> bool:
+        """Place ``item`` at the lowest free offset of ``host``'s memory, if there is one."""
         s = self.storages
-        guests = [
-            (int(self.offsets[g]), int(s.sizes[g]))
-            for g in self.guests.get(host, ())
-            if s.begins[g] < s.ends[item] and s.begins[item] < s.ends[g]
-        ]
-        offset = 0
-        for low, size in sorted(guests):
-            if offset + s.sizes[item] <= low:
-                break
-            offset = max(offset, low + size)
-        return offset if offset + s.sizes[item] <= s.sizes[host] else None
-
-    def _extend(self, host: int, begin: int, end: int) -> bool:
-        """Allocate ``host`` from step ``begin`` to ``end`` at least, if that keeps the limit."""
-        size = int(self.storages.sizes[host])
-        first, last = int(self.first[host]), int(self.last[host])
-        before, behind = slice(min(begin, first), first), slice(last, max(end, last))
-        room = self.limit - size
-        if self.profile[before].max(initial=0) > room or self.profile[behind].max(initial=0) > room:
+        guests = self.guests.get(host, _NOBODY)
+        offset = lowest_gap(s, self.offsets, guests, item, capacity)
+        if offset is None:
             return False
-        self.profile[before] += size
-        self.profile[behind] += size
-        self.first[host], self.last[host] = min(begin, first), max(end, last)
+        self.owners[item], self.offsets[item] = host, offset
+        self.guests[host] = np.insert(guests, np.searchsorted(self.offsets[guests], offset), item)
         return True
+
+    def _extends(self, host: int, begin: int, end: int) -> bool:
+        """Whether ``host`` may be allocated from step ``begin`` to ``end`` at least within the limit."""
+        room = self.limit - int(self.storages.sizes[host])
+        before, behind = self._longer(host, begin, end)
+        return bool(self.profile[before].max(initial=0) <= room and self.profile[behind].max(initial=0) <= room)
+
+    def _extend(self, host: int, begin: int, end: int) -> None:
+        for more in self._longer(host, begin, end):
+            self.profile[more] += self.storages.sizes[host]
+        self.first[host], self.last[host] = min(begin, self.first[host]), max(end, self.last[host])
+
+    def _longer(self, host: int, begin: int, end: int) -> tuple[slice, slice]:
+        first, last = int(self.first[host]), int(self.last[host])
+        return slice(min(begin, first), first), slice(last, max(end, last))
+
+    def result(self) -> Mixture:
+        """What has been placed, in no larger an arena than it takes."""
+        storages = self.storages
+        inside = self.owners == ARENA
+        arena = int((self.offsets + storages.sizes)[inside].max(initial=0))
+        peak = int(self.profile.max(initial=0)) - self.arena_bytes + arena
+        alone = (self.owners == np.arange(len(self.owners))) & ~storages.apart
+        return Mixture(Places(arena, self.owners, self.offsets), peak, int(storages.sizes[alone].sum()))
+
+
+_NOBODY = np.empty(0, np.int64)
+
+
+def lowest_gap(storages: Storages, offsets: Bytes, guests: Bytes, item: int, capacity: int) -> int | None:
+    """The lowest offset below ``capacity`` at which ``item`` meets none of the ``guests``, sorted by theirs."""
+    s = storages
+    rivals = guests[(s.begins[guests] < s.ends[item]) & (s.ends[guests] > s.begins[item])]
+    floors = np.concatenate(([0], np.maximum.accumulate(offsets[rivals] + s.sizes[rivals])))
+    ceilings = np.append(offsets[rivals], capacity)
+    fits = np.flatnonzero(ceilings - floors >= s.sizes[item])
+    return int(floors[fits[0]]) if fits.size else None

@@ -14,8 +14,8 @@ from ..address.gaps import PRIORITIES, best_of
 from ..address.no_overlap import Verdict, fit_by_constraints
 from ..address.packing import Packing
 from .blocks import Storages
-from .filling import fillings
-from .mixing import ARENA, Mixture, Places, mixed
+from .filling import mixtures
+from .mixing import ARENA, Mixture, Places
 
 __all__ = ["place"]
 
@@ -62,22 +62,21 @@ def _in_one_arena(plan: Plan, storages: Storages, limit: int, budget: Budget) ->
 
 
 def _best_mixture(storages: Storages, limit: int, budget: Budget) -> Places:
-    """Of all arenas tried, the one that leaves the fewest bytes to be allocated apart."""
+    """Of all placements tried, the one that leaves the fewest bytes to be allocated alone."""
     best: Mixture | None = None
-    for arena, inside in fillings(storages, limit):
-        found = mixed(storages, arena, inside, limit)
-        if found is not None and (best is None or _merit(storages, found) < _merit(storages, best)):
+    for found in mixtures(storages, limit):
+        if best is None or _merit(storages, found) < _merit(storages, best):
             best = found
-        if best is not None and (best.allocated_alone == 0 or budget.halted()):
+        if best.alone_bytes == 0 or budget.halted():
             break
-    assert best is not None  # without an arena every storage can have memory of its own
+    assert best is not None  # the last one tried gives up the arena, and so keeps the limit
     return best.places
 
 
 def _merit(storages: Storages, mixture: Mixture) -> tuple[int, int]:
     """Bytes allocated alone, then bytes outside the arena."""
     outside = storages.sizes[mixture.places.owners != ARENA].sum()
-    return mixture.allocated_alone, int(outside)
+    return mixture.alone_bytes, int(outside)
 
 
 def _device_plan(plan: Plan, apart: frozenset[str], storages: Storages, places: Places) -> DevicePlan:
