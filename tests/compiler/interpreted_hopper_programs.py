@@ -15,18 +15,16 @@ import msgspec
 import pytest
 import torch
 
-from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.layout import DevicePlan
 from opweave.compiler.runtime.device.program import Origin, Program, Ref
 from tests.support.hopper import h100
 from tests.support.hopper_zoo import ZOO, Case
 from tests.support.interpreter import correct
 from tests.support.programs import (
-    PoisonedPool,
     best_device_plan,
     handed_over,
     inference_program,
-    on_cpu,
+    interpreted_executor,
     random_device_plan,
     training_programs,
 )
@@ -46,8 +44,7 @@ def execute(program: Program, plan: DevicePlan, inputs: Sequence[torch.Tensor]) 
     """Run once, on copies of the inputs, which must not change."""
     copies = [tensor.detach().clone() for tensor in inputs]
     kept = [tensor.clone() for tensor in copies]
-    executor = Executor(on_cpu(program), plan, device=torch.device("cpu"), pool=PoisonedPool())
-    results = list(executor(list(copies)))
+    results = list(interpreted_executor(program, plan)(list(copies)))
     given = [program.storage_of(ref).origin is Origin.GIVEN for ref in program.inputs if isinstance(ref, Ref)]
     assert all(
         is_given or torch.equal(copy, original) for is_given, copy, original in zip(given, copies, kept, strict=True)

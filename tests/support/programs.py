@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from triton import knobs
 
 from opweave.compiler.frontend.dynamo.lowering import lower
 from opweave.compiler.graph import Graph, OpKind
 from opweave.compiler.pipeline import Budget
 from opweave.compiler.plan import Plan, Residence
 from opweave.compiler.runtime.device.arena import ALIGNMENT_BYTES, ArenaPool
+from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.graph import planning_graph
+from opweave.compiler.runtime.device.kernels import load_kernels
 from opweave.compiler.runtime.device.layout import DevicePlan
 from opweave.compiler.runtime.device.program import Origin, Program, Ref
 from opweave.hw_models.registry import load as load_machine
@@ -28,12 +32,11 @@ from opweave.passes.device.planner import plan_for_device
 from tests.support.hopper import DEVICE
 
 __all__ = [
-    "PoisonedPool",
     "TrainingPrograms",
     "best_device_plan",
     "handed_over",
     "inference_program",
-    "on_cpu",
+    "interpreted_executor",
     "random_device_plan",
     "training_programs",
 ]
@@ -98,8 +101,15 @@ def _lowered(module: torch.fx.GraphModule, **options: Any) -> Program:
     return lower(moved, fakes, **options).program
 
 
-def on_cpu(program: Program) -> Program:
-    """The same program with all its memory on the CPU."""
+def interpreted_executor(program: Program, device_plan: DevicePlan) -> Executor:
+    """Runs ``program`` on tensors of the CPU, in a poisoned and guarded arena; under the interpreter only."""
+    assert knobs.runtime.interpret, "run it by `tests.support.interpreted`"
+    kernels = {name: partial(kernel.run, stream=0) for name, kernel in load_kernels(program).items()}
+    return Executor(_on_cpu(program), device_plan, device=_CPU, kernels=kernels, pool=_PoisonedPool())
+
+
+def _on_cpu(program: Program) -> Program:
+    """The same program with all its memory on the CPU, its kernels plain functions as the CPU's are."""
 
     def moved(item: Any) -> Any:
         if isinstance(item, torch.device):
@@ -115,6 +125,7 @@ def on_cpu(program: Program) -> Program:
             replace(call, args=moved(call.args), kwargs={key: moved(value) for key, value in call.kwargs.items()})
             for call in program.calls
         ),
+        kernels={name: replace(kernel, language="cpp") for name, kernel in program.kernels.items()},
         constants={name: value.cpu() for name, value in program.constants.items()},
     )
 
@@ -206,7 +217,7 @@ def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-class PoisonedPool(ArenaPool):
+class _PoisonedPool(ArenaPool):
     """Lends arenas of exactly the bytes asked for, full of NaN (-1 as integers), guarded on both sides."""
 
     guard_bytes = 4096
