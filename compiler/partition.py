@@ -8,7 +8,7 @@ Times are whole picoseconds, so that their sums are exact.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -145,19 +145,17 @@ class PartitionProblem:
         """Values that backward steps read, or that such values are computed from, and that are not there anyway."""
         return tuple(v for v, value in enumerate(self.values) if self.latest[v] >= 0 and value.producer is not None)
 
-    def due(self, saved: Set[int], again: Set[int]) -> dict[int, tuple[int, int | None]]:
-        """For each needed value the backward step before which it is needed, and the step again that needs it then.
+    def due(self, saved: Set[int], again: Set[int]) -> dict[int, int]:
+        """For each needed value the backward step before which it is needed.
 
-        That step is ``None`` where the backward step reads the value itself. Steps in ``again`` run when one of their
-        results that is not in ``saved`` is needed first.
+        Steps in ``again`` run when one of their results that is not in ``saved`` is needed first.
         """
-        due: dict[int, tuple[int, int | None]] = {v: (b, None) for v, b in self._first_reads.items()}
+        due = dict(self._first_reads)
         never = len(self.backward)
         for s in sorted(again, reverse=True):
-            first = min((due[v][0] for v in self.made[s] if v in due and v not in saved), default=never)
+            first = min((due[v] for v in self.made[s] if v in due and v not in saved), default=never)
             for v in self.steps[s].reads:
-                if first < due.get(v, (never, None))[0]:
-                    due[v] = first, s
+                due[v] = min(due.get(v, never), first)
         return due
 
     @cached_property
@@ -208,6 +206,14 @@ class PartitionProblem:
             sum(self.values[v].nbytes for v in kept),
         )
 
+    def longest_wait(self, kept: Set[int], offloaded: Set[int]) -> int | None:
+        """The backward step until which loads make the backward half wait longest; ``None`` if it never waits."""
+        count = self.recount(kept, offloaded)
+        if count is None or not count.exposed_load_ps:
+            return None
+        waits = self._waits_ps(offloaded, kept | offloaded, count.again)
+        return min(b for b, late in waits if late == count.exposed_load_ps)
+
     def _exposed_store_ps(self, offloaded: Set[int]) -> int:
         finish = 0
         for v in sorted(offloaded, key=lambda v: (self.released_ps[v], v)):
@@ -215,12 +221,14 @@ class PartitionProblem:
         return max(0, finish - self.forward_ps)
 
     def _exposed_load_ps(self, offloaded: Set[int], saved: Set[int], again: Set[int]) -> int:
+        return max((late for _, late in self._waits_ps(offloaded, saved, again)), default=0)
+
+    def _waits_ps(self, offloaded: Set[int], saved: Set[int], again: Set[int]) -> Iterator[tuple[int, int]]:
         due = self.due(saved, again)
-        arrived = late = 0
-        for b, v in sorted((due[v][0], v) for v in offloaded if v in due):
+        arrived = 0
+        for b, v in sorted((due[v], v) for v in offloaded if v in due):
             arrived += self.values[v].load_ps or 0
-            late = max(late, arrived - self.begins_ps[b])
-        return late
+            yield b, max(0, arrived - self.begins_ps[b])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,54 +13,24 @@ import pulp
 
 from ...compiler.partition import PartitionProblem
 
-__all__ = ["Early", "Model", "Saved", "early"]
+__all__ = ["Model", "Saved"]
 
 #: Kept and offloaded values, by index.
 Saved = tuple[frozenset[int], frozenset[int]]
 
 
 @dataclass(frozen=True)
-class Early:
-    """An offloaded ``value`` is needed before backward step ``before`` if all the steps in ``again`` run again."""
-
-    value: int
-    again: frozenset[int]
-    before: int
-
-
-def early(problem: PartitionProblem, answer: Saved) -> frozenset[Early]:
-    """What of ``answer`` is needed before it is needed at the latest, and why."""
-    kept, offloaded = answer
-    count = problem.recount(kept, offloaded)
-    if count is None:
-        return frozenset()
-    due = problem.due(kept | offloaded, count.again)
-    found = set()
-    for v in offloaded & due.keys():
-        before, step = due[v]
-        if before == problem.latest[v]:
-            continue
-        again: set[int] = set()
-        while step is not None:
-            again.add(step)
-            unsaved = [u for u in problem.made[step] if u in due and u not in kept | offloaded]
-            step = due[min(unsaved, key=lambda u: due[u][0])][1]
-        found.add(Early(v, frozenset(again), before))
-    return frozenset(found)
-
-
-@dataclass(frozen=True)
 class Model:
     """Variables by name: ``keep_v``, ``offload_v``, ``again_s``, and those of exposed transfers.
 
-    One unit of the objective is ``unit_ps`` picoseconds. Loads are due when they are needed at the latest, or
-    ``early``: without those it is a relaxation.
+    One unit of the objective is ``unit_ps`` picoseconds. Loads are due when they are needed at the latest, and those
+    needed before one of ``moments``, backward steps, before that: without those it is a relaxation.
     """
 
     problem: PartitionProblem
     limit_bytes: int
     unit_ps: int = 1
-    early: frozenset[Early] = frozenset()
+    moments: frozenset[int] = frozenset()
 
     @cached_property
     def repeatable(self) -> frozenset[int]:
@@ -149,15 +119,21 @@ class Model:
         keepable = [v for v in self.problem.needed if self._may("keep", v)]
         return {variables[f"keep_{v}"]: self.problem.values[v].nbytes // self.bytes_unit for v in keepable}
 
-    def _add_availability(self, model: pulp.LpProblem, variables: Mapping[str, Any]) -> None:
-        """Whatever is read in the backward half is kept, offloaded, or made by a step that runs again."""
+    def _add_availability(
+        self, model: pulp.LpProblem, variables: Mapping[str, Any], suffix: str = "", until: int | None = None
+    ) -> None:
+        """What backward steps (``until`` one of them) read is kept, offloaded, or made by a step that runs again.
+
+        So are the operands of what runs again.
+        """
+        steps = self.problem.backward if until is None else self.problem.backward[: until + 1]
         needed = frozenset(self.problem.needed)
-        for v in self.problem.demanded:
-            model += pulp.LpAffineExpression(self._sources(v, variables)) >= 1, f"demanded_{v}"
+        for v in sorted(needed.intersection(v for step in steps for v in step.reads)):
+            model += pulp.LpAffineExpression(self._sources(v, variables)) >= 1, f"demanded_{v}{suffix}"
         for s in sorted(self.repeatable):
             for v in sorted(needed.intersection(self.problem.steps[s].reads)):
                 row = {**self._sources(v, variables), variables[f"again_{s}"]: -1}
-                model += pulp.LpAffineExpression(row) >= 0, f"operand_{s}_{v}"
+                model += pulp.LpAffineExpression(row) >= 0, f"operand_{s}_{v}{suffix}"
 
     def _sources(self, v: int, variables: Mapping[str, Any]) -> dict[Any, int]:
         names = (f"keep_{v}", f"offload_{v}", f"again_{self.problem.values[v].producer}")
@@ -180,41 +156,32 @@ class Model:
             later = now
 
     def _add_loads(self, model: pulp.LpProblem, variables: Mapping[str, Any], exposed: Any) -> None:
-        """What is needed by each moment has passed the link, or the backward half waits for it."""
+        """What is needed by each moment at the latest has passed the link, or the backward half waits for it."""
         problem = self.problem
-        due: dict[int, dict[Any, float]] = {}
-
-        def add(before: int, variable: Any, load: float) -> None:
-            row = due.setdefault(problem.begins_ps[before], {})
-            row[variable] = row.get(variable, 0.0) + load
-
-        for v in problem.needed:
-            if self._may("offload", v):
-                load = (problem.values[v].load_ps or 0) / self.unit_ps
-                latest = problem.latest[v]
-                add(latest, variables[f"offload_{v}"], load)
-                for before, moved in self._add_early(model, variables, v):
-                    add(before, moved, load)
-                    add(latest, moved, -load)
-                    latest = before
+        due = sorted((v for v in problem.needed if self._may("offload", v)), key=lambda v: problem.latest[v])
         earlier: Any = None
-        for ps in sorted(due):
-            now = model.add_variable(f"loaded_by_{ps}", 0, None, pulp.LpContinuous)
-            row = due[ps] | {now: -1.0} | ({} if earlier is None else {earlier: 1.0})
-            model += pulp.LpAffineExpression(row) == 0, f"loaded_by_{ps}"
-            model += pulp.LpAffineExpression({exposed: 1, now: -1}) >= -ps / self.unit_ps, f"exposed_load_{ps}"
+        for b, group in groupby(due, key=lambda v: problem.latest[v]):
+            now = model.add_variable(f"loaded_by_{b}", 0, None, pulp.LpContinuous)
+            row = {variables[f"offload_{v}"]: (problem.values[v].load_ps or 0) / self.unit_ps for v in group}
+            row |= {now: -1.0} | ({} if earlier is None else {earlier: 1.0})
+            model += pulp.LpAffineExpression(row) == 0, f"loaded_by_{b}"
+            begin = problem.begins_ps[b] / self.unit_ps
+            model += pulp.LpAffineExpression({exposed: 1, now: -1}) >= -begin, f"exposed_load_{b}"
             earlier = now
+        for b in sorted(self.moments):
+            self._add_moment(model, variables, exposed, b)
 
-    def _add_early(self, model: pulp.LpProblem, variables: Mapping[str, Any], v: int) -> Iterator[tuple[int, Any]]:
-        """Backward steps before which ``v`` may be needed, the last one first, each with whether it is."""
-        whether = variables[f"offload_{v}"]
-        reasons = sorted((e for e in self.early if e.value == v), key=lambda e: (-e.before, sorted(e.again)))
-        for before, group in groupby(reasons, key=lambda e: e.before):
-            now = model.add_variable(f"early_{v}_{before}", 0, 1, pulp.LpContinuous)
-            model += pulp.LpAffineExpression({whether: 1, now: -1}) >= 0, f"early_{v}_{before}"
-            for i, reason in enumerate(group):
-                row = {variables[f"again_{s}"]: 1.0 for s in sorted(reason.again)}
-                row |= {variables[f"offload_{v}"]: 1.0, now: -1.0}
-                model += pulp.LpAffineExpression(row) <= len(reason.again), f"early_{v}_{before}_{i}"
-            yield before, now
-            whether = now
+    def _add_moment(self, model: pulp.LpProblem, variables: Mapping[str, Any], exposed: Any, moment: int) -> None:
+        """Availability of what backward steps up to ``moment`` need: ``load_v_b`` and ``run_s_b`` are by then."""
+        early: dict[str, Any] = dict(variables)
+        load: dict[Any, float] = {exposed: -1.0}
+        for name in variables:
+            way, index = name.split("_")
+            if way != "keep":
+                early[name] = now = model.add_variable(f"{name}_by_{moment}", 0, 1, pulp.LpContinuous)
+                model += pulp.LpAffineExpression({variables[name]: 1, now: -1}) >= 0, f"{name}_by_{moment}"
+                if way == "offload":
+                    load[now] = (self.problem.values[int(index)].load_ps or 0) / self.unit_ps
+        begin = self.problem.begins_ps[moment] / self.unit_ps
+        model += pulp.LpAffineExpression(load) <= begin, f"exposed_by_{moment}"
+        self._add_availability(model, early, f"_by_{moment}", until=moment)

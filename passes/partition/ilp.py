@@ -15,13 +15,13 @@ from ...compiler.pipeline import Budget, Progress
 from ...errors import Infeasible, ModelError, OptionError
 from .._solver.highs import Solution, less_tolerances, solve, whole_units
 from ._greedy import better, keep_what_is_read, tidied
-from ._model import Model, Saved, early
+from ._model import Model, Saved
 
 __all__ = ["IlpPartition"]
 
 MAX_NODES = 10_000  # the search tree in deterministic mode, where no clock may decide
 FINE = 1_000_000  # units that the first answer takes: what HiGHS resolves
-MAX_ROUNDS = 5  # how often loads that are needed earlier than the model says are added to it
+MAX_ROUNDS = 12  # how often moments before which loads are waited for are added to the model
 LEAST_S = 10.0  # for the fewest bytes: a network problem, solved in a fraction of that
 
 
@@ -55,17 +55,17 @@ class IlpPartition:
             raise OptionError(f"a limit of {limit_bytes} bytes for kept values was asked for; it takes 0 or more")
         start = self._start(problem, limit_bytes, budget, starts)
         best = Partition(problem, limit_bytes, *start, bound_ps=0)
-        reasons = early(problem, start)
+        moments = _waits(problem, [start])
         for _ in range(MAX_ROUNDS):
-            model = Model(problem, limit_bytes, max(1, best.recount.total_ps // FINE), reasons)
+            model = Model(problem, limit_bytes, max(1, best.recount.total_ps // FINE), moments)
             solution = self._solve(model.least_time(), model, best, budget.share(0.8))
             best, answers = _better(best, model, solution, _bound_ps(model, solution))
-            more = reasons.union(*(early(problem, answer) for answer in answers))
-            if more == reasons or best.bound_ps == best.recount.total_ps or budget.remaining_s <= 0:
+            more = moments | _waits(problem, answers)
+            if more == moments or best.bound_ps == best.recount.total_ps or budget.remaining_s <= 0:
                 break
-            reasons = more
+            moments = more
         if budget.remaining_s > 0:
-            model = Model(problem, limit_bytes, model.unit_ps, reasons)
+            model = Model(problem, limit_bytes, model.unit_ps, moments)
             solution = self._solve(model.least_saved(best.recount.total_ps), model, best, budget)
             best, _ = _better(best, model, solution, 0)
         return replace(best, seconds=round(time.monotonic() - begin, 3))
@@ -132,6 +132,12 @@ def _better(best: Partition, model: Model, solution: Solution, bound_ps: int) ->
     improved = Partition(best.problem, best.limit_bytes, *chosen, bound_ps=0)
     bound_ps = min(max(best.bound_ps, bound_ps), improved.recount.total_ps)
     return replace(improved, bound_ps=bound_ps), answers
+
+
+def _waits(problem: PartitionProblem, answers: Iterable[Saved]) -> frozenset[int]:
+    """The moments that decide how long loads are waited for in ``answers``."""
+    moments = (problem.longest_wait(*answer) for answer in answers)
+    return frozenset(moment for moment in moments if moment is not None)
 
 
 def _bound_ps(model: Model, solution: Solution) -> int:

@@ -24,7 +24,7 @@ from ....hw_models.model import HardwareModel
 from ...partition import Partition, PartitionProblem, SavedValue, Step
 from .joint_costs import JointCosts, aliased, nbytes_of, source
 
-__all__ = ["Choose", "Halves", "JointProblem", "joint_problem", "partition"]
+__all__ = ["Choose", "Halves", "JointProblem", "joint_problem", "min_cut_with", "partition"]
 
 #: Kept and offloaded values, by index.
 Saved = tuple[frozenset[int], frozenset[int]]
@@ -102,7 +102,7 @@ def partition(
         symbols = [node for node in joint_graph.nodes if _is_symbol(node) and node not in node_info.tangents_closure]
         return list(dict.fromkeys((*node_info.inputs, *symbols, *saved)))
 
-    forward, backward = _min_cut_with(choose_saved_values_set)(joint_module, joint_inputs, **arguments)
+    forward, backward = min_cut_with(choose_saved_values_set)(joint_module, joint_inputs, **arguments)
     if not chosen:  # nothing in the graph needs a gradient
         return Halves(forward, backward, _saved_names(forward, num_fwd_outputs))
     return _checked(forward, backward, num_fwd_outputs, *chosen[-1])
@@ -229,7 +229,7 @@ def _checked(
     return Halves(forward, backward, names, tuple(i for i, name in enumerate(names) if name in away), answer)
 
 
-def _min_cut_with(choose: Callable[..., list[fx.Node]]) -> Callable[..., tuple[fx.GraphModule, fx.GraphModule]]:
+def min_cut_with(choose: Callable[..., list[fx.Node]]) -> Callable[..., tuple[fx.GraphModule, fx.GraphModule]]:
     """Torch's partition function, choosing what is saved by ``choose``."""
     original = getattr(partitioners, "min_cut_rematerialization_partition", None)
     name = "choose_saved_values_set"
