@@ -12,14 +12,14 @@ from .compiler.frontend.dynamo.backend import Backend, Planners
 from .compiler.frontend.dynamo.options import BackendOptions
 from .compiler.frontend.dynamo.report import GraphReport
 from .compiler.pipeline import Budget
-from .errors import MachineError
+from .errors import InternalError, MachineError
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
 
 if TYPE_CHECKING:
     from .compiler.graph import Graph
     from .compiler.runtime.device.layout import DevicePlan
-    from .compiler.runtime.device.program import Origin
+    from .compiler.runtime.device.program import Program
 
 __all__ = ["backend", "backend_reports", "fallback_counts", "reset"]
 
@@ -70,12 +70,33 @@ def _budget(options: BackendOptions) -> Budget:
     return Budget.of_seconds(options.time_limit, deterministic=options.deterministic)
 
 
-def _plan(
-    graph: Graph, apart: Mapping[str, Origin], machine: HardwareModel, options: BackendOptions
-) -> DevicePlan:
+#: Storages that cannot lie in the arena: the caller keeps them, hands them over, or a call allocates them.
+_APART = ("output", "given", "call")
+
+
+def _plan(program: Program, machine: HardwareModel, options: BackendOptions) -> DevicePlan:
+    """Order, addresses and streams of one program."""
+    from .compiler.runtime.device.graph import planning_graph
     from .passes.device.planner import plan_for_device
 
-    return plan_for_device(graph, frozenset(apart), machine, _budget(options))
+    origins = {storage.name: storage.origin.value for storage in program.storages.values()}
+    apart = frozenset(name for name, origin in origins.items() if origin in _APART)
+    hosts = frozenset(name for name in apart if origins[name] == "output")
+    budget = _budget(options)
+    planned = plan_for_device(planning_graph(program), apart, machine, budget.share(0.8), hosts=hosts)
+    return planned if options.streams == 1 else _on_streams(program, planned, options, budget)
+
+
+def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, budget: Budget) -> DevicePlan:
+    """``planned`` with independent calls on streams of their own, where that is predicted to be faster."""
+    from .compiler.verify.races import find_races
+    from .passes.streams.critical_path import CriticalPath
+
+    decided = CriticalPath(streams=options.streams or 0).assign(program, planned, budget).device_plan
+    races = find_races(program, decided)
+    if races:
+        raise InternalError(f"a plan on streams has a race: {races[0].message}", hint="please report this")
+    return decided
 
 
 def _order(graph: Graph, options: BackendOptions) -> tuple[int, ...]:

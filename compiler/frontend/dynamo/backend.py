@@ -24,14 +24,16 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from ....errors import OpweaveError
 from ....hw_models.model import HardwareModel
 from ...graph import Graph
-from ...runtime.device.graph import planning_graph
-from ...runtime.device.layout import DevicePlan
+from ...plan import Plan, Run
+from ...runtime.device.layout import DevicePlan, allocated_bytes, live_bytes
 from ...runtime.device.program import Origin, Program, Ref
+from ...simulate import latency_ns
 from .fallbacks import Fallbacks
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
 from .planned import LOADING, PlannedGraph, StockGraph
 from .report import GraphReport, Reports
+from .stock import in_our_order
 
 __all__ = ["FORMAT", "Backend", "Planners"]
 
@@ -45,12 +47,11 @@ FORMAT = 1
 class Planners:
     """What the backend is handed from above: how to plan a graph, order one, and model a device.
 
-    ``plan`` takes a planning graph, the buffers allocated apart with their origins, a machine and the options.
-    ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices.
+    ``plan`` takes a program all of whose sizes are integers, a machine and the options. ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices.
     ``machine`` takes a device and the options.
     """
 
-    plan: Callable[[Graph, Mapping[str, Origin], HardwareModel, BackendOptions], DevicePlan]
+    plan: Callable[[Program, HardwareModel, BackendOptions], DevicePlan]
     order: Callable[[Graph, BackendOptions], tuple[int, ...]]
     machine: Callable[[torch.device, BackendOptions], HardwareModel]
 
@@ -180,13 +181,10 @@ class _Inner:
         return graph
 
     def _plan(self, program: Program) -> DevicePlan:
-        graph = planning_graph(program)
-        apart = {s.name: s.origin for s in program.storages.values() if s.origin in _APART}
         devices = {s.device for s in program.storages.values()}
         device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-        return self.backend.planners.plan(
-            graph, apart, self.backend.planners.machine(device, self.options), self.options
-        )
+        machine = self.backend.planners.machine(device, self.options)
+        return self.backend.planners.plan(program, machine, self.options)
 
     def _stock(
         self,
@@ -199,16 +197,13 @@ class _Inner:
         kwargs: Mapping[str, Any],
     ) -> StockGraph:
         begin = time.monotonic()
-        with inductor_config.patch(self.settings):
+        with inductor_config.patch(self.settings), in_our_order(lambda graph: self.backend.planners.order(graph, self.options)):
             compiled = compile_fx_inner(module, inputs, **kwargs)
         report = GraphReport(
             name, phase, "T0", str(device), fallbacks=fallbacks, lowering_s=time.monotonic() - begin
         )
         self.backend.reports.add(report)
         return StockGraph(compiled, report)
-
-
-_APART = (Origin.OUTPUT, Origin.CALL, Origin.GIVEN)
 
 
 def _copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -271,12 +266,37 @@ def _described(report: GraphReport, program: Program, plan: DevicePlan, planning
     kernels = Counter(call.target for call in program.calls if call.target in program.kernels)
     operators = Counter(call.target for call in program.calls if call.target not in program.kernels)
     held = sum(int(s.nbytes) for s in program.storages.values() if s.origin in (Origin.INPUT, Origin.CONSTANT))
+    proven = next((c for c in plan.plan.certificates if c.objective == "peak_bytes"), None)
+    engines = {i.engine for i in plan.plan.instructions if isinstance(i, Run)}
+    live = max(live_bytes(plan.plan), default=0)
     return dataclasses.replace(
         report,
         kernels=dict(kernels),
         operators=dict(operators),
+        peak_before_bytes=program_order_peak(plan.plan),
+        peak_bytes=live,
+        bound_bytes=min(live, proven.bound) if proven else 0,
+        allocated_bytes=max(allocated_bytes(plan), default=plan.arena_bytes),
         arena_bytes=plan.arena_bytes,
         held_bytes=held,
+        streams=max(1, len(engines)),
+        predicted_s=latency_ns(plan.plan) / 1e9,
         planning_s=planning_s,
+        status="" if proven is None else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
         plan=plan.plan,
     )
+
+
+def program_order_peak(plan: Plan) -> int:
+    """Bytes live at once when operators run in program order, each buffer from its first to its last use."""
+    span: dict[str, tuple[int, int]] = {}
+    for index, touched in enumerate(plan.graph.touches):
+        for name in touched:
+            span[name] = (span.get(name, (index, index))[0], index)
+    alignment = plan.machine.scratchpad_memory.alignment_bytes
+    change = [0] * (len(plan.graph.ops) + 1)
+    for name, (first, last) in span.items():
+        nbytes = -(-plan.graph.buffers[name].nbytes // alignment) * alignment
+        change[first] += nbytes
+        change[last + 1] -= nbytes
+    return max(itertools.accumulate(change), default=0)
