@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from opweave.errors import OptionError
 
-__all__ = ["Comparison", "Result", "compare", "result", "result64", "tolerance"]
+__all__ = ["Comparison", "Result", "compare", "result", "result64", "seeded", "tolerance"]
 
 #: Named tensors of one run: ``output.<i>``, and after a training step ``loss``, ``gradient.<parameter>`` and
 #: ``buffer.<name>``.
@@ -35,8 +36,9 @@ FLOOR = 1e-2
 
 @dataclass(frozen=True)
 class Comparison:
-    """The judgement of one run against another. ``worst`` is the tensor named by the error or, if equal, the farthest.
+    """The judgement of one run against another.
 
+    ``worst`` is the tensor that differs or, if equal, the farthest; empty if none is off at all.
     ``error`` is the largest root-mean-square error over all tensors, relative to the tensor's expected root mean
     square (not below the floor of its group); ``cosine`` the least cosine similarity of those above that floor.
     """
@@ -77,9 +79,7 @@ def result(
     entry.
     """
     call = model if call is None else call
-    devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed, {tensor.device for tensor in inputs}):
         if loss is None:
             with torch.no_grad():
                 return _named(call(*inputs))
@@ -87,10 +87,23 @@ def result(
         outputs = call(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         scalar = loss(outputs)
-        scalar.backward()  # type: ignore[no-untyped-call]
-    gradients = {f"gradient.{n}": p.grad.detach() for n, p in model.named_parameters() if p.grad is not None}
+        torch.autograd.backward(scalar)
+    gradients = {f"gradient.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     buffers = {f"buffer.{n}": b.detach().clone() for n, b in model.named_buffers()}
-    return {**_named(outputs), "loss": scalar.detach(), **gradients, **buffers}
+    return {**_named(outputs), "loss": scalar.detach().clone(), **gradients, **buffers}
+
+
+@contextmanager
+def seeded(seed: int, devices: Collection[torch.device]) -> Iterator[None]:
+    """Random numbers on the CPU and on ``devices`` follow ``seed`` inside, and go on after as if nothing had been."""
+    graphical = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=graphical):
+        # Not torch.manual_seed: it would seed the other devices too, whose states nobody puts back.
+        torch.default_generator.manual_seed(seed)
+        for device in graphical:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def result64(
@@ -125,7 +138,7 @@ def compare(actual: Result, expected: Result, reference64: Result | None = None)
         relative = _rms(got.double() - want.double()) / scale if scale else 0.0
         similar = _cosine(got, want, scale) if scale and _rms(want) == scale else 1.0
         cosine = min(cosine, similar)
-        if relative >= error:
+        if relative > error:
             worst, error = name, relative
         reference = None if reference64 is None else reference64.get(name)
         reason = _different(got, want, reference, scale)
@@ -136,7 +149,8 @@ def compare(actual: Result, expected: Result, reference64: Result | None = None)
 
 def _named(outputs: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {f"output.{number}": output.detach() for number, output in enumerate(outputs)}
+    # Copies: a backend that replays a CUDA graph writes its next outputs and gradients where these lie.
+    return {f"output.{number}": output.detach().clone() for number, output in enumerate(outputs)}
 
 
 def _group(name: str) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from opweave.errors import OptionError
 
 from .branchy import Inception, RandomlyWired, Transformer, UnevenExperts, wiring
+from .numerics import seeded
 from .zoo_configurations import DIFFUSERS, TRANSFORMERS
 from .zoo_parts import Family, Input, Pretrained, Size
 
@@ -93,8 +94,7 @@ class ZooModel:
         """
         place = torch.device(device)
         _known(self, size)
-        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
-            torch.manual_seed(seed)
+        with seeded(seed, [place]), place:
             made = self.make(size, dtype, dropout)
         model = Outputs(made, tuple(each.name for each in self.arguments[size]), self.fields)
         _settle(model, self.inputs(size, device=device, dtype=dtype))

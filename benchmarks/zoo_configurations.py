@@ -139,7 +139,7 @@ TRANSFORMERS: tuple[Pretrained, ...] = (
         {"use_cache": False},
         note="full has the shape of Llama 3.2 1B (plain rotary frequencies), 1.2 G parameters",
     ),
-    _mixtral("mixtral", "batched_mm", 4, 4, "gathers the experts' weights once a token and choice: for few tokens"),
+    _mixtral("mixtral", "batched_mm", 2, 4, "gathers the experts' weights once a token and choice: for few tokens"),
     _mixtral("mixtral_grouped", "grouped_mm", 1, 2048, "sorts tokens by expert; transformers' default"),
     Pretrained(
         "bert",
