@@ -92,8 +92,8 @@ def _blocks(program: Program, device_plan: DevicePlan) -> Iterator[_Block]:
             for stay in (r for r in inside if r.buffer == name):
                 end = steps if name in returned else stay.end
                 yield _Block(name, stay.begin, end, plan.instructions[stay.begin].engine, first, last)
-        elif inside and storage.origin is Origin.GIVEN:
-            end = steps if name in returned else max(r.end for r in inside)
-            yield _Block(name, 0, end, None, first, last)
         elif inside:
-            yield _Block(name, min(r.begin for r in inside), steps, main, first, last)
+            end = steps if name in returned else max(r.end for r in inside)
+            is_given = storage.origin is Origin.GIVEN
+            begin = 0 if is_given else min(r.begin for r in inside)
+            yield _Block(name, begin, end, None if is_given else main, first, last)

@@ -82,6 +82,8 @@ class _Judge:
         self.program, self.device_plan, self.plan = program, device_plan, device_plan.plan
         self.kept = {n for n, s in program.storages.items() if s.origin in (Origin.INPUT, Origin.CONSTANT)}
         self.given = {n for n, s in program.storages.items() if s.origin is Origin.GIVEN}
+        self.host = {n for n, s in program.storages.items() if s.origin is Origin.HOST}
+        self.sent = {n for n, s in program.storages.items() if s.origin is Origin.RETURNED}
         self.returned = {program.views[o.name].storage for o in program.outputs if isinstance(o, Ref)}
         self.calls: dict[str, Call] = {call.name: call for call in program.calls}
         self.stays: dict[str, list[Residence]] = {}
@@ -93,7 +95,7 @@ class _Judge:
         self.touched: list[list[Touch]] = []
 
     def findings(self) -> Iterator[RaceFinding]:
-        for name in sorted(self.kept):
+        for name in sorted(self.kept | self.host):
             self._hold(Touch(_home(name), 0, 1), (name, ENTRY))
         for name in sorted(self.given):
             for stay in self.stays.get(name, ())[:1]:
@@ -203,10 +205,11 @@ class _Judge:
 
     def _check_end(self) -> Iterator[RaceFinding]:
         """Outputs, and inputs that were written, hold what the last call left in them."""
-        for name in sorted(self.returned | (self.kept & self.last.keys())):
+        at_home = self.kept | self.host | self.sent
+        for name in sorted(self.returned | ((self.kept | self.host) & self.last.keys())):
             stays = self.stays.get(name, [])
-            if name in self.kept:
-                touch = Touch(_home(name), 0, 1)
+            if name in at_home:
+                touch = Touch(_home(name), 0, int(bool(self.program.storages[name].nbytes)))
             elif stays and stays[-1].offset is not None:
                 touch = self._at(name, stays[-1])
             else:
@@ -240,7 +243,7 @@ def _prescribed(program: Program) -> tuple[dict[str, dict[str, Content]], dict[s
     """What each call reads in each storage, in program order, and the last writer of each storage."""
     from ..runtime.device.program import Origin
 
-    provided = (Origin.INPUT, Origin.GIVEN, Origin.CONSTANT)
+    provided = (Origin.INPUT, Origin.GIVEN, Origin.CONSTANT, Origin.HOST)
     holds = {name: (name, ENTRY) for name, storage in program.storages.items() if storage.origin in provided}
     last: dict[str, str] = {}
     result: dict[str, dict[str, Content]] = {}

@@ -12,7 +12,6 @@ import bisect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ....errors import PlanError
 from ....hw_models.model import EngineKind
@@ -21,21 +20,18 @@ from ...plan import Plan, Recompute, Run
 from .conflicts import Access, accesses, predecessors
 from .layout import DevicePlan
 
-if TYPE_CHECKING:
-    from .program import Program
-
 __all__ = ["random_linear_extension", "recorded", "reduced", "synchronisation"]
 
 _Steps = tuple[tuple[int, ...], ...]
 
 
-def synchronisation(program: Program, device_plan: DevicePlan) -> _Steps:
+def synchronisation(device_plan: DevicePlan, made: frozenset[str] = frozenset()) -> _Steps:
     """For each step, the earlier steps on other engines that must be done before it; no wait follows from others.
 
-    ``program`` is the one that ``device_plan`` plans, with integers for its sizes. A storage that is allocated apart
-    takes memory from the pool of the engine that allocates it: the engine of the call that makes it, the first compute
-    engine for what the host allocates. A pool hands out at once what the host lets go of, while steps that use it may
-    still be queued: users of storages from a pool wait for the users of all that were freed to it before.
+    ``made`` are the buffers that calls make for themselves, from the pool of the engine that runs the call; all others
+    that are allocated apart come from the first compute engine's, and those handed over from an unknown one. A pool
+    hands out at once what the host lets go of, while steps that use it may still be queued: users of what was taken
+    from a pool wait for the users of all that it had got back before.
 
     Raises:
         PlanError: something that a step touches has no address, or a step no engine beside others that have one.
@@ -48,7 +44,7 @@ def synchronisation(program: Program, device_plan: DevicePlan) -> _Steps:
         raise PlanError(f"step {engines.index('')} names no engine, others do", hint="assign all steps or none")
     touched = accesses(plan)
     before = [set(steps) for steps in predecessors(touched)]
-    for step, others in _reuse(program, device_plan, touched).items():
+    for step, others in _reuse(device_plan, made, touched).items():
         before[step] |= others
     return reduced(engines, before)
 
@@ -92,11 +88,11 @@ class _Allocation:
 
 
 def _reuse(
-    program: Program, device_plan: DevicePlan, touched: Sequence[Sequence[Access]]
+    device_plan: DevicePlan, made: frozenset[str], touched: Sequence[Sequence[Access]]
 ) -> Mapping[int, frozenset[int]]:
     """For the users of storages allocated apart, the last users on each engine of memory that they may be given."""
     plan = device_plan.plan
-    allocations = sorted(_allocations(program, device_plan), key=lambda a: a.begin)
+    allocations = sorted(_allocations(device_plan, made), key=lambda a: a.begin)
     if not any(a.end < len(touched) for a in allocations):
         return {}
     memory = plan.machine.scratchpad
@@ -131,32 +127,24 @@ def _users(spans: Sequence[tuple[int, int, int]], allocation: _Allocation) -> tu
     return tuple(sorted({step for _, _, step in spans[begin:end] if allocation.begin <= step < allocation.end}))
 
 
-def _allocations(program: Program, device_plan: DevicePlan) -> Iterator[_Allocation]:
+def _allocations(device_plan: DevicePlan, made: frozenset[str]) -> Iterator[_Allocation]:
     """Every allocation apart; what the caller gets is not freed before the end."""
-    from .program import Origin, references  # which imports torch, as whoever made the program has
-
     plan = device_plan.plan
-    steps = len(plan.instructions)
+    graph, steps = plan.graph, len(plan.instructions)
     main = plan.machine.engines_of(EngineKind.COMPUTE)[0].name
-    returned = {program.views[name].storage for name in references(program.outputs)}
-    placed = sorted((r for r in plan.residences or () if r.offset is not None), key=lambda r: r.offset or 0)
-    for name, first in device_plan.apart.items():
-        last = first + plan.graph.buffers[name].nbytes
-        low = bisect.bisect_left(placed, first, key=lambda r: r.offset or 0)
-        high = bisect.bisect_left(placed, last, key=lambda r: r.offset or 0)
-        stays = placed[low:high]
-        if not stays:
-            continue
-        origin = program.storages[name].origin
-        if origin is Origin.GIVEN:
-            end = steps if name in returned else max(r.end for r in stays)
-            yield _Allocation(0, end, None, first, last)
-        elif origin is Origin.OUTPUT:
-            yield _Allocation(min(r.begin for r in stays), steps, main, first, last)
-        else:  # made anew by each recomputation
-            for stay in stays:
+    boundary = [index for index, op in enumerate(graph.ops) if op.kind is OpKind.BOUNDARY]
+    given = {name for index in boundary for name in graph.writes[index]}
+    returned = {name for index in boundary for name in graph.reads[index]}
+    for name, allocation in device_plan.allocations.items():
+        first = device_plan.apart[name]
+        last = first + graph.buffers[name].nbytes
+        if name in made:  # anew by each recomputation
+            for stay in (r for r in plan.residences or () if r.buffer == name):
                 pool = plan.instructions[stay.begin].engine
                 yield _Allocation(stay.begin, steps if name in returned else stay.end, pool, first, last)
+        else:
+            end = steps if name in returned else allocation.end
+            yield _Allocation(*((0, end, None) if name in given else (allocation.begin, end, main)), first, last)
 
 
 def random_linear_extension(plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random) -> tuple[int, ...]:

@@ -1,0 +1,113 @@
+"""Other addresses for the arena, so that what runs at the same time does not share bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from ...compiler.plan import Plan, Recompute, Residence, Run
+from ...compiler.runtime.device.layout import DevicePlan
+
+__all__ = ["spread"]
+
+_Spans = Sequence[tuple[float, float]]
+
+
+def spread(device_plan: DevicePlan, times: _Spans, limit_bytes: int) -> DevicePlan | None:
+    """The plan with its arena placed afresh, no larger than ``limit_bytes``; ``None`` if it does not fit this way.
+
+    ``times`` are start and finish of each step as they would be if no two buffers shared bytes. Buffers that exist at
+    the same steps never share bytes; those that would exist at the same time do only where there is no other room,
+    and then one waits for the other. Largest first, each at the lowest address; what lies behind the arena stays.
+    """
+    plan = device_plan.plan
+    if plan.pins or plan.machine.scratchpad_memory.banks_bytes or plan.residences is None:
+        return None  # addresses that are not ours to choose
+    nbytes = {name: base.nbytes for name, base in plan.graph.buffers.items()}
+    placed: list[_Placed] = []
+    offsets: dict[int, int] = {}
+    moved = [_Placed.of(i, r, nbytes[r.buffer]) for i, r in enumerate(plan.residences) if _in_arena(device_plan, r)]
+    moved = _timed(plan, moved, times)
+    alignment = plan.machine.scratchpad_memory.alignment_bytes
+    for item in sorted(moved, key=lambda p: (-p.nbytes, p.begin, p.index)):
+        at_steps = [other for other in placed if item.begin < other.end and other.begin < item.end]
+        at_times = [other for other in placed if item.start < other.finish and other.start < item.finish]
+        found = _lowest(item.nbytes, (*at_steps, *at_times), alignment, limit_bytes)
+        if found is None:
+            found = _lowest(item.nbytes, at_steps, alignment, limit_bytes)
+        if found is None:
+            return None
+        offsets[item.index] = found
+        placed.append(msgspec.structs.replace(item, offset=found))
+    return _moved(device_plan, offsets)
+
+
+def _in_arena(device_plan: DevicePlan, residence: Residence) -> bool:
+    return residence.offset is not None and residence.offset < device_plan.arena_bytes
+
+
+class _Placed(msgspec.Struct, frozen=True):
+    """Residence number ``index``, at steps ``begin`` to ``end - 1`` and from ``start`` to ``finish`` in seconds."""
+
+    index: int
+    nbytes: int
+    begin: int
+    end: int
+    start: float = 0.0
+    finish: float = 0.0
+    offset: int = 0
+
+    @classmethod
+    def of(cls, index: int, residence: Residence, nbytes: int) -> _Placed:
+        """Not placed yet, and without times."""
+        return cls(index, nbytes, residence.begin, residence.end)
+
+
+def _timed(plan: Plan, items: Iterable[_Placed], times: _Spans) -> list[_Placed]:
+    """With the time from the first start to the last finish of the steps that use each residence."""
+    index = {op.name: i for i, op in enumerate(plan.graph.ops)}
+    uses: dict[str, list[int]] = {}
+    for step, instruction in enumerate(plan.instructions):
+        if isinstance(instruction, Run | Recompute):
+            touched = plan.graph.touches[index[instruction.op]]
+        else:
+            touched = (instruction.buffer,)
+        for buffer in touched:
+            uses.setdefault(buffer, []).append(step)
+    result: list[_Placed] = []
+    residences = plan.residences or ()
+    for item in items:
+        steps = [s for s in uses.get(residences[item.index].buffer, ()) if item.begin <= s < item.end]
+        start = min((times[step][0] for step in steps), default=0.0)
+        finish = max((times[step][1] for step in steps), default=0.0)
+        result.append(msgspec.structs.replace(item, start=start, finish=finish))
+    return result
+
+
+def _lowest(nbytes: int, others: Iterable[_Placed], alignment: int, limit_bytes: int) -> int | None:
+    """The lowest aligned address at which ``nbytes`` overlap none of ``others``."""
+    offset = 0
+    for other in sorted(others, key=lambda o: o.offset):
+        if offset + nbytes <= other.offset:
+            break
+        offset = max(offset, -(-(other.offset + other.nbytes) // alignment) * alignment)
+    return offset if offset + nbytes <= limit_bytes else None
+
+
+def _moved(device_plan: DevicePlan, offsets: dict[int, int]) -> DevicePlan:
+    """The plan with these offsets by residence; an arena that has to be larger shifts what lies behind it."""
+    plan = device_plan.plan
+    residences = list(plan.residences or ())
+    alignment = plan.machine.scratchpad_memory.alignment_bytes
+    ends = [offset + plan.graph.buffers[residences[i].buffer].nbytes for i, offset in offsets.items()]
+    shift = max(0, -(-max(ends, default=0) // alignment) * alignment - device_plan.arena_bytes)
+    for i, residence in enumerate(residences):
+        offset = offsets.get(i, (residence.offset or 0) + shift)
+        residences[i] = msgspec.structs.replace(residence, offset=offset)
+    machine = plan.machine
+    if shift:
+        machine = machine.with_scratchpad(machine.scratchpad_memory.capacity_bytes + shift)
+    plan = msgspec.structs.replace(plan, residences=tuple(residences), machine=machine)
+    apart = {name: first + shift for name, first in device_plan.apart.items()}
+    return DevicePlan(plan, device_plan.arena_bytes + shift, apart)
