@@ -14,8 +14,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from opweave.api import read_model
@@ -25,7 +26,8 @@ from opweave.hw_models.model import Engine, EngineKind, HardwareModel, Memory
 
 __all__ = ["Options", "Row", "operator_graphs", "print_table", "run", "scratchpad_machine"]
 
-PACKAGES = ("opweave", "pulp", "highspy", "ortools", "numba", "torch", "onnx", "numpy")
+PACKAGES = ("opweave", "pulp", "highspy", "ortools", "numba", "torch", "triton", "transformers", "onnx", "numpy")
+SECONDS_UNWRITTEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Row:
 class Options:
     """What the command line asked for; ``data`` is ``None`` when neither ``--data`` nor the default folder is there.
 
-    ``json`` is where the rows will be written, beside which a benchmark may lay what it draws.
+    ``json`` is where the rows are written, as they come, beside which a benchmark may lay what it draws. ``own`` has
+    the arguments that the benchmark has added.
     """
 
     quick: bool
     data: Path | None
     json: Path | None = None
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
 def run(
@@ -60,10 +64,12 @@ def run(
     *,
     default_data: Path | None = None,
     arguments: Sequence[str] | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
     """Parse the command line, measure, and write the rows where ``--json`` says. Returns the exit status.
 
-    Without ``default_data`` there is no ``--data`` either: the benchmark makes its inputs itself.
+    Without ``default_data`` there is no ``--data`` either: the benchmark makes its inputs itself. ``add_arguments``
+    adds arguments of the benchmark's own. What a benchmark that is cut off has measured is in the file.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
     parser.add_argument("--quick", action="store_true", help="end within a minute on two cores")
@@ -71,23 +77,51 @@ def run(
     if default_data is not None:
         parser.add_argument("--data", type=Path, help=f"folder of inputs (default: {default_data} where it exists)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    if add_arguments is not None:
+        add_arguments(parser)
     parsed = parser.parse_args(arguments)
     if parsed.data is not None and not parsed.data.is_dir():
         print(f"{name}: {parsed.data} is not a folder", file=sys.stderr)
         return 2
     data = parsed.data or (default_data if default_data is not None and default_data.is_dir() else None)
+    kept = _Kept(name, parsed.json)
     try:
-        rows = list(measure(Options(parsed.quick, data, parsed.json)))
+        for row in measure(Options(parsed.quick, data, parsed.json, parsed)):
+            kept.add(row)
     except OpweaveError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    if not rows:
+    finally:
+        kept.write()
+    if not kept.rows:
         print(f"{name}: nothing to measure{'' if data is None else f' in {data}'}", file=sys.stderr)
         return 2
-    if parsed.json is not None:
-        parsed.json.parent.mkdir(parents=True, exist_ok=True)
-        parsed.json.write_text(json.dumps(_document(name, rows), indent=1) + "\n")
     return 0
+
+
+class _Kept:
+    """Rows, written to a file at most every few seconds and at the end."""
+
+    def __init__(self, name: str, path: Path | None) -> None:
+        self.rows: list[Row] = []
+        self._path = path
+        self._head = _document(name) if path is not None else {}
+        self._written = time.monotonic()
+
+    def add(self, row: Row) -> None:
+        """Keep one more."""
+        self.rows.append(row)
+        if time.monotonic() - self._written > SECONDS_UNWRITTEN:
+            self.write()
+
+    def write(self) -> None:
+        """Write them all, if there are any and a file was asked for."""
+        if self._path is None or not self.rows:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        document = {**self._head, "rows": [asdict(row) for row in self.rows]}
+        self._path.write_text(json.dumps(document, indent=1) + "\n")
+        self._written = time.monotonic()
 
 
 def scratchpad_machine(capacity_bytes: int) -> HardwareModel:
@@ -134,14 +168,25 @@ def _shown(cell: str | float | None) -> str:
     return f"{cell:,.2f}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def _document(name: str, rows: Sequence[Row]) -> dict[str, object]:
+def _document(name: str) -> dict[str, object]:
+    """All of the file but its rows."""
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system(), **_accelerator()}
     return {
         "benchmark": name,
         "commit": _commit(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": machine,
         "versions": {"python": platform.python_version(), **_versions()},
-        "rows": [asdict(row) for row in rows],
     }
+
+
+def _accelerator() -> dict[str, str]:
+    """The first GPU and its driver, where there is one."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"accelerator": done.stdout.splitlines()[0]} if done.returncode == 0 and done.stdout else {}
 
 
 def _commit() -> str:
