@@ -1,0 +1,302 @@
+"""Plans within a memory limit: what stays on the device, what is streamed from the host, spilled and recomputed.
+
+Everything that the caller gave up to the plan lies in host memory: weights and inputs are loaded, results stored. Some
+weights may stay on the device from call to call; which ones is decided first (``residents``), in an order of least
+peak. Residency, addresses and the time of each transfer are then decided by the passes that decide them anywhere, in what is
+left of the limit, for a few choices of residents that leave ever more room; the fastest plan is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+
+import msgspec
+
+from ...compiler.graph import Graph
+from ...compiler.pipeline import Budget, confirm, run_pass
+from ...compiler.plan import Certificate, Load, PassRecord, Plan
+from ...compiler.runtime.device.layout import DevicePlan, allocated_bytes
+from ...compiler.simulate import latency_ns, simulate, timeline_summary
+from ...compiler.verify import verify
+from ...errors import Infeasible
+from ...hw_models.cost import transfer_seconds
+from ...hw_models.model import Direction, HardwareModel
+from ..address.exact import ExactPlacement
+from ..device.ordering import ordering
+from ..latency.prefetch import Prefetch
+from ..planner import place
+from ..residency.ilp import IlpResidency
+from ..residency.recompute import RecomputeResidency
+from ..residency.workset import aligned_bytes, least_capacity, require_fit
+from .reduction import peak_apart, spans, with_residents, without_bytes
+from .residents import bound_s, choose_residents
+from .stream import Stream
+
+__all__ = ["LimitedPlan", "least_limit", "plan_within", "plans_within"]
+
+CHOICES = 4  # of residents that are planned
+CLOSE = 0.01  # a plan this close to the bound is not improved
+
+
+@dataclass(frozen=True)
+class LimitedPlan:
+    """A plan within ``limit_bytes``, and what it was decided by.
+
+    ``resident`` are the sources that stay on the device; ``device_plan`` is of the graph without them.
+    ``resident_bytes``, ``kept_bytes``, the arena and what is allocated apart never exceed the limit together. A call
+    takes ``latency_s`` as simulated. ``bound_s`` is what no choice of residents and no plan of this order undercuts;
+    ``compute_s`` and ``transfer_s`` are what compute and copy engines take at least for the plan chosen.
+    """
+
+    device_plan: DevicePlan
+    resident: frozenset[str]
+    limit_bytes: int
+    least_bytes: int
+    resident_bytes: int
+    kept_bytes: int
+    latency_s: float
+    bound_s: float
+    compute_s: float
+    transfer_s: float
+    loaded_bytes: int
+
+    @property
+    def occupied_bytes(self) -> int:
+        """Most bytes of the device in use at any step."""
+        peak = max(allocated_bytes(self.device_plan), default=self.device_plan.arena_bytes)
+        return self.kept_bytes + self.resident_bytes + peak
+
+    @property
+    def gap(self) -> float:
+        """``(latency - bound) / latency``."""
+        return max(0.0, 1 - self.bound_s / self.latency_s) if self.latency_s else 0.0
+
+
+def plan_within(
+    graph: Graph,
+    apart: frozenset[str],
+    machine: HardwareModel,
+    limit_bytes: int,
+    budget: Budget,
+    *,
+    candidates: frozenset[str] = frozenset(),
+    kept_bytes: int = 0,
+) -> LimitedPlan:
+    """The fastest plan found for ``graph`` (a program's planning graph) in ``limit_bytes`` of ``machine``'s scratchpad.
+
+    ``apart`` are buffers that cannot lie in the arena, ``candidates`` sources that may stay on the device between
+    calls, ``kept_bytes`` what is taken already. Never fails because time ran out.
+
+    Raises:
+        Infeasible: no plan of the order works; names the operator that needs most, its buffers, and the least limit.
+    """
+    problem = _Problem(
+        graph, apart, machine, limit_bytes, kept_bytes, candidates, _order(graph, apart, machine, budget)
+    )
+    problem.require_room()
+    return problem.solve(budget)
+
+
+def plans_within(
+    graph: Graph,
+    apart: frozenset[str],
+    machine: HardwareModel,
+    limits: Sequence[int],
+    budget: Budget,
+    *,
+    candidates: frozenset[str] = frozenset(),
+    kept_bytes: int = 0,
+) -> tuple[LimitedPlan, ...]:
+    """Plans within each of ``limits``, ascending: none is slower than one for a smaller limit. Raises Infeasible."""
+    order = _order(graph, apart, machine, budget)
+    found: list[LimitedPlan] = []
+    for number, limit in enumerate(sorted(limits)):
+        problem = _Problem(graph, apart, machine, limit, kept_bytes, candidates, order)
+        problem.require_room()
+        solved = problem.solve(budget.share(1 / (len(limits) - number)))
+        if found and found[-1].latency_s < solved.latency_s:
+            solved = replace(found[-1], limit_bytes=limit, bound_s=solved.bound_s)
+        found.append(solved)
+    return tuple(found)
+
+
+def least_limit(graph: Graph, apart: frozenset[str], machine: HardwareModel, *, kept_bytes: int = 0) -> int:
+    """Bytes of the least limit in which ``graph`` runs in program order."""
+    order = tuple(range(len(graph.ops)))
+    return _Problem(graph, apart, machine, 1, kept_bytes, frozenset(), order).least_bytes
+
+
+def _order(graph: Graph, apart: frozenset[str], machine: HardwareModel, budget: Budget) -> tuple[int, ...]:
+    """An order of least peak, or program order if that is as good; sources play no part, as they come when needed."""
+    sources = frozenset(name for name, base in graph.buffers.items() if base.role.is_source)
+    plan = Plan.of_order(without_bytes(graph, sources), machine)
+    found = ordering(plan, budget.share(0.3), search=True).order
+    program = tuple(range(len(graph.ops)))
+    least = [_Problem(graph, apart, machine, 1, 0, frozenset(), order).least_bytes for order in (found, program)]
+    return found if least[0] <= least[1] else program
+
+
+@dataclass(frozen=True)
+class _Problem:
+    graph: Graph
+    apart: frozenset[str]
+    machine: HardwareModel
+    limit_bytes: int
+    kept_bytes: int
+    candidates: frozenset[str]
+    order: tuple[int, ...]
+
+    @cached_property
+    def alignment(self) -> int:
+        """Bytes that every allocation and place is a multiple of."""
+        return self.machine.scratchpad_memory.alignment_bytes
+
+    @cached_property
+    def reduced(self) -> Graph:
+        """The graph without what is allocated apart."""
+        return without_bytes(self.graph, self.apart)
+
+    @cached_property
+    def apart_bytes(self) -> int:
+        """Most bytes that are allocated apart at one step."""
+        ordered = Plan.of_order(self.graph, self.machine, self.order)
+        return peak_apart(spans(ordered, self.graph, self.apart), self.graph, self.alignment)
+
+    @cached_property
+    def least_bytes(self) -> int:
+        """The least limit: the largest working set, and what cannot leave the device."""
+        fixed = self.kept_bytes + self.apart_bytes
+        return fixed + least_capacity(Plan.of_order(self.reduced, self.machine, self.order))
+
+    @property
+    def room(self) -> int:
+        """Bytes for residents and the arena."""
+        return self.limit_bytes - self.kept_bytes - self.apart_bytes
+
+    def require_room(self) -> None:
+        """Raises Infeasible."""
+        if self.least_bytes <= self.limit_bytes:
+            return
+        fixed = self.limit_bytes - self.room
+        reason = ""
+        try:
+            require_fit(Plan.of_order(self.reduced, self.machine.with_scratchpad(max(1, self.room)), self.order))
+        except Infeasible as error:
+            reason = f": {error.message}"
+        ordered = Plan.of_order(self.graph, self.machine, self.order)
+        largest = sorted(spans(ordered, self.graph, self.apart), key=lambda r: -self.graph.buffers[r.buffer].nbytes)
+        named = ", ".join(f"{r.buffer!r} {self.graph.buffers[r.buffer].nbytes}" for r in largest[:4])
+        beside = f", beside {fixed} bytes that stay ({self.kept_bytes} of the caller's" if fixed else ""
+        beside += f", {self.apart_bytes} that calls allocate, the largest {named})" if named else ")" if fixed else ""
+        raise Infeasible(
+            f"a memory limit of {self.limit_bytes} bytes is too low{reason}{beside}",
+            required_bytes=self.least_bytes,
+            available_bytes=self.limit_bytes,
+            hint=f"the least limit that works is {self.least_bytes} bytes",
+        )
+
+    def stream(self, *, keep: bool, slack: int = 0) -> Stream:
+        """The fluid model of streaming in the room there is."""
+        return Stream.of(self.reduced, self.machine, self.order, self.room + slack, self.candidates, keep=keep)
+
+    def solve(self, budget: Budget) -> LimitedPlan:
+        """The fastest of the plans for several choices of residents."""
+        begin = time.monotonic()
+        # Only the region laid last needs no padding: the bound may count it nowhere.
+        bound = bound_s(self.stream(keep=False, slack=self.alignment), budget.share(0.1)) + self._tail_s()
+        best: tuple[int, Plan, frozenset[str]] | None = None
+        for resident in self._choices(budget):
+            for plan in self._plans(resident, budget.share(0.5)):
+                if best is None or (latency_ns(plan), self._loaded(plan)) < (best[0], self._loaded(best[1])):
+                    best = latency_ns(plan), plan, resident
+            assert best is not None  # refetching everything always fits
+            if best[0] <= bound * 1e9 * (1 + CLOSE) or budget.halted():
+                break
+        assert best is not None  # there is one choice at least
+        return self._limited(best[1], best[2], bound, time.monotonic() - begin)
+
+    def _tail_s(self) -> float:
+        """Seconds to store what the last operator makes for the caller."""
+        graph, last = self.reduced, self.order[-1]
+        storers = [engine for engine in self.machine.engines if engine.copies(Direction.STORE)]
+        made = [b for b in graph.writes[last] if b in graph.output_buffers and graph.buffers[b].nbytes]
+        return sum(min(transfer_seconds(graph.buffers[b].nbytes, e) for e in storers) for b in made) / len(storers)
+
+    def _choices(self, budget: Budget) -> Iterator[frozenset[str]]:
+        """Residents that the model of streaming finds good, the best first."""
+        stream = self.stream(keep=True)
+        if min(stream.rooms(()), default=0) < 0:  # not even what is held fits: some of it leaves, too
+            stream = self.stream(keep=False)
+        for chosen in choose_residents(stream, budget.share(0.3))[:CHOICES]:
+            yield frozenset(stream.sources[i].name for i in chosen)
+
+    def _plans(self, resident: frozenset[str], budget: Budget) -> Iterator[Plan]:
+        """Placed plans of the graph without ``resident`` and what is apart."""
+        graph = with_residents(self.reduced, resident)
+        capacity = max(self.alignment, self.room - self._footprint(resident))
+        plan = Plan.of_order(graph, self.machine.with_scratchpad(capacity), self.order)
+        placed = self._prefetched(place(plan, IlpResidency(), ExactPlacement(), budget.share(0.3)), budget.share(0.3))
+        yield placed
+        spills = verify(msgspec.structs.replace(placed, passes=())).additional_bytes > 0
+        if spills and not budget.halted():
+            recomputing = place(plan, RecomputeResidency(objective="latency"), ExactPlacement(), budget.share(0.5))
+            again = self._prefetched(recomputing, budget)
+            if self._fits(again, resident):
+                yield again
+
+    def _prefetched(self, placed: Plan, budget: Budget) -> Plan:
+        return simulate(run_pass(Prefetch(), placed, budget))
+
+    def _fits(self, plan: Plan, resident: frozenset[str]) -> bool:
+        """Whether what is allocated apart fits beside the arena still: recomputing may need it for longer."""
+        peak = peak_apart(spans(plan, self.graph, self.apart), self.graph, self.alignment)
+        return self.kept_bytes + self._footprint(resident) + _arena(plan) + peak <= self.limit_bytes
+
+    def _footprint(self, resident: frozenset[str]) -> int:
+        return sum(aligned_bytes(self.graph.buffers[name].nbytes, self.alignment) for name in resident)
+
+    def _loaded(self, plan: Plan) -> int:
+        return sum(self.graph.buffers[i.buffer].nbytes for i in plan.instructions if isinstance(i, Load))
+
+    def _limited(self, plan: Plan, resident: frozenset[str], bound: float, seconds: float) -> LimitedPlan:
+        """The plan with what is apart put back, each buffer in a range of its own behind the arena."""
+        graph = with_residents(self.graph, resident)
+        arena, behind = _arena(plan), aligned_bytes(_arena(plan), self.alignment)
+        apart = []
+        ranges: dict[str, int] = {}
+        for residence in spans(plan, graph, self.apart):
+            ranges[residence.buffer] = behind
+            apart.append(msgspec.structs.replace(residence, offset=behind))
+            behind += aligned_bytes(graph.buffers[residence.buffer].nbytes, self.alignment)
+        residences = sorted((*(plan.residences or ()), *apart), key=lambda r: (r.begin, r.buffer))
+        machine = self.machine.with_scratchpad(max(behind, self.alignment))
+        whole = msgspec.structs.replace(plan, graph=graph, machine=machine, residences=tuple(residences), passes=())
+        timed = simulate(whole)
+        value = latency_ns(timed)
+        certificate = Certificate("latency_ns", value, min(value, int(bound * 1e9)), "lp", "residency")
+        confirm("offload", timed, certificate)
+        note = f"{len(resident)} of {len(self.candidates)} weights stay on the device"
+        timed = timed.with_record(PassRecord("offload", seconds, certificate, note))
+        timeline = timeline_summary(timed)
+        return LimitedPlan(
+            device_plan=DevicePlan(timed, arena, MappingProxyType(ranges)),
+            resident=resident,
+            limit_bytes=self.limit_bytes,
+            least_bytes=self.least_bytes,
+            resident_bytes=self._footprint(resident),
+            kept_bytes=self.kept_bytes,
+            latency_s=timeline.latency_s,
+            bound_s=min(bound, timeline.latency_s),
+            compute_s=timeline.compute_bound_s,
+            transfer_s=timeline.transfer_bound_s,
+            loaded_bytes=self._loaded(timed),
+        )
+
+
+def _arena(plan: Plan) -> int:
+    ends = (r.offset + plan.graph.buffers[r.buffer].nbytes for r in plan.residences or () if r.offset is not None)
+    return max(ends, default=0)
