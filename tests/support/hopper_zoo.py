@@ -81,6 +81,38 @@ def branches(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
     return (torch.softmax(hidden @ d, -1) + x.mean(-1, keepdim=True),)
 
 
+def convolution_loss(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> Tensors:
+    """A strided convolution whose backward pass returns two gradients at once, and batch statistics."""
+    y = F.conv2d(x, w, stride=2, padding=1)
+    y = (y - y.mean((0, 2, 3), keepdim=True)) * torch.rsqrt(y.var((0, 2, 3), keepdim=True) + 1e-5)
+    return (F.relu(y * scale[:, None, None]).square().mean(),)
+
+
+def attention(x: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor) -> Tensors:
+    """Causal attention of four heads, written out, and a loss."""
+    rows, width = x.shape
+    heads = (x @ qkv).view(rows, 3, 4, width // 4).permute(1, 2, 0, 3)
+    q, k, v = heads.unbind(0)
+    scores = (q @ k.transpose(-1, -2)).float() * (width // 4) ** -0.5
+    mask = torch.ones(rows, rows, device=x.device, dtype=torch.bool).tril()
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).to(x.dtype)
+    return (((weights @ v).transpose(0, 1).reshape(rows, width) @ out).float().square().mean(),)
+
+
+def classifier(table: torch.Tensor, x: torch.Tensor, head: torch.Tensor) -> Tensors:
+    """Looked-up rows, whose gradients add up where indices repeat, and cross entropy."""
+    index, label = ((x[:, column].abs() * 7).long() for column in (0, 1))
+    hidden = table.index_select(0, index % table.shape[0]) + x
+    return (F.cross_entropy(hidden @ head, label % head.shape[1]),)
+
+
+def order_of_things(x: torch.Tensor, y: torch.Tensor) -> Tensors:
+    """Concatenation, running sums, sorting, what is largest where."""
+    both = torch.cat([x, y], 1)
+    values, places = both.sort(-1)
+    return both.cumsum(1), values[:, ::2] * 2, places, both.argmax(0), (both > 0).any(1)
+
+
 def branches_loss(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> Tensors:
     """As `branches`, with a loss."""
     return (branches(x, a, b, c, d)[0].square().sum(),)
@@ -111,6 +143,10 @@ ZOO: Mapping[str, Case] = MappingProxyType(
         "experts": Case(experts, ((24, 16), (16, 4), (16, 96), (96, 16))),
         "branches": Case(branches, ((16, 24), (24, 32), (24, 32), (24, 32), (32, 16))),
         "branches_loss": Case(branches_loss, ((16, 24), (24, 32), (24, 32), (24, 32), (32, 16)), trains=True),
+        "convolution_loss": Case(convolution_loss, ((2, 4, 8, 8), (8, 4, 3, 3), (8,)), trains=True),
+        "attention": Case(attention, ((8, 32), (32, 96), (32, 32)), torch.bfloat16, 2e-2, trains=True),
+        "classifier": Case(classifier, ((10, 16), (64, 16), (16, 6)), trains=True),
+        "order_of_things": Case(order_of_things, ((4, 7), (4, 9))),
         "reductions": Case(reductions, ((4096, 16),), tolerance=1e-3),
         "softmax": Case(softmax, ((3, 5000),)),
         "embedding": Case(embedding, ((10, 16), (64, 16))),
