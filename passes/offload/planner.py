@@ -2,8 +2,8 @@
 
 Everything that the caller gave up to the plan lies in host memory: weights and inputs are loaded, results stored. Some
 weights may stay on the device from call to call; which ones is decided first (``residents``), in an order of least
-peak. Residency, addresses and the time of each transfer are then decided by the passes that decide them anywhere, in what is
-left of the limit, for a few choices of residents that leave ever more room; the fastest plan is kept.
+peak. Residency, addresses and the time of each transfer are then decided by the passes that decide them
+anywhere, in what is left of the limit, for a few good choices of residents; the fastest plan is kept.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def choose_residents(stream: Stream, budget: Budget) -> list[frozenset[int]]:
     candidates = [i for i, source in enumerate(stream.sources) if source.candidate]
     if stream.latency_s(candidates) is not None:  # no call is faster than one that loads no weight
         return [frozenset(candidates)]
-    found = stream.greedy() | {frozenset()}
+    found: set[frozenset[int]] = stream.greedy() | {frozenset()}
     for part in RESERVES if candidates else ():
         less = stream.with_capacity(stream.capacity - (stream.capacity // part if part else 0))
         found |= _by_program(less, min(found, key=lambda c: _rank(less, c)), budget.share(0.25))

@@ -140,7 +140,7 @@ class HostMemory:
 def _register(storage: torch.UntypedStorage) -> str:
     """Pin a storage's memory; returns why that was refused, or nothing."""
     try:
-        code = int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+        code = int(_cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return f"CUDA error {code}" if code else ""
@@ -148,7 +148,11 @@ def _register(storage: torch.UntypedStorage) -> str:
 
 def _unregister(registered: Mapping[int, torch.UntypedStorage]) -> None:
     for address in registered:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        _cudart().cudaHostUnregister(address)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class HostExecutor:
