@@ -26,12 +26,18 @@ __all__ = ["Comparison", "Result", "compare", "result", "result64", "seeded", "t
 #: ``buffer.<name>``.
 Result = Mapping[str, Tensor]
 
-#: PyTorch's benchmarks use 1e-4 for float32 inference, 1e-3 for float16 and 1e-2 for bfloat16 (``benchmarks/dynamo``).
+#: float32: what ``torch._dynamo.utils.same`` takes when not told (PyTorch's benchmarks tell it 1e-3 for inference, 1e-2
+#: for training). 16 bits: about one rounding unit; beyond it the float64 run decides.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 #: A tensor that is zero but for rounding (the bias before a normalisation has no gradient) is noise of the others'
 #: size: nothing is compared finer than this share of the largest root mean square in its group.
 FLOOR = 1e-2
+
+#: A gradient jumps where an activation lies within rounding of a kink (ReLU clips, pooling picks the greatest): eager's
+#: own, on inputs changed by 1e-7, were seen to differ by up to 5e-3 in root mean square (MobileNetV2). PyTorch's
+#: benchmarks allow 4e-2 for training MobileNetV3 and Inception v3.
+KINK = 2e-2
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,14 @@ def result64(
     return result(copy.deepcopy(model).double(), [t.double() if t.is_floating_point() else t for t in inputs], loss)
 
 
-def compare(actual: Result, expected: Result, reference64: Result | None = None) -> Comparison:
+def compare(actual: Result, expected: Result, reference64: Result | None = None, *, kinks: bool = False) -> Comparison:
     """Judge ``actual`` against ``expected``, two runs in the same dtypes; ``reference64`` settles what is in doubt.
 
     Names, shapes and dtypes must be the same and every value finite. Integers must be equal. Floats must be within
     ``tolerance`` of the expected value, relative to it or to the tensor's root mean square. Where they are not,
     and there is a ``reference64``, the error against it may be at most twice eager's own (three times in 16 bits and
     for fewer than 1,000 elements, where noise decides) plus a tenth of the tolerance.
+    ``kinks`` says that the model's gradients jump: theirs may be off by 2e-2 in root mean square.
     """
     if actual.keys() != expected.keys():
         names = ", ".join(sorted(actual.keys() ^ expected.keys()))
@@ -142,7 +149,7 @@ def compare(actual: Result, expected: Result, reference64: Result | None = None)
             worst, error = name, relative
         reference = None if reference64 is None else reference64.get(name)
         reason = _different(got, want, reference, scale)
-        if reason:
+        if reason and not (kinks and _group(name) == "gradient" and relative <= KINK):
             return Comparison(False, name, relative, similar, f"{name}: {reason}")
     return Comparison(True, worst, error, cosine)
 

@@ -103,6 +103,7 @@ def _mixtral(name: str, experts: str, batch: int, length: int, note: str) -> Pre
             "full": Case(_text(batch, length, 32000), widest),
         },
         {"use_cache": False, "experts_implementation": experts},
+        kinks=True,
         note=note,
     )
 
@@ -172,6 +173,7 @@ TRANSFORMERS: tuple[Pretrained, ...] = (
             "full": Case(_pair(8, 512, 128, 32128), {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
         },
         {"use_cache": False},
+        kinks=True,
         note="full is T5 base, 220 M parameters; two outputs; one row is padded",
     ),
     Pretrained(
@@ -218,6 +220,7 @@ TRANSFORMERS: tuple[Pretrained, ...] = (
             "small": Case(_image(2, 224), {"num_labels": 1000}),
             "full": Case(_image(64, 224), {"num_labels": 1000}),
         },
+        kinks=True,
         note="small and full are ResNet-50, 26 M parameters; batch normalisation mutates its buffers in training",
     ),
     Pretrained(
@@ -244,6 +247,7 @@ TRANSFORMERS: tuple[Pretrained, ...] = (
             "small": Case(_image(2, 224), {"num_labels": 1000}),
             "full": Case(_image(128, 224), {"num_labels": 1000}),
         },
+        kinks=True,
         note="small and full are MobileNetV2 1.0, 3.5 M parameters; all layers in every size",
     ),
     Pretrained(

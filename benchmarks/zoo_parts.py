@@ -69,7 +69,8 @@ class Case:
 class Pretrained:
     """``model`` of ``package``, made from ``configuration`` (diffusers: its keywords), random weights.
 
-    ``common`` holds for all sizes. ``fields`` are the tensors kept of what the model returns.
+    ``common`` holds for all sizes; ``regression`` and ``kinks`` choose the loss and how gradients are compared.
+    ``fields`` are the tensors kept of what the model returns.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Pretrained:
     common: Mapping[str, Any] = field(default_factory=dict)
     package: str = "transformers"
     regression: bool = False
+    kinks: bool = False
     note: str = ""
 
     def make(self, size: Size, dtype: torch.dtype, dropout: bool) -> nn.Module:
