@@ -71,6 +71,11 @@ class LimitedPlan:
         return self.kept_bytes + self.resident_bytes + peak
 
     @property
+    def room_bytes(self) -> int:
+        """What weights may take on the device beside everything else: of this program, and of others between calls."""
+        return self.limit_bytes - self.occupied_bytes + self.resident_bytes
+
+    @property
     def gap(self) -> float:
         """``(latency - bound) / latency``."""
         return max(0.0, 1 - self.bound_s / self.latency_s) if self.latency_s else 0.0

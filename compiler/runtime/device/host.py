@@ -23,7 +23,7 @@ from .executor import POOL, Executor
 from .layout import DevicePlan
 from .program import Origin, Program, Ref, span_elements
 
-__all__ = ["HostExecutor", "HostMemory", "on_host", "residents", "with_resident"]
+__all__ = ["HostExecutor", "HostMemory", "handed_to_host", "on_host", "residents", "with_resident"]
 
 _HOST = torch.device("cpu")
 #: What a tensor's copy is known by: address, dtype, shape and strides.
@@ -37,6 +37,24 @@ def on_host(program: Program) -> Program:
         program,
         storages={n: replace(s, origin=moved.get(s.origin, s.origin)) for n, s in program.storages.items()},
     )
+
+
+def handed_to_host(program: Program, *, outputs: Collection[int] = (), inputs: Collection[int] = ()) -> Program:
+    """``program`` with some of its outputs and inputs, by position, in host memory: what a forward pass offloads.
+
+    A storage that another output shows as well stays on the device.
+    """
+    kept = {
+        program.storage_of(o).name for i, o in enumerate(program.outputs) if isinstance(o, Ref) and i not in outputs
+    }
+    chosen = [program.outputs[i] for i in outputs] + [program.inputs[i] for i in inputs]
+    names = {program.storage_of(item).name for item in chosen if isinstance(item, Ref)} - kept
+    moved = {Origin.INPUT: Origin.HOST, Origin.GIVEN: Origin.HOST, Origin.OUTPUT: Origin.RETURNED}
+    storages = {
+        name: replace(storage, origin=moved.get(storage.origin, storage.origin)) if name in names else storage
+        for name, storage in program.storages.items()
+    }
+    return replace(program, storages=storages)
 
 
 def residents(program: Program, weights: Collection[int]) -> frozenset[str]:
@@ -68,6 +86,7 @@ class _Copy:
     source: torch.Tensor
     version: int
     tensor: torch.Tensor
+    nbytes: int
 
 
 class HostMemory:
@@ -97,7 +116,8 @@ class HostMemory:
             nbytes = span_elements(tuple(tensor.shape), tensor.stride()) * tensor.itemsize
             if known is None:
                 row = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-                known = _Copy(tensor.detach(), version, placed(row, 0, tensor.shape, tensor.stride(), tensor.dtype))
+                copy = placed(row, 0, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+                known = _Copy(tensor.detach(), version, copy, nbytes)
             flat(known.tensor, nbytes).copy_(flat(tensor.detach(), nbytes))
             self._copies[key] = replace(known, version=version)
             return known.tensor
@@ -122,6 +142,15 @@ class HostMemory:
         if refusal:
             warnings.warn(f"host memory of a weight cannot be pinned ({refusal}): it is copied slower", stacklevel=2)
 
+    def make_room(self, keys: Collection[Key], nbytes: int) -> None:
+        """Drop copies other than ``keys``, the oldest first, until all of them take no more than ``nbytes``."""
+        with self._lock:
+            taken = sum(copy.nbytes for copy in self._copies.values())
+            for key in [key for key in self._copies if key not in keys]:
+                if taken <= nbytes:
+                    return
+                taken -= self._copies.pop(key).nbytes
+
     def forget(self, key: Key | None = None) -> None:
         """Drop the copy of one tensor, or all of them."""
         with self._lock:
@@ -134,7 +163,7 @@ class HostMemory:
     def copied_bytes(self) -> int:
         """Bytes of all copies on the device."""
         with self._lock:
-            return sum(copy.tensor.untyped_storage().nbytes() for copy in self._copies.values())
+            return sum(copy.nbytes for copy in self._copies.values())
 
 
 def _register(storage: torch.UntypedStorage) -> str:
@@ -159,7 +188,8 @@ class HostExecutor:
     """Runs ``program``, as ``on_host`` made it, under a plan made for it with the weights ``resident``.
 
     Inputs at the positions ``weights`` are expected to stay where they are between calls. Called with a list of inputs
-    in host memory, which it empties; returns a tuple of outputs there, complete. ``memory`` holds the copies.
+    in host memory, which it empties; returns a tuple of outputs there, complete. ``memory`` holds the copies; those of
+    other programs go before a call where all would take more than ``room_bytes``.
     """
 
     def __init__(
@@ -172,8 +202,9 @@ class HostExecutor:
         memory: HostMemory,
         kernels: Mapping[str, Any] | None = None,
         pool: ArenaPool = POOL,
+        room_bytes: int | None = None,
     ) -> None:
-        self.memory = memory
+        self.memory, self.room_bytes = memory, room_bytes
         planned = with_resident(program, resident)
         self.executor = Executor(planned, device_plan, device=memory.device, kernels=kernels, pool=pool)
         origins = [planned.storage_of(item).origin if isinstance(item, Ref) else None for item in planned.inputs]
@@ -185,11 +216,14 @@ class HostExecutor:
         """Run it."""
         for position in self._streamed:
             self.memory.pin(inputs[position])
-        for position in self._resident:
-            key, before = key_of(inputs[position]), self._keys.get(position)
-            if before is not None and before != key:  # the weight has moved: what it was is not needed any more
+        keys = {position: key_of(inputs[position]) for position in self._resident}
+        for position, before in self._keys.items():
+            if before != keys[position]:  # the weight has moved: what it was is not needed any more
                 self.memory.forget(before)
-            self._keys[position] = key
+        self._keys = keys
+        if self.room_bytes is not None:
+            self.memory.make_room(set(keys.values()), self.room_bytes)
+        for position in self._resident:
             inputs[position] = self.memory.copy_of(inputs[position])
         outputs = tuple(_to_host(output) for output in self.executor(inputs))
         if self.memory.device.type == "cuda":
