@@ -22,12 +22,14 @@ from torch._inductor.codegen.common import FileBackedGraphModule, WorkspaceArg
 from torch._inductor.codegen.wrapper_fxir import WrapperFxCodegen
 from torch._inductor.virtualized import V
 
-from ...runtime.device.program import Call, Kernel, Origin, Program, Ref, Size, Storage, View, span_elements
+from ...runtime.device.program import Call, Kernel, Origin, Program, Ref, Storage, View, span_elements
 
 __all__ = ["ProgramCodegen", "Unrecorded", "recording"]
 
 #: Operators whose calls must keep their order: they draw random numbers, or act outside their tensors.
 _EFFECTS = re.compile(r"rand|bernoulli|dropout|normal|seed|multinomial|exponential|geometric|poisson|c10d|print")
+#: Operators whose result is the bytes of their first argument, from its first byte on, as other elements.
+_SAME_BYTES = ("aten.view.dtype", "aten.view_as_real.default", "aten.view_as_complex.default")
 _CPP_POINTER = re.compile(r"\*\s*$")
 _recorded: ContextVar[list[Program] | None] = ContextVar("recorded", default=None)
 
@@ -88,6 +90,7 @@ class _Recorder:
         self.views: dict[str, View] = {}
         self.alias: dict[str, str] = {}  # one name for another's view
         self.calls: list[Call] = []
+        self.same_bytes: dict[str, str] = {}  # views, by the name of what reads them as other elements
         self.made: dict[str, int] = {}  # calls by the name of what they return, for the parts of a tuple
         self.kernels: dict[str, Kernel] = {}
         self.written: set[str] = set()
@@ -355,6 +358,9 @@ class _Recorder:
     def _fallback(self, node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         target = _target(node)
         aliased = [name for name in node.get_inputs_that_alias_output() if name not in node.get_mutation_names()]
+        if aliased and target in _SAME_BYTES and isinstance(args[0], Ref):
+            self.same_bytes[node.get_name()] = args[0].name
+            return
         if aliased:
             raise Unrecorded(f"{target}, whose result is a view of {aliased[0]!r}")
         written = tuple(self.views[self._known(name)].storage for name in node.get_mutation_names())
@@ -376,6 +382,9 @@ class _Recorder:
         self.calls[index] = replace(made, makes=(*made.makes, (name, path)), writes=(*made.writes, name))
 
     def _generate_multi_output(self, line: Any) -> None:
+        if line.arg_name in self.same_bytes:
+            self._view(line.result_name, self.same_bytes[line.arg_name], self._layout(line.result_name), 0)
+            return
         if not line.indices:
             self.alias[line.result_name] = line.arg_name
             if line.arg_name not in self.views:
