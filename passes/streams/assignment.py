@@ -114,4 +114,4 @@ def round_robin(
 
 
 #: Rules that a pass chooses among.
-RULES: tuple[Rule, ...] = (critical_heirs, earliest_start)
+RULES: tuple[Rule, ...] = (critical_heirs, earliest_start, round_robin)

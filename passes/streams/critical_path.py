@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from ...compiler.graph import OpKind
 from ...compiler.pipeline import Budget, Decision
-from ...compiler.plan import Plan
+from ...compiler.plan import Plan, Residence
 from ...compiler.runtime.device.conflicts import accesses, predecessors
 from ...compiler.runtime.device.layout import DevicePlan
 from ...compiler.runtime.device.order import synchronisation
@@ -139,7 +140,9 @@ class _Search:
         )
         self.best = self._assigned(device_plan, alone(self.tasks), 1)
         self.limit = _held_bytes(self.best.device_plan, made) + extra_bytes
-        self.arena_limit = device_plan.arena_bytes + extra_bytes
+        frame = [index for index, op in enumerate(plan.graph.ops) if op.kind is OpKind.BOUNDARY]
+        crossing = {name for index in frame for name in plan.graph.touches[index]}
+        self.fixed_places = made | crossing
 
     def offer(self, rule: Rule, count: int) -> None:
         """Keep the fastest of what ``rule`` makes of the plan, if it is faster and holds no more than allowed."""
@@ -152,10 +155,31 @@ class _Search:
             queues = rule(self.tasks, self.sharing, fixed, count, self.concurrency)
             yield self._assigned(self.given, queues, count)
             queues = rule(self.tasks, self.apart, fixed, count, self.concurrency)
-            names = self._names(queues, count)
-            spread_out = spread(self.given, run(self.tasks, names, self.apart, self.concurrency), self.arena_limit)
-            if spread_out is not None:
-                yield self._assigned(spread_out, queues, count)
+            times = run(self.tasks, self._names(queues, count), self.apart, self.concurrency)
+            for movable, limit in (
+                (self._in_arena, self._arena_limit()),
+                (self._is_free, self._arena_limit(alone=True)),
+            ):
+                placed = spread(self.given, movable, times, limit)
+                if placed is not None:
+                    yield self._assigned(placed, queues, count)
+
+    def _in_arena(self, residence: Residence) -> bool:
+        return residence.offset is not None and residence.offset < self.given.arena_bytes
+
+    def _is_free(self, residence: Residence) -> bool:
+        """Whether a buffer may lie in the arena: it is not handed over, and no call's own."""
+        return residence.buffer not in self.fixed_places
+
+    def _arena_limit(self, *, alone: bool = False) -> int:
+        """Bytes for the arena beside what is apart; ``alone``: without what could lie in the arena."""
+        plan, apart = self.given.plan, self.given.apart
+        if alone:
+            stay = tuple(r for r in plan.residences or () if not self._is_free(r))
+            plan = msgspec.structs.replace(plan, residences=stay)
+            apart = {name: first for name, first in apart.items() if name in self.fixed_places}
+        held = _held_bytes(replace(self.given, plan=plan, apart=apart), self.made) - self.given.arena_bytes
+        return self.limit - held
 
     def _names(self, queues: list[int], count: int) -> list[str]:
         machine = self.given.plan.machine.with_streams(count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -14,23 +14,24 @@ __all__ = ["spread"]
 _Spans = Sequence[tuple[float, float]]
 
 
-def spread(device_plan: DevicePlan, times: _Spans, limit_bytes: int) -> DevicePlan | None:
-    """The plan with its arena placed afresh, no larger than ``limit_bytes``; ``None`` if it does not fit this way.
+def spread(
+    device_plan: DevicePlan, movable: Callable[[Residence], bool], times: _Spans, limit_bytes: int
+) -> DevicePlan | None:
+    """The plan with what is ``movable`` placed afresh in an arena of at most ``limit_bytes``, if it fits this way.
 
     ``times`` are start and finish of each step as they would be if no two buffers shared bytes. Buffers that exist at
     the same steps never share bytes; those that would exist at the same time do only where there is no other room,
-    and then one waits for the other. Largest first, each at the lowest address; what lies behind the arena stays.
+    and then one waits for the other. Largest first, each at the lowest address; what is not movable stays where it is
+    behind the arena.
     """
     plan = device_plan.plan
     if plan.pins or plan.machine.scratchpad_memory.banks_bytes or plan.residences is None:
         return None  # addresses that are not ours to choose
     nbytes = {name: base.nbytes for name, base in plan.graph.buffers.items()}
+    moved = [_Placed(i, nbytes[r.buffer], r.begin, r.end) for i, r in enumerate(plan.residences) if movable(r)]
     placed: list[_Placed] = []
-    offsets: dict[int, int] = {}
-    moved = [_Placed.of(i, r, nbytes[r.buffer]) for i, r in enumerate(plan.residences) if _in_arena(device_plan, r)]
-    moved = _timed(plan, moved, times)
     alignment = plan.machine.scratchpad_memory.alignment_bytes
-    for item in sorted(moved, key=lambda p: (-p.nbytes, p.begin, p.index)):
+    for item in sorted(_timed(plan, moved, times), key=lambda p: (-p.nbytes, p.begin, p.index)):
         at_steps = [other for other in placed if item.begin < other.end and other.begin < item.end]
         at_times = [other for other in placed if item.start < other.finish and other.start < item.finish]
         found = _lowest(item.nbytes, (*at_steps, *at_times), alignment, limit_bytes)
@@ -38,13 +39,8 @@ def spread(device_plan: DevicePlan, times: _Spans, limit_bytes: int) -> DevicePl
             found = _lowest(item.nbytes, at_steps, alignment, limit_bytes)
         if found is None:
             return None
-        offsets[item.index] = found
         placed.append(msgspec.structs.replace(item, offset=found))
-    return _moved(device_plan, offsets)
-
-
-def _in_arena(device_plan: DevicePlan, residence: Residence) -> bool:
-    return residence.offset is not None and residence.offset < device_plan.arena_bytes
+    return _moved(device_plan, {item.index: item.offset for item in placed})
 
 
 class _Placed(msgspec.Struct, frozen=True):
@@ -57,11 +53,6 @@ class _Placed(msgspec.Struct, frozen=True):
     start: float = 0.0
     finish: float = 0.0
     offset: int = 0
-
-    @classmethod
-    def of(cls, index: int, residence: Residence, nbytes: int) -> _Placed:
-        """Not placed yet, and without times."""
-        return cls(index, nbytes, residence.begin, residence.end)
 
 
 def _timed(plan: Plan, items: Iterable[_Placed], times: _Spans) -> list[_Placed]:
@@ -95,8 +86,8 @@ def _lowest(nbytes: int, others: Iterable[_Placed], alignment: int, limit_bytes:
     return offset if offset + nbytes <= limit_bytes else None
 
 
-def _moved(device_plan: DevicePlan, offsets: dict[int, int]) -> DevicePlan:
-    """The plan with these offsets by residence; an arena that has to be larger shifts what lies behind it."""
+def _moved(device_plan: DevicePlan, offsets: Mapping[int, int]) -> DevicePlan:
+    """The plan with these offsets by residence; what lies behind the arena is shifted by what the arena grows."""
     plan = device_plan.plan
     residences = list(plan.residences or ())
     alignment = plan.machine.scratchpad_memory.alignment_bytes
@@ -108,6 +99,7 @@ def _moved(device_plan: DevicePlan, offsets: dict[int, int]) -> DevicePlan:
     machine = plan.machine
     if shift:
         machine = machine.with_scratchpad(machine.scratchpad_memory.capacity_bytes + shift)
+    stays = {residences[i].buffer for i in range(len(residences)) if i not in offsets}
+    apart = {name: first + shift for name, first in device_plan.apart.items() if name in stays}
     plan = msgspec.structs.replace(plan, residences=tuple(residences), machine=machine)
-    apart = {name: first + shift for name, first in device_plan.apart.items()}
     return DevicePlan(plan, device_plan.arena_bytes + shift, apart)
