@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from .blocks import Bytes, Storages
 __all__ = ["ARENA", "Mixture", "Places", "mixed"]
 
 ARENA = -1  # as an owner
-CANDIDATES = 32  # hosts that are looked at for one storage
+CANDIDATES = 8  # hosts that are looked at for one storage
+POLL = 64  # storages placed between two looks at the clock
 
 
 class Places(NamedTuple):
@@ -33,7 +34,14 @@ class Mixture(NamedTuple):
     alone_bytes: int
 
 
-def mixed(storages: Storages, arena_bytes: int, order: Sequence[int], inside: Bytes | None, limit: int) -> Mixture:
+def mixed(
+    storages: Storages,
+    arena_bytes: int,
+    order: Sequence[int],
+    inside: Bytes | None,
+    limit: int,
+    halted: Callable[[], bool],
+) -> Mixture:
     """Places for all storages, those not apart one after the other in ``order``.
 
     Each goes into the arena, else into the memory of one that is allocated apart, where that is not needed yet or no
@@ -42,12 +50,13 @@ def mixed(storages: Storages, arena_bytes: int, order: Sequence[int], inside: By
 
     With ``inside``, the arena holds what has an offset there, and nothing else (-1). The bytes of every other storage
     are then reserved until it is placed, so that the limit is kept if it is in the beginning; without, it may be
-    exceeded.
+    exceeded. Once ``halted``, all that is left gets memory of its own.
     """
     mixing = _Mixing(storages, arena_bytes, limit, inside)
-    for item in order:
-        if inside is None or inside[item] < 0:
-            mixing.place(item)
+    over = False
+    for position, item in enumerate(i for i in order if inside is None or inside[i] < 0):
+        over = over or (position % POLL == 0 and halted())
+        mixing.place(item, alone=over)
     return mixing.result()
 
 
@@ -65,6 +74,8 @@ class _Mixing:
     is_host: NDArray[np.bool_] = field(init=False)
     first: Bytes = field(init=False)  # step from which a host's memory is allocated
     last: Bytes = field(init=False)  # and the one behind the last
+    earliest: Bytes = field(init=False)  # where those two may lie
+    latest: Bytes = field(init=False)
     guests: dict[int, Bytes] = field(default_factory=dict)  # by host, in the order of their offsets
 
     def __post_init__(self) -> None:
@@ -78,30 +89,38 @@ class _Mixing:
             self.owners, self.offsets = np.where(self.inside >= 0, ARENA, own), np.maximum(self.inside, 0)
         self.is_host = storages.apart.copy()
         self.first, self.last = storages.begins.copy(), storages.ends.copy()
+        self.earliest = np.where(storages.apart, storages.earliest, 0)
+        self.latest = np.where(storages.apart, storages.latest, storages.steps)
 
-    def place(self, item: int) -> None:
-        """Find a place for ``item`` in the arena or a host, or make it a host."""
-        storages = self.storages
-        begin, end, size = int(storages.begins[item]), int(storages.ends[item]), int(storages.sizes[item])
-        if self.inside is None:
-            if self._moved_in(ARENA, self.arena_bytes, item):
-                return
-        else:
+    def place(self, item: int, *, alone: bool) -> None:
+        """Find a place for ``item`` in the arena or a host, or make it a host; right away if it is to be ``alone``."""
+        begin, end, size = (int(of[item]) for of in (self.storages.begins, self.storages.ends, self.storages.sizes))
+        if self.inside is not None:
             self.profile[begin:end] -= size
-        for host in self._hosts(item):
-            if self._extends(host, begin, end) and self._moved_in(host, int(storages.sizes[host]), item):
-                self._extend(host, begin, end)
-                return
+        if not alone and (self._in_arena(item) or self._hosted(item, begin, end)):
+            return
         self.profile[begin:end] += size
         self.is_host[item] = True
+
+    def _in_arena(self, item: int) -> bool:
+        return self.inside is None and self._moved_in(ARENA, self.arena_bytes, item)
+
+    def _hosted(self, item: int, begin: int, end: int) -> bool:
+        for host in self._hosts(item):
+            if self._extends(host, begin, end) and self._moved_in(host, int(self.storages.sizes[host]), item):
+                self._extend(host, begin, end)
+                return True
+        return False
 
     def _hosts(self, item: int) -> list[int]:
         """Those that could hold ``item``, first those that need to be allocated the least longer for it."""
         s = self.storages
         begin, end, size = s.begins[item], s.ends[item], s.sizes[item]
-        earliest, latest = np.where(s.apart, s.earliest, 0), np.where(s.apart, s.latest, s.steps)
-        clear = ((end <= s.begins) & (begin >= earliest)) | ((begin >= s.ends) & (end <= latest))
-        found = np.flatnonzero(self.is_host & (s.sizes >= size) & clear)
+        found = np.flatnonzero(self.is_host & (s.sizes >= size))
+        clear = ((end <= s.begins[found]) & (begin >= self.earliest[found])) | (
+            (begin >= s.ends[found]) & (end <= self.latest[found])
+        )
+        found = found[clear]
         longer = np.maximum(self.first[found] - begin, 0) + np.maximum(end - self.last[found], 0)
         ranked = np.lexsort((found, s.sizes[found], longer * s.sizes[found]))
         chosen: list[int] = found[ranked[:CANDIDATES]].tolist()

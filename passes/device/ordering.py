@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 from ...compiler.graph import Graph, OpKind
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Certificate, Plan
-from ..order._peak_search import LeastPeak, aligned_peak, certificate, least_peak_order, plain_bound, working_set_bound
+from ..order._peak_search import (
+    EFFORT,
+    LeastPeak,
+    aligned_peak,
+    certificate,
+    least_peak_order,
+    plain_bound,
+    working_set_bound,
+)
 from ..order.problem import OrderProblem
 
 __all__ = ["Ordering", "framed", "ordering"]
 
 SHARE = 0.8  # of the budget for the search; the rest repeats the proof in plain bytes
+WORK = 40_000_000  # operators times down-sets expanded in deterministic mode
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,9 @@ def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
     problem = framed(OrderProblem.of(plan), plan.graph)
     program = tuple(range(len(plan.graph.ops)))
     if search:
-        found = least_peak_order(problem, budget.share(SHARE), start=program)
-        plain = plain_bound(problem, found, budget)
+        effort = max(1, min(EFFORT, WORK // max(1, len(program))))
+        found = least_peak_order(problem, budget.share(SHARE), start=program, effort=effort)
+        plain = plain_bound(problem, found, budget, effort=effort)
     else:
         peak = aligned_peak(problem, program)
         found = LeastPeak(program, peak, working_set_bound(problem, problem.footprint))

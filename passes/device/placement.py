@@ -64,7 +64,7 @@ def _in_one_arena(plan: Plan, storages: Storages, limit: int, budget: Budget) ->
 def _best_mixture(storages: Storages, limit: int, budget: Budget) -> Places:
     """Of all placements tried, the one that leaves the fewest bytes to be allocated alone."""
     best: Mixture | None = None
-    for found in mixtures(storages, limit):
+    for found in mixtures(storages, limit, budget):
         if best is None or _merit(storages, found) < _merit(storages, best):
             best = found
         if best.alone_bytes == 0 or budget.halted():
