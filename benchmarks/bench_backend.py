@@ -57,11 +57,10 @@ def measure(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for caches in (COLD, WARM):
             for batch in _batches(scope, caches):
-                left = until - time.monotonic()
-                if left < scope.least_s:
+                if until - time.monotonic() < scope.least_s:
                     yield from _left_out(batch, caches)
                     continue
-                for each in _measured(batch, caches, scope, Path(folder), left):
+                for each in _measured(batch, caches, scope, Path(folder), until):
                     found.append(each)
                     _print(each)
                     yield from _rows(each)
@@ -78,8 +77,8 @@ def _batches(scope: Scope, caches: str) -> Iterator[Sequence[Case]]:
         yield scope.cases[first : first + count]
 
 
-def _measured(batch: Sequence[Case], caches: str, scope: Scope, folder: Path, left_s: float) -> Iterator[Found]:
-    turns = Turns(scope.jobs, min(scope.patience_s, left_s), scope.samples, scope.sample_s)
+def _measured(batch: Sequence[Case], caches: str, scope: Scope, folder: Path, until: float) -> Iterator[Found]:
+    turns = Turns(until, scope.jobs, scope.patience_s, scope.samples, scope.sample_s)
     jobs = [
         [
             Job(case.name, case.spec(scope, provider), folder / case.name / provider.name.replace(" ", "_"))

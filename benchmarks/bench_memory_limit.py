@@ -85,7 +85,7 @@ def _of_case(case: Case, scope: Scope, until: float) -> Result | Failure:
 
 
 def _measured(case: Case, asked: Sequence[Way], scope: Scope, folder: Path, until: float) -> dict[Way, Outcome]:
-    turns = Turns(scope.jobs, min(scope.patience_s, until - time.monotonic()), scope.samples, scope.sample_s)
+    turns = Turns(until, scope.jobs, scope.patience_s, scope.samples, scope.sample_s)
     jobs = [Job(case.name, case.spec(scope, way.provider), folder / way.name.replace(" ", "_")) for way in asked]
     outcomes = measure_in_turns([jobs], turns)
     return {way: outcomes[job] for way, job in zip(asked, jobs, strict=True)}

@@ -6,6 +6,7 @@ warm it is, then strikes all alike.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Turns:
-    """How workers are measured: ``jobs`` prepare at a time, for at most ``patience_s``; ``samples`` of ``sample_s``."""
+    """How workers are measured: ``jobs`` prepare at a time, for at most ``patience_s``; ``samples`` of ``sample_s``.
 
+    No worker goes on preparing after ``until``, on ``time.monotonic``'s clock.
+    """
+
+    until: float = math.inf
     jobs: int = 1
     patience_s: float = 300.0
     samples: int = 7
@@ -110,11 +115,12 @@ def _prepared(
     """Start the workers, ``turns.jobs`` at a time, and collect what they found; failures are outcomes."""
     waiting, busy = list(jobs), dict[Job, float]()
     ready: dict[Job, Prepared] = {}
+    begin = time.monotonic()
     while waiting or busy:
         while waiting and len(busy) < turns.jobs:
             job = waiting.pop(0)
             workers[job] = Worker(job.spec, job.cache)
-            busy[job] = time.monotonic() + turns.patience_s
+            busy[job] = min(time.monotonic() + turns.patience_s, turns.until)
         wait([workers[job].connection for job in busy], max(min(busy.values()) - time.monotonic(), 0.0))
         now = time.monotonic()
         for job in [job for job, until in busy.items() if workers[job].ready() or until <= now]:
@@ -124,6 +130,8 @@ def _prepared(
             except WorkerError as error:
                 outcomes[job] = error.failure
                 workers.pop(job).close()
+            said = outcomes.get(job, "ready")
+            print(f"  {now - begin:5.0f} s  {job.case}, {job.provider}: {said}", flush=True)
     return ready
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import opweave
 from opweave.errors import OptionError
 
+from .backend_cases import OURS
 from .measuring import described, footprint
 from .numerics import Comparison, compare, result
 from .worker import Prepared, Provider, Spec
@@ -119,8 +121,9 @@ def called(provider: Provider, model: nn.Module, device: torch.device) -> Callab
     if provider.backend == "accelerate":
         return _offloaded(model, device)
     options: Any = dict(provider.options) or None
+    backend: Any = provider.backend if provider.backend != OURS else opweave.backend  # found also where not installed
     compiled: Callable[..., Any] = torch.compile(
-        model, backend=provider.backend, mode=provider.mode, options=options, dynamic=False
+        model, backend=backend, mode=provider.mode, options=options, dynamic=False
     )
     return compiled
 
@@ -182,9 +185,7 @@ def _load_libraries(device: torch.device) -> None:
 
 
 def _reports(provider: Provider) -> tuple[Mapping[str, Any], ...]:
-    if provider.backend != "opweave":
+    if provider.backend != OURS:
         return ()
-    import opweave
-
     reports = opweave.backend_reports()
     return tuple({name: getattr(each, name) for name in REPORTED if hasattr(each, name)} for each in reports)
