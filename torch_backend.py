@@ -18,6 +18,7 @@ from .hw_models.registry import load as hardware
 
 if TYPE_CHECKING:
     from .compiler.graph import Graph
+    from .compiler.partition import Partition, PartitionProblem
     from .compiler.runtime.device.layout import DevicePlan
     from .compiler.runtime.device.program import Program
 
@@ -63,7 +64,7 @@ def reset() -> None:
 @cache
 def _backend() -> Backend:
     """One for the process: Dynamo calls a function, and users ask afterwards what it did."""
-    return Backend(Planners(_plan, _order, _machine))
+    return Backend(Planners(_plan, _order, _machine, _partition))
 
 
 def _budget(options: BackendOptions) -> Budget:
@@ -74,17 +75,31 @@ def _budget(options: BackendOptions) -> Budget:
 _APART = ("output", "given", "call")
 
 
-def _plan(program: Program, machine: HardwareModel, options: BackendOptions) -> DevicePlan:
-    """Order, addresses and streams of one program."""
+def _plan(
+    program: Program, machine: HardwareModel, options: BackendOptions, limit_bytes: int | None
+) -> DevicePlan:
+    """Order, addresses and streams of one program; transfers and recomputation, too, where a limit needs them."""
     from .compiler.runtime.device.graph import planning_graph
     from .passes.device.planner import plan_for_device
+    from .passes.offload.planner import plan_within
 
     origins = {storage.name: storage.origin.value for storage in program.storages.values()}
     apart = frozenset(name for name, origin in origins.items() if origin in _APART)
+    graph, budget = planning_graph(program), _budget(options)
+    if limit_bytes is not None:
+        held = sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
+        return plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan
     hosts = frozenset(name for name in apart if origins[name] == "output")
-    budget = _budget(options)
-    planned = plan_for_device(planning_graph(program), apart, machine, budget.share(0.8), hosts=hosts)
+    planned = plan_for_device(graph, apart, machine, budget.share(0.8), hosts=hosts)
     return planned if options.streams == 1 else _on_streams(program, planned, options, budget)
+
+
+def _partition(
+    problem: PartitionProblem, limit_bytes: int, starts: Sequence[Any], options: BackendOptions
+) -> Partition:
+    from .passes.partition.ilp import IlpPartition
+
+    return IlpPartition().choose(problem, limit_bytes, _budget(options), starts)
 
 
 def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, budget: Budget) -> DevicePlan:

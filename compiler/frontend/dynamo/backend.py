@@ -21,11 +21,13 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from ....errors import OpweaveError
+from ....errors import ExecutionError, Infeasible
 from ....hw_models.model import HardwareModel
 from ...graph import Graph
+from ...partition import Partition, PartitionProblem
 from ...plan import Plan, Run
 from ...runtime.device.layout import DevicePlan, allocated_bytes, live_bytes
+from ...runtime.device.offload import fetched, sent
 from ...runtime.device.program import Origin, Program, Ref
 from ...simulate import latency_ns
 from .fallbacks import Fallbacks
@@ -34,6 +36,7 @@ from .options import MODES, BackendOptions
 from .planned import LOADING, PlannedGraph, StockGraph
 from .report import GraphReport, Reports
 from .stock import in_our_order
+from .training import ATTEMPTS, UNLIMITED, Partitioner, step_bytes
 
 __all__ = ["FORMAT", "Backend", "Planners"]
 
@@ -51,9 +54,10 @@ class Planners:
     ``machine`` takes a device and the options.
     """
 
-    plan: Callable[[Program, HardwareModel, BackendOptions], DevicePlan]
+    plan: Callable[[Program, HardwareModel, BackendOptions, int | None], DevicePlan]
     order: Callable[[Graph, BackendOptions], tuple[int, ...]]
     machine: Callable[[torch.device, BackendOptions], HardwareModel]
+    partition: Callable[[PartitionProblem, int, Sequence[Any], BackendOptions], Partition]
 
 
 @dataclass
@@ -68,18 +72,65 @@ class Backend:
     def __call__(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], options: BackendOptions
     ) -> Callable[..., Any]:
-        """A function of the graph's flat inputs."""
+        """A function of the graph's flat inputs.
+
+        Raises:
+            Infeasible: no plan holds the memory limit.
+            ExecutionError: a fallback would be needed, and the options are strict.
+        """
         number = next(self._numbers)
-        inner = _Inner(self, options, number)
+        machine = self.planners.machine(_device_of(module, inputs), options)
+        limit = options.limit_bytes(machine.scratchpad_memory.capacity_bytes)
+        if limit is None:
+            return self._compiled(module, inputs, _Inner(self, options, number, machine))
+        return self._within(module, inputs, _Inner(self, options, number, machine, limit))
+
+    def _compiled(
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner, tag: str = ""
+    ) -> Callable[..., Any]:
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.config.patch(cache_key_tag=_cache_tag(options)))
-            stack.enter_context(_functorch_settings(options))
+            stack.enter_context(torch.compiler.config.patch(cache_key_tag=_cache_tag(inner.options) + tag))
+            stack.enter_context(_functorch_settings(inner.options))
             token = LOADING.set(inner)
             stack.callback(LOADING.reset, token)
-            compiled: Callable[..., Any] = compile_fx(
-                module, inputs, inner_compile=inner, config_patches={**MODES[options.mode], **inner.settings}
-            )
-            return compiled
+            settings = {**MODES[inner.options.mode], **inner.settings}
+            compiled: Callable[..., Any] = compile_fx(module, inputs, inner_compile=inner, config_patches=settings)
+        if not tag:
+            inner.settle()
+        return compiled
+
+    def _within(self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner) -> Callable[..., Any]:
+        """The first attempt that holds the limit: ever less is saved between the halves of a training step."""
+        assert inner.limit is not None
+        saved_limit, least = UNLIMITED, UNLIMITED
+        for _ in range(ATTEMPTS):
+            attempt = inner.saving(saved_limit)
+            try:
+                compiled = self._compiled(_copied(module), inputs, attempt, f" saved {saved_limit}")
+            except Infeasible as error:
+                answer = attempt.partitioned
+                if answer is None:  # no graph of a training step, or too much has to be saved
+                    if saved_limit == UNLIMITED:
+                        raise
+                    break
+                needed, saved = error.required_bytes, answer.recount.kept_bytes
+            else:
+                needed = step_bytes(attempt.reports) if any(r.phase == "backward" for r in attempt.reports) else 0
+                if needed <= inner.limit:
+                    attempt.settle()
+                    return compiled
+                saved = max(report.saved_bytes for report in attempt.reports)
+            log.info("saving %d bytes between forward and backward, a step needs %d", saved, needed)
+            least = min(least, needed)
+            saved_limit = min(saved, saved_limit) - (needed - inner.limit)
+            if saved_limit < 0:
+                break
+        raise Infeasible(
+            f"a training step within {inner.limit:,} bytes was not found; the least found needs {least:,}",
+            required_bytes=least,
+            available_bytes=inner.limit,
+            hint="parameters, inputs and outputs stay on the device: a smaller batch, or a larger limit",
+        )
 
 
 def _cache_tag(options: BackendOptions) -> str:
@@ -101,109 +152,161 @@ def _functorch_settings(options: BackendOptions) -> Any:
 
 @dataclass
 class _Inner:
-    """Compiles one graph of AOTAutograd's; as Inductor's ``compile_fx_inner``, whose place it takes."""
+    """Compiles one graph of AOTAutograd's; as Inductor's ``compile_fx_inner``, whose place it takes.
+
+    Its ``reports`` are kept back until the attempt that they belong to is settled.
+    """
 
     backend: Backend
     options: BackendOptions
     number: int
+    machine: HardwareModel
+    limit: int | None = None
+    partitioner: Partitioner | None = None
+    reports: list[GraphReport] = field(default_factory=list)
+    is_settled: bool = False
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """Settings of Inductor's for the whole of a graph."""
-        return {}
+        return {} if self.partitioner is None else {"custom_partitioner_fn": self.partitioner}
 
-    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        phase = "inference" if kwargs.get("is_inference") else "backward" if kwargs.get("is_backward") else "forward"
-        name = f"graph {self.number} {phase}"
-        device = _device_of(module, inputs)
-        why = self._not_planned(module)
-        if self.options.tier != "T0" and not why:
-            try:
-                return self._planned(module, inputs, name, phase, device, kwargs)
-            except Unrecorded as reason:
-                why = f"its host code has {reason}"
-        fallbacks = ()
-        if self.options.tier != "T0":
-            what = f"{name} runs on stock Inductor in its order"
-            fallbacks = (self.backend.fallbacks.note(what, why, strict=self.options.strict),)
-        return self._stock(module, inputs, name, phase, device, fallbacks, kwargs)
+    def saving(self, saved_limit: int) -> _Inner:
+        """The same for an attempt that saves at most so many bytes between the halves of a training step."""
+
+        def choose(problem: PartitionProblem, within: int, starts: Sequence[Any]) -> Partition:
+            return self.backend.planners.partition(problem, within, starts, self.options)
+
+        partitioner = Partitioner(choose, self.machine, saved_limit, self.options.key)
+        return dataclasses.replace(self, partitioner=partitioner, reports=[], is_settled=False)
+
+    def settle(self) -> None:
+        """Publish the reports: this is what runs."""
+        self.is_settled = True
+        for report in self.reports:
+            self.backend.reports.add(report)
+            log.info("%s", report)
+
+    def found(self, report: GraphReport) -> None:
+        """Keep the report of a graph that was made, or that the cache had."""
+        self.reports.append(report)
+        if self.is_settled:  # compiled lazily
+            self.backend.reports.add(report)
 
     @property
     def replan(self) -> Callable[[Program], DevicePlan]:
         """Makes a plan for a program all of whose sizes are integers."""
         return self._plan
 
-    def found(self, report: GraphReport) -> None:
-        """Keep the report of a graph that the cache had."""
-        self.backend.reports.add(report)
-        log.info("%s from the cache: %s", report.name, report)
-
-    def _not_planned(self, module: torch.fx.GraphModule) -> str:
-        """Why a graph is not for us, seen before lowering changes it."""
-        for node in module.graph.nodes:
-            if isinstance(node.target, torch._ops.HigherOrderOperator):
-                return f"it has the higher-order operator {node.target}"
-        if not any(node.op == "call_function" for node in module.graph.nodes):
-            return ""
-        return ""
+    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        phase = "inference" if kwargs.get("is_inference") else "backward" if kwargs.get("is_backward") else "forward"
+        name = f"graph {self.number} {phase}"
+        report = GraphReport(name, phase, "T1", str(_device_of(module, inputs)), limit_bytes=self.limit)
+        why = _not_planned(module)
+        if self.options.tier != "T0" and not why:
+            try:
+                return self._planned(module, inputs, report, kwargs)
+            except Unrecorded as reason:
+                why = f"its host code has {reason}"
+        if self.limit is not None:
+            raise ExecutionError(
+                f"{name} cannot hold a memory limit, which only tier T1 does: {why or 'tier T0 was asked for'}",
+                hint="without memory_limit it runs on stock Inductor",
+            )
+        if self.options.tier != "T0":
+            what = f"{name} runs on stock Inductor in its order"
+            noted = self.backend.fallbacks.note(what, why, strict=self.options.strict)
+            report = dataclasses.replace(report, fallbacks=(noted,))
+        return self._stock(module, inputs, report, kwargs)
 
     def _planned(
-        self,
-        module: torch.fx.GraphModule,
-        inputs: Sequence[Any],
-        name: str,
-        phase: str,
-        device: torch.device,
-        kwargs: Mapping[str, Any],
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]
     ) -> PlannedGraph:
         begin = time.monotonic()
         lowered = lower(
             _copied(module),
             inputs,
-            is_inference=phase == "inference",
-            is_backward=phase == "backward",
+            is_inference=report.phase == "inference",
+            is_backward=report.phase == "backward",
             static_inputs=kwargs.get("static_input_idxs", ()),
             graph_id=kwargs.get("graph_id"),
         )
-        program = _handed_over(lowered.program) if phase == "backward" else lowered.program
-        lowering_s = time.monotonic() - begin
-        report = GraphReport(name, phase, "T1", str(device), lowering_s=lowering_s)
-        graph = PlannedGraph(program, device, report, f"{name} {self.options.key}")
+        program = self._divided(lowered.program, module, report.phase)
+        report = dataclasses.replace(report, lowering_s=time.monotonic() - begin, **self._saved(report.phase))
+        graph = PlannedGraph(program, torch.device(report.device), report, f"{report.name} {self.options.key}")
         graph.replan = self._plan
         example = program.at(_hints(program, inputs, graph))
         begin = time.monotonic()
         plan = self._plan(example)
-        planning_s = time.monotonic() - begin
         graph.plans[graph.values([_hint(item) for item in inputs])] = plan
-        graph.report = _described(report, example, plan, planning_s)
-        self.backend.reports.add(graph.report)
-        log.info("%s: %s", name, graph.report)
+        graph.report = _described(report, example, plan, time.monotonic() - begin)
+        self.found(graph.report)
         return graph
 
+    def _divided(self, program: Program, module: torch.fx.GraphModule, phase: str) -> Program:
+        """``program`` as half of a training step: what it is handed, and what waits in host memory in between."""
+        halves = self.partitioner.halves if self.partitioner is not None else None
+        offloaded = {halves.saved[p] for p in halves.offloaded} if halves is not None else set()
+        if phase == "backward":
+            return fetched(_handed_over(program), offloaded)
+        if phase == "forward" and offloaded:
+            returned = torch.utils._pytree.arg_tree_leaves(*module.graph.output_node().args)
+            saved = range(len(returned) - len(halves.saved), len(returned)) if halves is not None else ()
+            return sent(program, [p for p in saved if getattr(returned[p], "name", None) in offloaded])
+        return program
+
+    @property
+    def partitioned(self) -> Partition | None:
+        """How a training step was divided, if it was."""
+        halves = self.partitioner.halves if self.partitioner is not None else None
+        return None if halves is None else halves.partition
+
+    def _saved(self, phase: str) -> dict[str, Any]:
+        """What a report says of the partition, in the forward half's."""
+        answer = self.partitioned
+        if answer is None or phase != "forward":
+            return {}
+        return {
+            "saved_bytes": answer.recount.kept_bytes,
+            "offloaded_bytes": sum(answer.problem.values[v].nbytes for v in answer.offloaded),
+            "recomputed_s": answer.recount.again_ps / 1e12,
+        }
+
     def _plan(self, program: Program) -> DevicePlan:
-        devices = {s.device for s in program.storages.values()}
-        device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-        machine = self.backend.planners.machine(device, self.options)
-        return self.backend.planners.plan(program, machine, self.options)
+        return self.backend.planners.plan(program, self.machine, self.options, self._limit_of(program))
+
+    def _limit_of(self, program: Program) -> int | None:
+        """The limit that a plan of ``program`` alone has to hold.
+
+        The halves of a training step are held to it together, by what is saved in between; each alone only where it has
+        transfers to plan.
+        """
+        if self.partitioner is None or self.partitioner.halves is None:
+            return self.limit
+        moves = any(s.origin in (Origin.HOST, Origin.RETURNED) for s in program.storages.values())
+        return self.limit if moves else None
 
     def _stock(
-        self,
-        module: torch.fx.GraphModule,
-        inputs: Sequence[Any],
-        name: str,
-        phase: str,
-        device: torch.device,
-        fallbacks: tuple[str, ...],
-        kwargs: Mapping[str, Any],
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]
     ) -> StockGraph:
         begin = time.monotonic()
-        with inductor_config.patch(self.settings), in_our_order(lambda graph: self.backend.planners.order(graph, self.options)):
+
+        def order(graph: Graph) -> Sequence[int]:
+            return self.backend.planners.order(graph, self.options)
+
+        with inductor_config.patch(dict(self.settings)), in_our_order(order):
             compiled = compile_fx_inner(module, inputs, **kwargs)
-        report = GraphReport(
-            name, phase, "T0", str(device), fallbacks=fallbacks, lowering_s=time.monotonic() - begin
-        )
-        self.backend.reports.add(report)
+        report = dataclasses.replace(report, tier="T0", lowering_s=time.monotonic() - begin)
+        self.found(report)
         return StockGraph(compiled, report)
+
+
+def _not_planned(module: torch.fx.GraphModule) -> str:
+    """Why a graph is not for us, seen before lowering changes it; empty if it is."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"it has the higher-order operator {node.target}"
+    return ""
 
 
 def _copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -22,7 +22,9 @@ class GraphReport:
     ``held_bytes``, which the caller keeps (weights, inputs): ``peak_before_bytes`` live at once in Inductor's order,
     ``peak_bytes`` in ours, ``bound_bytes`` in any order, ``allocated_bytes`` what the process really allocates with an
     arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
-    planning took, ``status`` what the solver proved.
+    planning took, ``status`` what the solver proved. Under a limit of
+    ``limit_bytes``, ``saved_bytes`` stay on the device from the forward to the backward half, ``offloaded_bytes`` wait in
+    host memory, and ``recomputed_s`` is the predicted time of what runs again.
     """
 
     name: str
@@ -43,6 +45,10 @@ class GraphReport:
     lowering_s: float = 0.0
     planning_s: float = 0.0
     status: str = ""
+    limit_bytes: int | None = None
+    saved_bytes: int = 0
+    offloaded_bytes: int = 0
+    recomputed_s: float = 0.0
     from_cache: bool = False
     plan: Plan | None = field(default=None, repr=False)
 
