@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ...compiler.graph import Graph, OpKind
 from ...compiler.pipeline import Budget
@@ -44,7 +45,7 @@ class Ordering:
 def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
     """The order of least peak of ``plan``'s graph; without ``search`` program order, whose bound is a working set's.
 
-    Where no order has a lower peak than program order, program order it is: it uses what it has just made.
+    Program order is kept wherever it does not need more: it uses what it has just made.
     """
     problem = framed(OrderProblem.of(plan), plan.graph)
     program = tuple(range(len(plan.graph.ops)))
@@ -56,8 +57,9 @@ def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
         peak = aligned_peak(problem, program)
         found = LeastPeak(program, peak, working_set_bound(problem, problem.footprint))
         plain = working_set_bound(problem, problem.nbytes)
-    proven = certificate(problem, problem.peak_bytes(found.order), plain)
-    return Ordering(found.order, proven, problem.peak_bytes(program), found.peak, found.bound)
+    order = _near_program(problem, found)
+    proven = certificate(problem, problem.peak_bytes(order), plain)
+    return Ordering(order, proven, problem.peak_bytes(program), found.peak, found.bound)
 
 
 def framed(problem: OrderProblem, graph: Graph) -> OrderProblem:
@@ -73,6 +75,34 @@ def framed(problem: OrderProblem, graph: Graph) -> OrderProblem:
     for op in take:
         before[op].update(between, bring)
     return replace(problem, predecessors=tuple(tuple(sorted(o)) for o in before), successors=_mirrored(before))
+
+
+def _near_program(problem: OrderProblem, found: LeastPeak) -> tuple[int, ...]:
+    """``found``'s order, in program order wherever that needs no more than its peak.
+
+    Where both have run the same operators, the same bytes are live, so what lies between two such positions may be
+    taken from either.
+    """
+    live = _live(problem)
+    order: list[int] = []
+    begin = latest = 0
+    for end, op in enumerate(found.order, 1):
+        latest = max(latest, op)
+        if latest == end - 1:  # operators 0 to end - 1 have run
+            fits = max(live[begin:end]) <= found.peak
+            order += range(begin, end) if fits else found.order[begin:end]
+            begin = end
+    return tuple(order)
+
+
+def _live(problem: OrderProblem) -> list[int]:
+    """Aligned bytes that are live while each operator runs, in program order."""
+    change = [0] * (len(problem.touches) + 1)
+    for users, size in zip(problem.users, problem.footprint, strict=True):
+        if users:
+            change[users[0]] += size
+            change[users[-1] + 1] -= size
+    return list(accumulate(change))
 
 
 def _mirrored(before: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:

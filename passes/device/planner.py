@@ -10,6 +10,7 @@ from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, confirm
 from ...compiler.plan import PassRecord, Plan, Residence
 from ...compiler.runtime.device.layout import DevicePlan
+from ...errors import OptionError
 from ...hw_models.model import HardwareModel
 from .ordering import ordering
 from .placement import place
@@ -37,15 +38,24 @@ def plan_for_device(
 
     The order is of least peak (``order/least_peak``), program order where that is as good, and buffers stay from first
     to last use. The plan's first record certifies the peak of live bytes over all orders, its note that of program
-    order. Never fails because time ran out.
+    order. No step allocates more than the peak, as ``allocated_bytes`` counts. Never fails because time ran out.
+
+    Raises:
+        OptionError: the graph has buffers that no operator makes.
     """
+    sources = [name for name, base in graph.buffers.items() if base.role.is_source]
+    if sources:
+        raise OptionError(
+            f"buffer {sources[0]!r} of graph {graph.name!r} exists before its first operator",
+            hint="leave out what the caller keeps; let an operator of kind 'boundary' bring what it hands over",
+        )
     begin = time.monotonic()
     start = Plan.of_order(graph, machine)
     found = ordering(start, budget.share(ORDER_SHARE), search=reorder)
     note = f"program order has {found.program_bytes:,}"
     record = PassRecord("order/least_peak", time.monotonic() - begin, found.certificate, note)
-    resident = msgspec.structs.replace(start.with_order(found.order).with_record(record))
-    resident = msgspec.structs.replace(resident, residences=_residences(resident))
+    ordered = start.with_order(found.order).with_record(record)
+    resident = msgspec.structs.replace(ordered, residences=_residences(ordered))
     placed = place(resident, apart, hosts & apart, budget)
     confirm("device", placed.plan, found.certificate)
     return placed
