@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...compiler.partition import PartitionProblem, Recount
 from ._model import Saved
 
-__all__ = ["better", "keep_what_is_read", "tidied"]
+__all__ = ["better", "keep_what_is_read", "tidied", "without_host"]
 
 MAX_WORK = 3_000_000  # steps looked at: about a second
 
@@ -46,6 +46,12 @@ def keep_what_is_read(problem: PartitionProblem) -> Saved:
         else:
             wanted.extend(problem.steps[producer].reads)
     return frozenset(kept), frozenset()
+
+
+def without_host(problem: PartitionProblem) -> PartitionProblem:
+    """The same problem where nothing may be offloaded."""
+    values = tuple(replace(value, store_ps=None, load_ps=None) for value in problem.values)
+    return replace(problem, values=values)
 
 
 def tidied(problem: PartitionProblem, limit_bytes: int, answer: Saved) -> Saved:

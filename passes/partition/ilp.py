@@ -14,7 +14,7 @@ from ...compiler.partition import Partition, PartitionProblem
 from ...compiler.pipeline import Budget, Progress
 from ...errors import Infeasible, ModelError, OptionError
 from .._solver.highs import Solution, less_tolerances, solve, whole_units
-from ._greedy import better, keep_what_is_read, tidied
+from ._greedy import better, keep_what_is_read, tidied, without_host
 from ._model import Model, Saved
 
 __all__ = ["IlpPartition"]
@@ -106,7 +106,10 @@ class IlpPartition:
 
     def _start(self, problem: PartitionProblem, limit_bytes: int, budget: Budget, starts: Iterable[Saved]) -> Saved:
         answers = [*starts, keep_what_is_read(problem)]
-        answers += [tidied(problem, limit_bytes, answer) for answer in answers]
+        on_device = without_host(problem)
+        answers += [tidied(on_device, limit_bytes, answer) for answer in answers if not answer[1]]
+        if on_device != problem:
+            answers += [tidied(problem, limit_bytes, answer) for answer in answers]
         found = better(problem, limit_bytes, answers)
         if found is not None:
             return found

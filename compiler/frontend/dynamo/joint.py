@@ -206,7 +206,7 @@ class _Builder:
             and not target._schema.is_mutable
             and not target.namespace.startswith(("_c10d", "c10d"))
             and not self.costs.is_random(node)
-            and not node.is_impure()
+            and not node.is_impure(impure_random=False)
             and not str(node.meta.get("partitioner_tag", "")).startswith("must_be_in")
             and self.mutated.isdisjoint(node.all_input_nodes)
         )

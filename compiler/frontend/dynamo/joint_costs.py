@@ -84,8 +84,9 @@ class JointCosts:
         return made.op == "call_function" and (self._operators.is_fusible(made) or aliased(made) is not None)
 
     def is_random(self, node: fx.Node) -> bool:
-        """Whether ``node`` draws random numbers."""
-        return self._operators.is_random(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        """Whether ``node`` draws random numbers. Attention can, and is tagged so, but does not without dropout."""
+        tagged = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        return self._operators.is_random(node) or (tagged and _argument(node, "dropout_p") != 0)
 
     @cached_property
     def _operators(self) -> Any:
@@ -184,6 +185,16 @@ def _hint(size: int | torch.SymInt) -> int:
             hint="a memory limit for training works with torch 2.11 to 2.15",
         )
     return int(asked(size, fallback=SYMBOLIC_SIZE))
+
+
+def _argument(node: fx.Node, name: str) -> object:
+    """The argument of that name, or its default; ``None`` if there is none."""
+    for i, argument in enumerate(
+        node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
+    ):
+        if argument.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
 
 
 def _flops(node: fx.Node) -> int:
