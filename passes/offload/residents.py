@@ -124,13 +124,13 @@ class _Model:
         streaming = sum(source.seconds for source in stream.sources)
         self.unit = (sum(stream.compute) + streaming) / UNITS or 1.0
         self.problem = pulp.LpProblem("residents", pulp.LpMinimize)
-        self.x = {i: pulp.LpVariable(f"x_{i}", cat="Binary") for i in candidates}
+        self.x = {i: self.problem.add_variable(f"x_{i}", cat=pulp.LpBinary) for i in candidates}
         self.preference = PREFERENCE * sum(stream.sources[i].seconds for i in candidates) / self.unit
         self._write()
 
     def _write(self) -> None:
         stream, problem = self.stream, self.problem
-        kept = pulp.LpVariable("kept", lowBound=0)  # bytes of residents, as seconds of loading them
+        kept = problem.add_variable("kept", 0)  # bytes of residents, as seconds of loading them
         problem += kept == pulp.lpSum(self._time(stream.sources[i].footprint) * x for i, x in self.x.items())
         load = nbytes = before = window = None
         for k, compute in enumerate(stream.compute):
@@ -138,7 +138,7 @@ class _Model:
             if first:
                 load = self._sum(f"load_{k}", load, [(i, stream.sources[i].seconds / self.unit) for i in first])
                 nbytes = self._sum(f"bytes_{k}", nbytes, [(i, self._time(stream.sources[i].nbytes)) for i in first])
-            finish = pulp.LpVariable(f"t_{k}", lowBound=0)
+            finish = problem.add_variable(f"t_{k}", 0)
             for earliest in (before, load, None if window is None or nbytes is None else nbytes + window):
                 if earliest is not None:
                     problem += finish >= earliest + compute / self.unit
@@ -146,7 +146,7 @@ class _Model:
                 problem += finish >= compute / self.unit
             room = self._room(k, kept)
             problem += room >= 0
-            behind = pulp.LpVariable(f"window_{k}")
+            behind = problem.add_variable(f"window_{k}")
             problem += behind >= finish - room - (0 if nbytes is None else nbytes)
             if window is not None:
                 problem += behind >= window
@@ -157,7 +157,7 @@ class _Model:
 
     def _sum(self, name: str, before: Any, terms: list[tuple[int, float]]) -> Any:
         """A variable for ``before`` and what of ``terms``, by source, is not resident."""
-        total = pulp.LpVariable(name, lowBound=0)
+        total = self.problem.add_variable(name, 0)
         added = pulp.lpSum(value * self._streamed(i) for i, value in terms)
         self.problem += total == added + (0 if before is None else before)
         return total

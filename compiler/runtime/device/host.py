@@ -79,6 +79,10 @@ def key_of(tensor: torch.Tensor) -> Key:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
+def _span_bytes(tensor: torch.Tensor) -> int:
+    return span_elements(tuple(tensor.shape), tensor.stride()) * tensor.itemsize
+
+
 @dataclass(frozen=True)
 class _Copy:
     """A tensor on the device, and what it was copied from; holding on to that keeps its address from being reused."""
@@ -113,7 +117,7 @@ class HostMemory:
             known = self._copies.get(key)
             if known is not None and known.version == version >= 0:
                 return known.tensor
-            nbytes = span_elements(tuple(tensor.shape), tensor.stride()) * tensor.itemsize
+            nbytes = _span_bytes(tensor)
             if known is None:
                 row = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
                 copy = placed(row, 0, tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -143,13 +147,15 @@ class HostMemory:
             warnings.warn(f"host memory of a weight cannot be pinned ({refusal}): it is copied slower", stacklevel=2)
 
     def make_room(self, keys: Collection[Key], nbytes: int) -> None:
-        """Drop copies other than ``keys``, the oldest first, until all of them take no more than ``nbytes``."""
+        """Drop copies other than ``keys``, the oldest first, until these others take no more than ``nbytes``."""
         with self._lock:
-            taken = sum(copy.nbytes for copy in self._copies.values())
-            for key in [key for key in self._copies if key not in keys]:
+            others = {key: copy.nbytes for key, copy in self._copies.items() if key not in keys}
+            taken = sum(others.values())
+            for key, freed in others.items():
                 if taken <= nbytes:
                     return
-                taken -= self._copies.pop(key).nbytes
+                del self._copies[key]
+                taken -= freed
 
     def forget(self, key: Key | None = None) -> None:
         """Drop the copy of one tensor, or all of them."""
@@ -222,7 +228,8 @@ class HostExecutor:
                 self.memory.forget(before)
         self._keys = keys
         if self.room_bytes is not None:
-            self.memory.make_room(set(keys.values()), self.room_bytes)
+            own = sum(_span_bytes(inputs[position]) for position in keys)
+            self.memory.make_room(set(keys.values()), self.room_bytes - own)
         for position in self._resident:
             inputs[position] = self.memory.copy_of(inputs[position])
         outputs = tuple(_to_host(output) for output in self.executor(inputs))
