@@ -130,12 +130,10 @@ def h100() -> Iterator[torch.device]:
         patch.setattr(triton_helpers, "set_driver_to_gpu", _always(None))
         patch.setattr(compile_fx, "_warn_tf32_disabled", _always(None), raising=False)  # advice, which tests take ill
         patch.setattr(driver, "_active", _OfflineDriver())
-        for name in ("use_static_cuda_launcher", "use_static_triton_launcher"):  # until torch 2.12, and later
-            if hasattr(inductor_config, name):
-                patch.setattr(inductor_config, name, False)
         _forget()
         try:
-            yield DEVICE
+            with inductor_config.patch(use_static_cuda_launcher=False):  # it keeps no machine code
+                yield DEVICE
         finally:
             _forget()
 
