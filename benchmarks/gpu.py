@@ -158,8 +158,8 @@ def _run(
         timer.start()
     last = ""
     assert process.stdout is not None
-    with (out / f"{step.name}.txt").open("w") as kept:
-        for line in process.stdout:
+    with (out / f"{step.name}.txt").open("w") as kept, process.stdout as printed:
+        for line in printed:
             print(line, end="", flush=True)
             kept.write(line)
             kept.flush()
