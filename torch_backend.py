@@ -1,4 +1,4 @@
-"""The other roof: ``torch.compile(model, backend="opweave")``. Inductor's front half, our passes and runtime meet here."""
+"""The other roof: ``torch.compile(model, backend="opweave")``. Inductor, our passes and our runtime meet here."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def _budget(options: BackendOptions) -> Budget:
 _APART = ("output", "given", "call")
 
 
-def _plan(
-    program: Program, machine: HardwareModel, options: BackendOptions, limit_bytes: int | None
-) -> DevicePlan:
+def _plan(program: Program, machine: HardwareModel, options: BackendOptions, limit_bytes: int | None) -> DevicePlan:
     """Order, addresses and streams of one program; transfers and recomputation, too, where a limit needs them."""
     from .compiler.runtime.device.graph import planning_graph
     from .passes.device.planner import plan_for_device
@@ -107,7 +105,8 @@ def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, 
     from .compiler.verify.races import find_races
     from .passes.streams.critical_path import CriticalPath
 
-    decided = CriticalPath(streams=options.streams or 0).assign(program, planned, budget).device_plan
+    made = frozenset(storage.name for storage in program.storages.values() if storage.origin.value == "call")
+    decided = CriticalPath(streams=options.streams or 0).assign(planned, made, budget).device_plan
     races = find_races(program, decided)
     if races:
         raise InternalError(f"a plan on streams has a race: {races[0].message}", hint="please report this")

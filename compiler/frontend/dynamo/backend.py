@@ -2,7 +2,7 @@
 
 ``compile_fx`` is Inductor's own entry. It runs AOTAutograd with Inductor's decompositions, passes and partitioner, and
 calls an ``inner_compile`` for each forward, backward or inference graph: ours lowers the graph to a ``Program``, plans
-it, and returns what runs it (tier T1); where the graph cannot be recorded, stock Inductor compiles it in our order (T0).
+it, and returns what runs it (tier T1). Where a graph cannot be recorded, stock Inductor compiles it in our order (T0).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from .training import ATTEMPTS, UNLIMITED, Partitioner, step_bytes
 __all__ = ["FORMAT", "Backend", "Planners"]
 
 log = logging.getLogger("opweave.backend")
+_compiler_config: Any = torch.compiler.config
 
 #: Changes whenever what the cache holds would be read differently.
 FORMAT = 1
@@ -50,8 +51,10 @@ FORMAT = 1
 class Planners:
     """What the backend is handed from above: how to plan a graph, order one, and model a device.
 
-    ``plan`` takes a program all of whose sizes are integers, a machine and the options. ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices.
-    ``machine`` takes a device and the options.
+    ``plan`` takes a program all of whose sizes are integers, a machine, the options and a limit in bytes or ``None``.
+    ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices. ``machine``
+    takes a device and the options. ``partition`` takes a problem, the most bytes to save on the device, answers to
+    begin with, and the options.
     """
 
     plan: Callable[[Program, HardwareModel, BackendOptions, int | None], DevicePlan]
@@ -89,15 +92,15 @@ class Backend:
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner, tag: str = ""
     ) -> Callable[..., Any]:
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.config.patch(cache_key_tag=_cache_tag(inner.options) + tag))
+            stack.enter_context(_compiler_config.patch(cache_key_tag=_cache_tag(inner.options) + tag))
             stack.enter_context(_functorch_settings(inner.options))
             token = LOADING.set(inner)
             stack.callback(LOADING.reset, token)
             settings = {**MODES[inner.options.mode], **inner.settings}
-            compiled: Callable[..., Any] = compile_fx(module, inputs, inner_compile=inner, config_patches=settings)
+            compiled: Any = compile_fx(module, inputs, inner_compile=inner, config_patches=settings)
         if not tag:
             inner.settle()
-        return compiled
+        return compiled  # type: ignore[no-any-return] # for a graph of Dynamo's, always a function
 
     def _within(self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner) -> Callable[..., Any]:
         """The first attempt that holds the limit: ever less is saved between the halves of a training step."""
@@ -140,7 +143,7 @@ def _cache_tag(options: BackendOptions) -> str:
 
 
 def _functorch_settings(options: BackendOptions) -> Any:
-    """Entries of the cache hold our objects; a backward graph is compiled with its forward graph, and stored with it."""
+    """Entries of the cache hold our objects; a backward graph is compiled, and stored, with its forward graph."""
     from torch._functorch import config
 
     return config.patch(
@@ -202,8 +205,8 @@ class _Inner:
         phase = "inference" if kwargs.get("is_inference") else "backward" if kwargs.get("is_backward") else "forward"
         name = f"graph {self.number} {phase}"
         report = GraphReport(name, phase, "T1", str(_device_of(module, inputs)), limit_bytes=self.limit)
-        why = _not_planned(module)
-        if self.options.tier != "T0" and not why:
+        why = ""
+        if self.options.tier != "T0":
             try:
                 return self._planned(module, inputs, report, kwargs)
             except Unrecorded as reason:
@@ -230,10 +233,14 @@ class _Inner:
             is_backward=report.phase == "backward",
             static_inputs=kwargs.get("static_input_idxs", ()),
             graph_id=kwargs.get("graph_id"),
+            settings=MODES[self.options.mode],  # a backward graph may be compiled after the call that set them
         )
         program = self._divided(lowered.program, module, report.phase)
         report = dataclasses.replace(report, lowering_s=time.monotonic() - begin, **self._saved(report.phase))
-        graph = PlannedGraph(program, torch.device(report.device), report, f"{report.name} {self.options.key}")
+        captures = self.options.cuda_graph and report.phase == "inference"
+        static = tuple(kwargs.get("static_input_idxs", ())) if captures else None
+        key = f"{report.name} {self.options.key}"
+        graph = PlannedGraph(program, torch.device(report.device), report, key, static)
         graph.replan = self._plan
         example = program.at(_hints(program, inputs, graph))
         begin = time.monotonic()
@@ -299,14 +306,6 @@ class _Inner:
         report = dataclasses.replace(report, tier="T0", lowering_s=time.monotonic() - begin)
         self.found(report)
         return StockGraph(compiled, report)
-
-
-def _not_planned(module: torch.fx.GraphModule) -> str:
-    """Why a graph is not for us, seen before lowering changes it; empty if it is."""
-    for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return f"it has the higher-order operator {node.target}"
-    return ""
 
 
 def _copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -385,7 +384,9 @@ def _described(report: GraphReport, program: Program, plan: DevicePlan, planning
         streams=max(1, len(engines)),
         predicted_s=latency_ns(plan.plan) / 1e9,
         planning_s=planning_s,
-        status="" if proven is None else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
+        status=""
+        if proven is None
+        else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
         plan=plan.plan,
     )
 

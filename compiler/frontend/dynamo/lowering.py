@@ -1,4 +1,4 @@
-"""A graph from AOTAutograd, lowered by Inductor to a ``Program``: its passes, its fusion, its kernels; our order and memory."""
+"""A graph from AOTAutograd, lowered by Inductor to a ``Program``: its passes, fusion and kernels; our order and memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SETTINGS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program, and the strides of its outputs as AOTAutograd wants to be told them, ``None`` where it does not matter."""
+    """A program, and the strides of its outputs as text, ``None`` where they do not matter."""
 
     program: Program
     output_strides: tuple[Any, ...] | None

@@ -48,8 +48,8 @@ class BackendOptions:
     many CUDA streams compute may use. ``time_limit`` is in seconds, for planning one graph. ``strict`` turns every
     fallback into an error. ``deterministic`` makes plans that no clock decides. ``cuda_graph`` captures inference on a
     GPU in a CUDA graph. ``cache`` keeps what was compiled and planned for later processes. ``device`` runs a model that
-    lives on the host on another device, its weights streamed where they do not fit. ``machine`` names the hardware model
-    that times are predicted with; without it, the one of the device.
+    lives on the host on another device, its weights streamed where they do not fit. ``machine`` names the hardware
+    model that times are predicted with; without it, the one of the device.
 
     Raises:
         OptionError: a value has a wrong type or is out of range.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch._inductor.output_code import OutputCode
 
+from ...runtime.device.captured import CapturedExecutor, why_not_captured
 from ...runtime.device.executor import Executor
 from ...runtime.device.layout import DevicePlan
 from ...runtime.device.program import Program, Ref
@@ -41,17 +42,21 @@ LOADING: ContextVar[Loading] = ContextVar("loading")
 KEPT_PLANS = 64
 
 
-class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for it
+class PlannedGraph(OutputCode):
     """A program run by our executor (tier T1), with one plan for each combination of its symbols' values.
 
     It is stored without executors; in another process they are made when it is first called. ``replan`` makes plans for
     shapes that the stored ones do not cover; it is set by the backend after loading.
     """
 
-    def __init__(self, program: Program, device: torch.device, report: GraphReport, key: str) -> None:
+    def __init__(
+        self, program: Program, device: torch.device, report: GraphReport, key: str, static: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self._boxed_call = True  # in the instance: AOTAutograd copies its attributes
         self.program, self.device, self.report = program, device, report
+        #: Inputs that stay where they are from call to call; ``None`` if no CUDA graph is wanted.
+        self.static = static
         self.plans: dict[tuple[int, ...], DevicePlan] = {}
         self.replan: PlanProgram | None = None
         self._fx_graph_cache_key = key
@@ -59,7 +64,7 @@ class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for
         self._prepare()
 
     def _prepare(self) -> None:
-        self._executors: dict[tuple[int, ...], Executor] = {}
+        self._executors: dict[tuple[int, ...], Executor | CapturedExecutor] = {}
         self._lock = threading.Lock()
         positions = enumerate(self.program.inputs)
         self._given = {item: index for index, item in positions if isinstance(item, sympy.Symbol)}
@@ -67,6 +72,7 @@ class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for
         self._read = {symbol: (names[name], what, dim) for symbol, (name, what, dim) in self.program.symbols.items()}
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Run it; a list of inputs is emptied."""
         boxed = inputs if isinstance(inputs, list) else list(inputs)
         values = self.values(boxed)
         executor = self._executors.get(values)
@@ -87,7 +93,7 @@ class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for
         tensor = inputs[index]
         return int(tensor.shape[dimension] if what == "size" else tensor.stride(dimension))
 
-    def _executor(self, values: tuple[int, ...]) -> Executor:
+    def _executor(self, values: tuple[int, ...]) -> Executor | CapturedExecutor:
         with self._lock:
             if values in self._executors:
                 return self._executors[values]
@@ -98,7 +104,9 @@ class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for
                 plan = self.replan(program)
                 self.plans[values] = plan
             kernels = next(iter(self._executors.values())).kernels if self._executors else None
-            executor = Executor(program, plan, device=self.device, kernels=kernels)
+            plain = Executor(program, plan, device=self.device, kernels=kernels)
+            captures = self.static is not None and not values and not why_not_captured(program)
+            executor = CapturedExecutor(plain, program, self.static or ()) if captures else plain
             if len(self._executors) >= KEPT_PLANS:
                 oldest = next(iter(self._executors))
                 del self._executors[oldest]
@@ -106,7 +114,7 @@ class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for
             self._executors[values] = executor
             return executor
 
-    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
+    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Any) -> None:
         """Called when it comes from the cache, within ``loading``."""
         compiling = LOADING.get()
         self.replan = compiling.replan
@@ -129,7 +137,7 @@ class PlannedGraph(OutputCode):  # type: ignore[misc] # torch ships no types for
         self._prepare()
 
 
-class StockGraph(OutputCode):  # type: ignore[misc] # torch ships no types for it
+class StockGraph(OutputCode):
     """A graph that stock Inductor runs (tier T0), with its report."""
 
     def __init__(self, compiled: Any, report: GraphReport) -> None:
@@ -140,9 +148,10 @@ class StockGraph(OutputCode):  # type: ignore[misc] # torch ships no types for i
         self._time_taken_ns = getattr(compiled, "_time_taken_ns", None) or int(report.lowering_s * 1e9)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
+        """Run it."""
         return self.compiled(inputs)
 
-    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
+    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Any) -> None:
         """Called when it comes from the cache, within ``loading``: what AOTAutograd does for stock Inductor's own."""
         from torch._inductor.codecache import FxGraphCache
 

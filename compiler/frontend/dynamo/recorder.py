@@ -20,6 +20,7 @@ from torch._inductor import ir
 from torch._inductor.codegen import wrapper as lines
 from torch._inductor.codegen.common import FileBackedGraphModule, WorkspaceArg
 from torch._inductor.codegen.wrapper_fxir import WrapperFxCodegen
+from torch._inductor.utils import LineContext
 from torch._inductor.virtualized import V
 
 from ...runtime.device.program import Call, Kernel, Origin, Program, Ref, Storage, View, span_elements
@@ -49,7 +50,7 @@ def recording() -> Iterator[list[Program]]:
         _recorded.reset(token)
 
 
-class ProgramCodegen(WrapperFxCodegen):  # type: ignore[misc] # torch ships no types for it
+class ProgramCodegen(WrapperFxCodegen):
     """Inductor's wrapper code generator that makes a ``Program``."""
 
     def make_zero_buffer(self, name: str) -> Any:
@@ -57,7 +58,7 @@ class ProgramCodegen(WrapperFxCodegen):  # type: ignore[misc] # torch ships no t
         return _ZeroLine(self, name)
 
     def _generate(self, is_inference: bool) -> tuple[FileBackedGraphModule, None]:
-        if self.is_subgraph:
+        if isinstance(self, lines.SubgraphPythonWrapperCodegen):
             raise Unrecorded("a subgraph, as control flow has")
         self.run_wrapper_ir_passes(is_inference)
         recorder = _Recorder(self)
@@ -73,7 +74,7 @@ def _never_called(*_: Any) -> Any:
     raise AssertionError("the program recorded is what runs")
 
 
-class _ZeroLine(lines.WrapperLine):  # type: ignore[misc] # torch ships no types for it
+class _ZeroLine(lines.WrapperLine):
     def __init__(self, wrapper: ProgramCodegen, name: str) -> None:
         self.wrapper, self.name = wrapper, name
 
@@ -108,11 +109,12 @@ class _Recorder:
             self.constants[name] = value
             self._own(name, value.dtype, value.device, tuple(value.shape), value.stride(), Origin.CONSTANT)
         for line in self.wrapper.lines:
-            if isinstance(line, lines.LineContext):
+            if isinstance(line, LineContext):
                 continue
             if not isinstance(line, lines.WrapperLine):
                 raise Unrecorded(f"the statement {str(line)!r}")
-            line.codegen_fx(self)(line)
+            visitor: Any = self
+            line.codegen_fx(visitor)(line)
         outputs = tuple(self._output(node) for node in self.wrapper.get_graph_outputs())
         self._keep(outputs)
         prologue = "\n".join((self.wrapper.imports.getvalue(), self.wrapper.header.getvalue()))
@@ -204,7 +206,7 @@ class _Recorder:
         raise Unrecorded(f"an operand of type {type(node).__name__}")
 
     def _reinterpreted(self, node: ir.ReinterpretView) -> str:
-        base = node.data
+        base: Any = node.data
         while not isinstance(base, ir.Buffer):
             base = base.data
         name = f"{base.get_name()}_view_{len(self.views)}"

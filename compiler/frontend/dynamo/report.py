@@ -22,9 +22,9 @@ class GraphReport:
     ``held_bytes``, which the caller keeps (weights, inputs): ``peak_before_bytes`` live at once in Inductor's order,
     ``peak_bytes`` in ours, ``bound_bytes`` in any order, ``allocated_bytes`` what the process really allocates with an
     arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
-    planning took, ``status`` what the solver proved. Under a limit of
-    ``limit_bytes``, ``saved_bytes`` stay on the device from the forward to the backward half, ``offloaded_bytes`` wait in
-    host memory, and ``recomputed_s`` is the predicted time of what runs again.
+    planning took, ``status`` what the solver proved. Under a limit of ``limit_bytes``, ``saved_bytes`` stay on the
+    device from the forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the
+    predicted time of what runs again.
     """
 
     name: str

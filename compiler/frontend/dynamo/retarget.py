@@ -39,7 +39,10 @@ def retarget(
     for graph_module in module.modules():
         if isinstance(graph_module, torch.fx.GraphModule):
             _Rewriting(graph_module, device).run()
-    return module, [_moved(item, inputs, device) for item in inputs]
+    # Dynamo's own fake tensors have the symbols of its shapes; what it passes may be the real ones.
+    known = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
+    traced = [fake if isinstance(fake, torch.Tensor) else item for fake, item in zip(known, inputs, strict=True)]
+    return module, [_moved(item, traced, device) for item in traced]
 
 
 def _check_inputs(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:

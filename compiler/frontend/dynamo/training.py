@@ -29,8 +29,8 @@ ChooseWithin = Callable[[PartitionProblem, int, Sequence[Any]], Partition]
 
 
 @dataclass
-class Partitioner(CustomPartitionerFn):  # type: ignore[misc] # torch ships no types for it
-    """Divides the joint graph with at most ``saved_limit`` bytes saved on the device; ``halves`` is what it made last."""
+class Partitioner(CustomPartitionerFn):
+    """Divides the joint graph, saving at most ``saved_limit`` bytes on the device; ``halves`` is what it made last."""
 
     choose: ChooseWithin
     machine: HardwareModel
@@ -41,6 +41,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc] # torch ships no t
     def __call__(
         self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+        """The forward and the backward graph, as Inductor asks for them."""
         self.halves = partition(
             gm,
             joint_inputs,

@@ -57,6 +57,7 @@ class CapturedExecutor:
         self._lock = threading.Lock()
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        """Run it, by one launch where that is possible."""
         if self.failure:
             return self.executor(inputs)
         with self._lock:
@@ -137,5 +138,5 @@ class _Graph:
         if storage.data_ptr() not in storages:
             row = torch.empty(0, dtype=torch.uint8, device=item.device).set_(storage, 0, (storage.nbytes(),), (1,))
             storages[storage.data_ptr()] = row.clone()
-        first = item.storage_offset() * item.itemsize
+        first = int(item.storage_offset()) * item.itemsize
         return placed(storages[storage.data_ptr()], first, tuple(item.shape), item.stride(), item.dtype)

@@ -176,7 +176,11 @@ class _Writer:
             if host.name == storage.name:
                 self.regions[storage.name] = self.body, storage.name, 0, residence.begin
                 return
-            base, into, first = self.variables[host.name], self.body, residence.offset - self.device_plan.apart[host.name]
+            base, into, first = (
+                self.variables[host.name],
+                self.body,
+                residence.offset - self.device_plan.apart[host.name],
+            )
         self.regions[storage.name] = into, base, first, residence.begin
         self.bytes_of.pop(storage.name, None)
         for name in self.by_storage.get(storage.name, ()):
@@ -190,7 +194,10 @@ class _Writer:
 
     def _host(self, offset: int) -> Storage:
         """The storage, allocated apart, whose range has ``offset``."""
-        name = max((n for n, first in self.device_plan.apart.items() if first <= offset), key=self.device_plan.apart.get)
+        name = max(
+            (n for n, first in self.device_plan.apart.items() if first <= offset),
+            key=lambda n: self.device_plan.apart[n],
+        )
         return self.program.storages[name]
 
     def _allocate(self, storage: Storage) -> None:
@@ -326,7 +333,9 @@ def placed(
     return tensor.set_(base.untyped_storage(), first // dtype.itemsize, shape, strides)
 
 
-reinterpreted: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor
+_guards: Any = torch._C._dynamo.guards
+#: A strided tensor relative to another, without the dispatcher: (tensor, shape, strides, offset in elements).
+reinterpreted: Callable[..., torch.Tensor] = _guards._reinterpret_tensor
 
 
 def operator(target: str) -> Callable[..., Any]:
@@ -339,7 +348,8 @@ def operator(target: str) -> Callable[..., Any]:
     overload: Any = torch.ops
     for part in target.split("."):
         overload = getattr(overload, part)
-    return getattr(overload, "_op", overload)  # without the Python layer, which adds a microsecond to each call
+    callee: Callable[..., Any] = getattr(overload, "_op", overload)
+    return callee  # without the Python layer, which adds a microsecond to each call
 
 
 def _launcher(kernel: Any, program: Program, name: str) -> Callable[..., Any]:

@@ -43,7 +43,8 @@ class Executor:
         self.kernels = loaded
         self.code: HostCode = write_host_code(program, device_plan, loaded)
         self.device, self.pool, self.arena_bytes = device, pool, device_plan.arena_bytes
-        self._bound: tuple[tuple[int, int], Any] | None = None  # addresses of its memory, and the host code over it
+        #: The memory it ran in last, and the host code over it.
+        self._bound: tuple[torch.Tensor, torch.Tensor | None, Any] | None = None
         # Two calls at once would record each other's events.
         self._one_at_a_time = threading.Lock() if self.code.has_events else nullcontext()
         tensors = [(p, program.storage_of(i)) for p, i in enumerate(program.inputs) if isinstance(i, Ref)]
@@ -52,6 +53,7 @@ class Executor:
         self._aligned = [(p, storage.name in written) for p, storage in tensors if storage.device.type == "cuda"]
 
     def __call__(self, inputs: list[Any], pool: ArenaPool | None = None) -> tuple[Any, ...]:
+        """Run it, in an arena of another ``pool`` if one is given."""
         if self.device.type != "cuda":
             return self._call(inputs, pool or self.pool)
         stream = torch.cuda.current_stream(self.device)
@@ -72,11 +74,13 @@ class Executor:
                 return self._run(inputs, arena, spill)
 
     def _run(self, inputs: list[Any], arena: torch.Tensor, spill: torch.Tensor | None) -> tuple[Any, ...]:
-        addresses = arena.data_ptr(), 0 if spill is None else spill.data_ptr()
         bound = self._bound
-        if bound is None or bound[0] != addresses:
-            bound = self._bound = (addresses, self.code.bind(arena, spill))
-        result: tuple[Any, ...] = bound[1](inputs)
+        if (
+            bound is None or bound[0] is not arena or bound[1] is not spill
+        ):  # an address may come back, a block does not
+            with torch.inference_mode(False):
+                bound = self._bound = (arena, spill, self.code.bind(arena, spill))
+        result: tuple[Any, ...] = bound[2](inputs)
         return result
 
 

@@ -11,7 +11,6 @@ plan loads and stores them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ import msgspec
 import torch
 
 from ...graph import Graph, Op, OpKind, Role, Tensor
-from .program import Call, Origin, Program, Ref, references
+from .program import Call, Origin, Program, Ref
 
 __all__ = ["RECEIVE", "RETURN", "planning_graph"]
 
@@ -29,7 +28,7 @@ _LISTED = (Origin.PLANNED, Origin.OUTPUT, Origin.CALL, Origin.GIVEN, Origin.HOST
 
 
 def planning_graph(program: Program) -> Graph:
-    """The graph of ``program``, whose sizes are all integers; operators are named as its calls, buffers as its storages."""
+    """The graph of ``program``, whose sizes are all integers; operators are named as calls, buffers as storages."""
     return _Builder(program).graph()
 
 
@@ -164,4 +163,4 @@ def _metas(item: Any, program: Program) -> Any:
 
 def _meta(ref: Ref, program: Program) -> torch.Tensor:
     view = program.views[ref.name]
-    return torch.empty_strided(view.shape, view.strides, dtype=view.dtype, device="meta")  # type: ignore[arg-type]
+    return torch.empty_strided(view.shape, view.strides, dtype=view.dtype, device="meta")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,7 +19,7 @@ import torch
 __all__ = ["Call", "Kernel", "Origin", "Program", "Ref", "Size", "Storage", "View", "references"]
 
 #: A number of elements or bytes: an integer once symbols have values.
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 class Origin(StrEnum):
@@ -67,7 +67,7 @@ class View:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A generated kernel: ``source`` defines ``name`` as a Python object of Inductor's that ``language`` says how to run."""
+    """A generated kernel: ``source`` defines ``name`` as an object of Inductor's; ``language`` says how to run it."""
 
     name: str
     source: str
@@ -100,7 +100,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Program:
-    """A graph of calls. ``inputs`` are names of views in the caller's order, or symbols, or ``None`` for what is unused.
+    """A graph of calls. ``inputs`` are views in the caller's order, symbols, or ``None`` for what is unused.
 
     ``outputs`` are views, numbers (of symbols, too) or ``None``. ``symbols`` that are not inputs are read off one:
     its name, ``"size"`` or ``"stride"``, and the dimension.
@@ -167,10 +167,10 @@ class _Substitution:
 
 def _number(value: sympy.Basic) -> Any:
     if getattr(value, "is_integer", False):
-        return int(value)  # type: ignore[call-overload] # any constant expression converts
+        return int(value)
     if value in (sympy.true, sympy.false):
         return bool(value)
-    return float(value)  # type: ignore[arg-type] # likewise
+    return float(value)
 
 
 def _view_at(view: View, known: Callable[[Any], Any]) -> View:

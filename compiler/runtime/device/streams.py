@@ -1,7 +1,7 @@
 """Host code for streams: which step goes to which stream, and the events between them.
 
-The first compute engine is the stream the caller is on; every other engine of the plan is a stream of the program's own.
-All of these begin behind what the caller has queued, and the caller's stream goes on behind all of them.
+The first compute engine is the stream the caller is on; every other engine of the plan is a stream of the program's
+own. All of these begin behind what the caller has queued, and the caller's stream goes on behind all of them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class Streams:
         self.kinds = {op.name: op.kind for op in plan.graph.ops}
         self.current = "caller"
         self.names: dict[str, Any] = {}
+        stream: Any = torch.cuda.Stream
+        event: Any = torch.cuda.Event
         if self.sides:
             self.names = {"set_stream": torch.cuda.set_stream, "current_stream": torch.cuda.current_stream}
             for side in self.sides.values():
-                self.names[side] = torch.cuda.Stream(device)
-                self.names[f"{side}_done"] = torch.cuda.Event()
-            self.names["entry"] = torch.cuda.Event()
-            self.names.update({f"done_{step}": torch.cuda.Event() for step in self.recorded})
+                self.names[side] = stream(device)
+                self.names[f"{side}_done"] = event()
+            self.names["entry"] = event()
+            self.names.update({f"done_{step}": event() for step in self.recorded})
 
     def fork(self) -> list[str]:
         """At entry: every stream of ours behind the caller's."""
