@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from ...compiler.plan import Plan, Recompute, Residence, Run
+from ...compiler.plan import PassRecord, Plan, Residence
 from ...compiler.runtime.device.layout import DevicePlan
+from .reissue import uses_of
 
 __all__ = ["spread"]
 
@@ -57,15 +58,7 @@ class _Placed(msgspec.Struct, frozen=True):
 
 def _timed(plan: Plan, items: Iterable[_Placed], times: _Spans) -> list[_Placed]:
     """With the time from the first start to the last finish of the steps that use each residence."""
-    index = {op.name: i for i, op in enumerate(plan.graph.ops)}
-    uses: dict[str, list[int]] = {}
-    for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run | Recompute):
-            touched = plan.graph.touches[index[instruction.op]]
-        else:
-            touched = (instruction.buffer,)
-        for buffer in touched:
-            uses.setdefault(buffer, []).append(step)
+    uses = uses_of(plan)
     result: list[_Placed] = []
     residences = plan.residences or ()
     for item in items:
@@ -101,5 +94,13 @@ def _moved(device_plan: DevicePlan, offsets: Mapping[int, int]) -> DevicePlan:
         machine = machine.with_scratchpad(machine.scratchpad_memory.capacity_bytes + shift)
     stays = {residences[i].buffer for i in range(len(residences)) if i not in offsets}
     apart = {name: first + shift for name, first in device_plan.apart.items() if name in stays}
-    plan = msgspec.structs.replace(plan, residences=tuple(residences), machine=machine)
+    passes = tuple(map(_without_arena, plan.passes))
+    plan = msgspec.structs.replace(plan, residences=tuple(residences), machine=machine, passes=passes)
     return DevicePlan(plan, device_plan.arena_bytes + shift, apart)
+
+
+def _without_arena(record: PassRecord) -> PassRecord:
+    """The record without what it says about places, which are others now."""
+    if record.certificate is None or record.certificate.objective != "arena_bytes":
+        return record
+    return msgspec.structs.replace(record, certificate=None)

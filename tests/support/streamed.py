@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from opweave.compiler.pipeline import Budget
-from opweave.compiler.plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
+from opweave.compiler.plan import Instruction, Load, Plan, Recompute, Run, Store
 from opweave.compiler.runtime.device.graph import planning_graph
 from opweave.compiler.runtime.device.layout import DevicePlan
 from opweave.compiler.runtime.device.order import synchronisation
@@ -106,7 +106,7 @@ def example_inputs(program: Program, seed: int) -> list[torch.Tensor]:
     """Inputs for ``program``, afresh each time."""
     generator = torch.Generator().manual_seed(seed)
     names = [item.name for item in program.inputs if isinstance(item, Ref)]
-    return [torch.rand(program.views[name].shape, generator=generator) for name in names]  # type: ignore[arg-type]
+    return [torch.rand(program.views[name].shape, generator=generator) for name in names]
 
 
 def made_by_calls(program: Program) -> frozenset[str]:
