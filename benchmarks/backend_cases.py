@@ -57,7 +57,7 @@ class Defaults:
     gpu: tuple[str, ...] = ()
     cpu: tuple[str, ...] = ON_CPU
     quick: tuple[str, ...] = QUICK
-    gpu_jobs: int = 12
+    gpu_jobs: int = 16
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def providers(scope: Scope, *, warm: bool) -> tuple[Provider, ...]:
     if scope.quick and not scope.on_gpu:
         return PLAIN if not warm else PLAIN[1:]
     if warm:
-        return (*PLAIN[1:], TUNED)
-    return (*PLAIN, *((REDUCED,) if scope.on_gpu else ()), ORDERED)
+        return (*PLAIN[1:], ORDERED, TUNED)
+    return (*PLAIN, *((REDUCED,) if scope.on_gpu else ()))
 
 
 def add_scope(parser: argparse.ArgumentParser) -> None:

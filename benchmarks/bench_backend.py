@@ -8,19 +8,21 @@ backward, without an optimizer), by every provider in a process of its own:
 
 In a first round the processes of a model begin with empty compile caches (``compile_seconds``, ``cold``), are judged
 against eager, measure their memory, and are timed in turns; in a second round, with the caches the first has left
-(``warm``), ``max-autotune`` is there as well. ``latency`` is the median over the turns, with the quantiles of 20 % and
-80 % beside it; ``speed`` is a peer's latency over opweave's in the same turns. ``peak_memory`` is what a step allocates
-at most above weights and inputs, ``footprint`` what the allocator reserves for it: see ``measuring``. ``planned_peak``
-is what the plan of each graph allocates at most, against the proven bound over every order.
+(``warm``), ``opweave T0`` and ``max-autotune`` take the place of ``eager`` and ``reduce-overhead``. ``latency`` is the
+median over the turns, with the quantiles of 20 % and 80 % beside it; ``speed`` is a peer's latency over opweave's in the
+same turns. ``peak_memory`` is what a step allocates at most above weights and inputs, ``footprint`` what the allocator
+reserves for it: see ``measuring``. ``planned_peak`` is what the plan of each graph allocates at most, against the proven
+bound over every order. A training step is compiled with its loss.
 
 On a CPU, models are small, providers few, and the figures show the shape of the results only.
 
 ``python -m benchmarks.bench_backend [--quick] [--json FILE] [--device DEVICE] [--size SIZE] [--models NAME ...]
-[--minutes N] [--jobs N]``. With ``--json`` a picture is drawn beside the file.
+[--minutes N] [--jobs N] [--caches cold warm]``. With ``--json`` a picture is drawn beside the file.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -55,8 +57,8 @@ def measure(options: Options) -> Iterator[Row]:
     until = time.monotonic() + 60 * scope.minutes
     found: list[Found] = []
     with tempfile.TemporaryDirectory() as folder:
-        for caches in (COLD, WARM):
-            for batch in _batches(scope, caches):
+        for batch in _batches(scope):
+            for caches in options.own.caches:
                 if until - time.monotonic() < scope.least_s:
                     yield from _left_out(batch, caches)
                     continue
@@ -70,9 +72,9 @@ def measure(options: Options) -> Iterator[Row]:
     print(_summary(found))
 
 
-def _batches(scope: Scope, caches: str) -> Iterator[Sequence[Case]]:
+def _batches(scope: Scope) -> Iterator[Sequence[Case]]:
     """As many cases at a time as there are processes for."""
-    count = max(1, scope.jobs // len(providers(scope, warm=caches == WARM)))
+    count = max(1, scope.jobs // len(providers(scope, warm=False)))
     for first in range(0, len(scope.cases), count):
         yield scope.cases[first : first + count]
 
@@ -197,12 +199,20 @@ def _summary(found: Sequence[Found]) -> str:
     return text
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What this benchmark can be asked for beyond what all can."""
+    add_scope(parser)
+    parser.add_argument(
+        "--caches", nargs="+", choices=(COLD, WARM), default=(COLD, WARM), help="rounds (default: both)"
+    )
+
+
 if __name__ == "__main__":
     sys.exit(
         run(
             "bench_backend",
             'How fast is torch.compile(model, backend="opweave"), in how much memory, and how soon?',
             measure,
-            add_arguments=add_scope,
+            add_arguments=add_arguments,
         )
     )

@@ -120,6 +120,6 @@ def _peers(case: Case, scope: Scope) -> list[Provider]:
         Provider(EAGER),
         Provider(INDUCTOR, INDUCTOR),
         *(Provider(f"activation budget @ {share}", INDUCTOR, activation_budget=share) for share in budgets),
-        Provider("checkpointed", INDUCTOR, checkpointed=True),
+        *([] if scope.quick else [Provider("checkpointed", INDUCTOR, checkpointed=True)]),
         *([] if scope.quick else [Provider("checkpointed eager", checkpointed=True)]),
     ]

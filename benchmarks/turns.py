@@ -7,6 +7,7 @@ warm it is, then strikes all alike.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ class Turns:
     samples: int = 7
     sample_s: float = 0.1
 
+    @property
+    def threads(self) -> int:
+        """How many kernels each worker may compile at a time, so that all cores are busy and not more."""
+        return max(1, (os.cpu_count() or 1) // self.jobs)
+
 
 Outcome = Measured | Failure
 
@@ -119,8 +125,13 @@ def _prepared(
     while waiting or busy:
         while waiting and len(busy) < turns.jobs:
             job = waiting.pop(0)
-            workers[job] = Worker(job.spec, job.cache)
+            if time.monotonic() >= turns.until:
+                outcomes[job] = Failure("", "not begun, the time was up")
+                continue
+            workers[job] = Worker(job.spec, job.cache, turns.threads)
             busy[job] = min(time.monotonic() + turns.patience_s, turns.until)
+        if not busy:
+            break
         wait([workers[job].connection for job in busy], max(min(busy.values()) - time.monotonic(), 0.0))
         now = time.monotonic()
         for job in [job for job, until in busy.items() if workers[job].ready() or until <= now]:

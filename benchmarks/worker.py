@@ -111,14 +111,17 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """The parent's end. ``cache`` is the folder of the compile caches; what the process prints goes to a file there."""
+    """The parent's end. ``cache`` is the folder of the compile caches; what the process prints goes to a file there.
 
-    def __init__(self, spec: Spec, cache: Path) -> None:
+    The process compiles ``threads`` kernels at a time.
+    """
+
+    def __init__(self, spec: Spec, cache: Path, threads: int = 1) -> None:
         self.spec = spec
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         # A daemon could not start the processes that Inductor compiles in.
-        self._process = context.Process(target=serve, args=(theirs, spec, cache))
+        self._process = context.Process(target=serve, args=(theirs, spec, cache, threads))
         self._process.start()
         theirs.close()
 
@@ -167,7 +170,7 @@ class Worker:
         self.close()
 
 
-def serve(connection: Connection[Any, Any], spec: Spec, cache: Path) -> None:
+def serve(connection: Connection[Any, Any], spec: Spec, cache: Path, threads: int) -> None:
     """The process: get ready, say what was found, then time a sample when asked to, until the other end hangs up."""
     cache.mkdir(parents=True, exist_ok=True)
     log = os.open(cache / f"{spec.provider.name.replace(' ', '_')}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -175,6 +178,7 @@ def serve(connection: Connection[Any, Any], spec: Spec, cache: Path) -> None:
         os.dup2(log, stream)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")  # read when torch is imported, which comes next
     os.environ["TRITON_CACHE_DIR"] = str(cache / "triton")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
     try:
         from .workload import prepare
 
@@ -199,7 +203,10 @@ def _told(error: Exception) -> Failure:
 def _samples(connection: Connection[Any, Any], step: Callable[[], None], device: torch.device) -> None:
     from .measuring import calls_for, seconds_of
 
+    calls: dict[float, int] = {}
     while True:
         seconds = connection.recv()
         step()  # the caches of the device hold what another process left
-        connection.send(seconds_of(step, device, calls_for(step, device, seconds)))
+        if seconds not in calls:
+            calls[seconds] = calls_for(step, device, seconds)
+        connection.send(seconds_of(step, device, calls[seconds]))

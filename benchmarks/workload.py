@@ -53,9 +53,24 @@ def prepare(spec: Spec) -> tuple[Callable[[], None], torch.device, Prepared]:
     return step, load.device, Prepared(measured, reports, judged.reason, judged.error, sum(held.values()), device)
 
 
+class Training(nn.Module):
+    """A model with its loss, compiled together: what the loss takes is as much of a step as the model's own memory."""
+
+    def __init__(self, model: nn.Module, objective: Loss) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The scalar."""
+        return self.objective(self.model(*inputs))
+
+
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A model with its inputs, to be run on ``device``, by an inference or, with a ``loss``, by a training step."""
+    """A model with its inputs, to be run on ``device``, by an inference or, with a ``loss``, by a training step.
+
+    The loss of a ``Training`` is its only output.
+    """
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -69,7 +84,9 @@ class Workload:
         home = torch.device("cpu") if spec.provider.on_host else device
         model = entry.build(spec.size, train=spec.training, device=home, dtype=dtype)
         inputs = entry.inputs(spec.size, device=home, dtype=dtype)
-        return cls(model, inputs, entry.loss if spec.training else None, device)
+        if not spec.training:
+            return cls(model, inputs, None, device)
+        return cls(Training(model, entry.loss).train(), inputs, _only, device)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is there before anything runs."""
@@ -87,8 +104,7 @@ class Workload:
         def train() -> None:
             if mark:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            assert self.loss is not None
-            self.loss(call(*self.inputs)).backward()  # type: ignore[no-untyped-call]
+            call(*self.inputs).backward()
             self.model.zero_grad(set_to_none=True)
 
         return infer if self.loss is None else train
@@ -108,6 +124,10 @@ class Workload:
         found = _sampled(result(self.model, self.inputs, self.loss, call=call))
         self.model.zero_grad(set_to_none=True)
         return compare(found, eager, higher)
+
+
+def _only(outputs: tuple[Tensor, ...]) -> Tensor:
+    return outputs[0]
 
 
 def called(provider: Provider, model: nn.Module, device: torch.device) -> Callable[..., Any]:
