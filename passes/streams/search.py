@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -76,28 +76,40 @@ class Search:
             queues = rule(self.tasks, self.sharing, fixed, count, self.concurrency)
             yield self._assigned(self.given, self.tasks, queues, count)
             queues = rule(self.tasks, self.apart, fixed, count, self.concurrency)
-            times = run(self.tasks, self._names(self.tasks, queues, count), self.apart, self.concurrency)
-            for movable, alone_apart in ((self._in_arena, False), (self._is_free, True)):
-                placed = spread(self.given, movable, times, self._arena_limit(alone=alone_apart))
-                if placed is not None:
-                    yield self._assigned(placed, self.tasks, queues, count)
+            given = range(len(self.tasks))
+            by_start = self._start_order(self.tasks, queues, count, self.apart)
+            for order, movable in ((given, self._in_arena), (given, self._is_free), (by_start, self._is_free)):
+                yield from self._spread(order, queues, count, movable)
 
-    def _by_start(self, assignment: Assignment) -> Assignment:
-        """The same queues and addresses, with steps issued in the order in which they could start if issuing was free.
+    def _spread(
+        self, order: Sequence[int], queues: Sequence[int], count: int, movable: Callable[[Residence], bool]
+    ) -> Iterator[Assignment]:
+        """The plan issued in ``order``, at addresses that suit these queues, if there is room."""
+        device_plan = reissued(self.given, order)
+        tasks, queues = tuple(self.tasks[step] for step in order), [queues[step] for step in order]
+        before = predecessors(accesses(device_plan.plan, by_address=False))
+        times = run(tasks, self._names(tasks, queues, count), before, self.concurrency)
+        placed = spread(device_plan, movable, times, self._arena_limit(alone=movable == self._is_free))
+        if placed is not None:
+            yield self._assigned(placed, tasks, queues, count)
 
-        Among those that start at once, the one with the longest chain behind it comes first.
-        """
-        tasks, waits = assignment.tasks, assignment.device_plan.waits
-        names = self._names(tasks, assignment.queues, assignment.count)
+    def _by_start(self, given: Assignment) -> Assignment:
+        """The same queues and addresses, with steps issued by their start."""
+        order = self._start_order(given.tasks, given.queues, given.count, given.device_plan.waits)
+        tasks = tuple(given.tasks[step] for step in order)
+        queues = [given.queues[step] for step in order]
+        return self._assigned(reissued(given.device_plan, order), tasks, queues, given.count)
+
+    def _start_order(
+        self, tasks: Sequence[Task], queues: Sequence[int], count: int, waits: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Steps in the order they could start in if issuing was free, those with long chains behind them first."""
+        names = self._names(tasks, queues, count)
         times = run(tasks, names, waits, msgspec.structs.replace(self.concurrency, issue_s=0.0))
         before = _with_queues(tasks, names, waits)
         ranks = upward_ranks(tasks, before)
         frame = [task.returns - task.receives for task in tasks]
-        order = _extension(before, [(frame[s], times[s][0], -ranks[s], s) for s in range(len(tasks))])
-        device_plan = reissued(assignment.device_plan, order)
-        reordered = tuple(tasks[step] for step in order)
-        queues = [assignment.queues[step] for step in order]
-        return self._assigned(device_plan, reordered, queues, assignment.count)
+        return _extension(before, [(frame[s], times[s][0], -ranks[s], s) for s in range(len(tasks))])
 
     def _in_arena(self, residence: Residence) -> bool:
         return residence.offset is not None and residence.offset < self.given.arena_bytes
