@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -W ignore::SyntaxWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check conformance bench clean
+.PHONY: help demo test test-slow check conformance bench gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,11 @@ bench: $(VENV)/.installed ## quick benchmarks; each also runs alone, see docs/be
 	$(RUN) -m benchmarks.bench_latency --quick
 	$(RUN) -m benchmarks.bench_joint --quick
 	$(RUN) -m benchmarks.bench_scaling --quick
+	$(RUN) -m benchmarks.bench_backend --quick
+	$(RUN) -m benchmarks.bench_memory_limit --quick
+
+gpu: $(VENV)/.installed ## check and measure on a GPU, nine minutes, results in out/gpu/
+	$(RUN) -m benchmarks.gpu --out out/gpu
 
 clean: ## remove the environment and everything made
 	rm -rf $(VENV) out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,10 +9,10 @@ backward, without an optimizer), by every provider in a process of its own:
 In a first round the processes of a model begin with empty compile caches (``compile_seconds``, ``cold``), are judged
 against eager, measure their memory, and are timed in turns; in a second round, with the caches the first has left
 (``warm``), ``opweave T0`` and ``max-autotune`` take the place of ``eager`` and ``reduce-overhead``. ``latency`` is the
-median over the turns, with the quantiles of 20 % and 80 % beside it; ``speed`` is a peer's latency over opweave's in the
-same turns. ``peak_memory`` is what a step allocates at most above weights and inputs, ``footprint`` what the allocator
-reserves for it: see ``measuring``. ``planned_peak`` is what the plan of each graph allocates at most, against the proven
-bound over every order. A training step is compiled with its loss.
+median over the turns, with the quantiles of 20 % and 80 % beside it; ``speed`` is a peer's latency over opweave's in
+the same turns. ``peak_memory`` is what a step allocates at most above weights and inputs, ``footprint`` what the
+allocator reserves for it: see ``measuring``. ``planned_peak`` is what the plan of each graph allocates at most, against
+the proven bound over every order. A training step is compiled with its loss.
 
 On a CPU, models are small, providers few, and the figures show the shape of the results only.
 
