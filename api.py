@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ from .passes.residency.workset import streamable_buffers as streamable
 if TYPE_CHECKING:
     from .compiler.frontend.onnx import ImportedModel
     from .compiler.frontend.onnx.backend import Executable, OpweaveBackend
+    from .compiler.frontend.dynamo.explain import BackendExplanation
     from .compiler.frontend.program import ImportedGraph
     from .passes.explain import Explanation
     from .passes.fit import FitPoint
@@ -177,12 +178,18 @@ def explain(
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
     **options: Any,
-) -> Explanation:
+) -> Explanation | BackendExplanation:
     """Plan ``model`` as ``compile`` does, and say why it moves what it moves, or why nothing fits; what would help.
 
     A ``CompiledModel`` is explained as it is. Takes what ``compile`` takes and raises as it; an operator that does not
-    fit the scratchpad is explained, not raised.
+    fit the scratchpad is explained, not raised. A PyTorch module or function, compiled by ``torch.compile`` or not, is
+    explained as ``torch.compile(model, backend="opweave")`` runs it, with that backend's options, unless an option
+    says which scratchpad it is for, as ``machine`` does.
     """
+    if callable(model) and not isinstance(model, CompiledModel) and not _FOR_A_SCRATCHPAD.intersection(options):
+        from .torch_backend import explain as explain_backend
+
+        return explain_backend(model, () if inputs is None else inputs, **options)
     from .passes.by_objective import plan_by
     from .passes.explain import explain as explained
 
@@ -258,6 +265,10 @@ class _Start:
 def _exceeds(plan: Plan) -> bool:
     """Whether some operator alone does not fit the scratchpad."""
     return least_capacity(plan) > plan.machine.scratchpad_memory.capacity_bytes
+
+
+#: Options of ``compile`` that the backend of torch.compile does not have.
+_FOR_A_SCRATCHPAD = frozenset(field.name for field in fields(Options)) - {"time_limit", "deterministic", "strict"}
 
 
 def _options(options: Mapping[str, Any]) -> Options:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .compiler.frontend.dynamo.backend import Backend, Planners
+from .compiler.frontend.dynamo.explain import BackendExplanation
 from .compiler.frontend.dynamo.options import BackendOptions
 from .compiler.frontend.dynamo.report import GraphReport
 from .compiler.pipeline import Budget
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .compiler.runtime.device.layout import DevicePlan
     from .compiler.runtime.device.program import Program
 
-__all__ = ["backend", "backend_reports", "fallback_counts", "reset"]
+__all__ = ["backend", "backend_reports", "explain", "fallback_counts", "reset"]
 
 
 def backend(
@@ -40,6 +41,35 @@ def backend(
         ExecutionError: a fallback would be needed, and ``strict`` is set.
     """
     return _backend()(module, example_inputs, BackendOptions.of(options, mode))
+
+
+def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> BackendExplanation:
+    """Compile ``model`` afresh with the backend, run it once on ``inputs``, and say what became of each graph.
+
+    ``model`` is a module or a function, compiled already or not. ``inputs`` are one tensor, a sequence of arguments, or
+    a mapping of keyword arguments. ``options`` are the backend's. Raises as the backend does, but unwrapped.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._dynamo.utils import counters
+
+    own = Backend(_backend().planners)
+    chosen = BackendOptions.of(options)
+    original = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    compiled = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen))
+    before = dict(counters["graph_break"])
+    arguments, named = _arguments(inputs)
+    try:
+        compiled(*arguments, **named)
+    except BackendCompilerFailed as error:
+        raise error.inner_exception from error
+    breaks = tuple(reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
+    return BackendExplanation(own.reports.all, own.fallbacks.counts, breaks)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}
 
 
 def backend_reports() -> tuple[GraphReport, ...]:

@@ -30,6 +30,7 @@ from ...runtime.device.layout import DevicePlan, allocated_bytes, live_bytes
 from ...runtime.device.offload import fetched, sent
 from ...runtime.device.program import Origin, Program, Ref
 from ...simulate import latency_ns
+from .explain import described
 from .fallbacks import Fallbacks
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
@@ -188,7 +189,7 @@ class _Inner:
         self.is_settled = True
         for report in self.reports:
             self.backend.reports.add(report)
-            log.info("%s", report)
+            log.info("%s", "\n".join(described(report)))
 
     def found(self, report: GraphReport) -> None:
         """Keep the report of a graph that was made, or that the cache had."""
@@ -384,6 +385,7 @@ def _described(report: GraphReport, program: Program, plan: DevicePlan, planning
         streams=max(1, len(engines)),
         predicted_s=latency_ns(plan.plan) / 1e9,
         planning_s=planning_s,
+        waits=plan.waits,
         status=""
         if proven is None
         else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ from ...runtime.device.program import Program, Ref
 from .report import GraphReport
 
 __all__ = ["LOADING", "Loading", "PlannedGraph", "StockGraph"]
+
+log = logging.getLogger("opweave.host_code")
 
 #: Makes a plan for a program all of whose sizes are integers.
 PlanProgram = Callable[[Program], DevicePlan]
@@ -104,9 +107,11 @@ class PlannedGraph(OutputCode):
                 plan = self.replan(program)
                 self.plans[values] = plan
             kernels = next(iter(self._executors.values())).kernels if self._executors else None
+            log.debug("%s: making host code for sizes %s", self.report.name, values)
             plain = Executor(program, plan, device=self.device, kernels=kernels)
             captures = self.static is not None and not values and not why_not_captured(program)
             executor = CapturedExecutor(plain, program, self.static or ()) if captures else plain
+            log.debug("%s", plain.code.source)
             if len(self._executors) >= KEPT_PLANS:
                 oldest = next(iter(self._executors))
                 del self._executors[oldest]

@@ -50,6 +50,7 @@ class GraphReport:
     offloaded_bytes: int = 0
     recomputed_s: float = 0.0
     from_cache: bool = False
+    waits: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     plan: Plan | None = field(default=None, repr=False)
 
     @property

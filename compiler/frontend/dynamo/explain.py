@@ -1,0 +1,109 @@
+"""What the torch.compile backend made of a model, in words and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...report.units import format_bytes, format_percent, format_seconds, plural
+from ...simulate import simulate
+from .report import GraphReport
+
+__all__ = ["BackendExplanation", "described"]
+
+_WIDTH = 13  # of the column of topics
+_MOST_NAMES = 6
+
+
+@dataclass(frozen=True)
+class BackendExplanation:
+    """The graphs that running a model once has compiled, with the fallbacks of all of them; ``str`` is the text.
+
+    ``graph_breaks`` are the reasons for which Dynamo cut the model into more than one.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    fallbacks: Mapping[str, int]
+    graph_breaks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def report(self, folder: str | Path) -> dict[str, Path]:
+        """Write each planned graph's page, trace and pictures into a folder of its own in ``folder``, and the text.
+
+        Returns the paths by name, such as ``"graph-0-inference/index.html"``. Raises OptionError where it cannot write.
+        """
+        from ...report import write_report
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        text = target / "explanation.txt"
+        text.write_text(f"{self}\n")
+        paths = {"explanation.txt": text}
+        for graph in self.graphs:
+            if graph.plan is not None:
+                name = graph.name.replace(" ", "-")
+                written = write_report(simulate(graph.plan) if not graph.waits else graph.plan, target / name)
+                paths |= {f"{name}/{key}": path for key, path in written.items()}
+        return paths
+
+    def _lines(self) -> Iterator[str]:
+        tiers = ", ".join(f"{sum(g.tier == t for g in self.graphs)} in {t}" for t in ("T1", "T0"))
+        yield f"{plural(len(self.graphs), 'graph')} compiled: {tiers}"
+        for reason in self.graph_breaks:
+            yield f"graph break: {reason}"
+        for graph in self.graphs:
+            yield ""
+            yield from described(graph)
+        if self.fallbacks:
+            yield ""
+            yield "fallbacks"
+            for sentence, count in self.fallbacks.items():
+                yield f"  {count} x {sentence}"
+
+
+def described(graph: GraphReport) -> Iterator[str]:
+    """What became of one graph, in lines."""
+    cached = ", from the cache" if graph.from_cache else ""
+    yield f"{graph.name}: tier {graph.tier} on {graph.device}{cached}"
+    for sentence in graph.fallbacks:
+        yield _row("fallback", sentence)
+    if graph.kernels or graph.operators:
+        yield _row("generated", _counted(graph.kernels, "kernel"))
+        yield _row("library", _counted(graph.operators, "operator"))
+    if graph.tier == "T1":
+        yield from _memory(graph)
+    if graph.predicted_s is not None:
+        yield _row("predicted", f"{format_seconds(graph.predicted_s)} on {plural(graph.streams, 'stream')}")
+    status = f"; {graph.status}" if graph.status else ""
+    yield _row("compiled", f"{graph.lowering_s:.2f} s lowering, {graph.planning_s:.2f} s planning{status}")
+
+
+def _memory(graph: GraphReport) -> Iterator[str]:
+    yield _row(
+        "peak", f"{format_bytes(graph.peak_before_bytes)} in Inductor's order, {format_bytes(graph.peak_bytes)} here"
+    )
+    bound = f"at least {format_bytes(graph.bound_bytes)} in any order, gap {format_percent(graph.gap)}"
+    yield _row("", bound if graph.bound_bytes else "no bound over all orders: the plan moves or repeats what it holds")
+    arena = f"{format_bytes(graph.arena_bytes)} in one arena"
+    yield _row("allocated", f"{format_bytes(graph.allocated_bytes)} at most, {arena}")
+    yield _row("held", f"{format_bytes(graph.held_bytes)} that the caller keeps: weights and inputs")
+    if graph.limit_bytes is not None:
+        yield _row("limit", format_bytes(graph.limit_bytes))
+    if graph.saved_bytes or graph.offloaded_bytes:
+        offloaded = f"{format_bytes(graph.offloaded_bytes)} offloaded to the host"
+        again = f"{format_seconds(graph.recomputed_s)} of recomputation"
+        yield _row("for backward", f"{format_bytes(graph.saved_bytes)} saved, {offloaded}, {again}")
+
+
+def _counted(calls: Mapping[str, int], noun: str) -> str:
+    listed = sorted(calls.items(), key=lambda item: (-item[1], item[0]))
+    names = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in listed[:_MOST_NAMES])
+    more = f", and {len(listed) - _MOST_NAMES} more" if len(listed) > _MOST_NAMES else ""
+    return f"{plural(len(calls), noun)} in {plural(sum(calls.values()), 'call')}: {names}{more}" if calls else "none"
+
+
+def _row(topic: str, text: str) -> str:
+    return f"  {topic:<{_WIDTH}}{text}"
