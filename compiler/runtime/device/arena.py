@@ -32,8 +32,10 @@ class ArenaPool:
         with self._lock:
             block = self._idle.pop(key, None)
         if block is None or block.numel() < nbytes:
-            del block  # free it before its successor is allocated
-            block = self._allocate(nbytes, device)
+            if block is not None:
+                _free(block)  # before its successor is allocated
+            with torch.inference_mode(False):  # whoever is lent it may write to it in any mode
+                block = self._allocate(nbytes, device)
         try:
             with self._lock:
                 self._lent += block.numel()
@@ -43,7 +45,9 @@ class ArenaPool:
                 self._lent -= block.numel()
                 kept = self._idle.get(key)
                 if kept is None or kept.numel() < block.numel():
-                    self._idle[key] = block
+                    self._idle[key], block = block, kept
+            if block is not None:
+                _free(block)
 
     def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         block = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
@@ -59,7 +63,15 @@ class ArenaPool:
     def clear(self) -> None:
         """Give back every idle block."""
         with self._lock:
+            idle = list(self._idle.values())
             self._idle.clear()
+        for block in idle:
+            _free(block)
+
+
+def _free(block: torch.Tensor) -> None:
+    """Give back a block's memory now: host code that was bound to it may live on, and is bound anew when it runs."""
+    block.untyped_storage().resize_(0)
 
 
 def _current_stream(device: torch.device) -> int:

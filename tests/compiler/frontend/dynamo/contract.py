@@ -42,7 +42,7 @@ def check(
     tolerance: float = 1e-5,
     **options: Any,
 ) -> Any:
-    """Call ``target`` eagerly and compiled with the inputs of ``make``, ``calls`` times, and compare all that can be seen.
+    """Call ``target`` eagerly and compiled, ``calls`` times, each with inputs that ``make`` makes; compare.
 
     Modules are copied first, so that both start alike. Returns what is compiled, for more calls.
     """
@@ -65,7 +65,7 @@ def compare(
     found, expected = function(*ours), twin(*theirs)
     if gradients:
         for result in (found, expected):
-            loss(result).backward()
+            backward(loss(result))
     same(found, expected, tolerance)
     same(list(ours), list(theirs), tolerance)
     assert aliases([*ours, found]) == aliases([*theirs, expected])
@@ -78,6 +78,11 @@ def loss(result: Any) -> torch.Tensor:
     """A number that depends on every floating-point result, and on no two elements alike."""
     parts = [part for part in tensors(result) if part.requires_grad]
     return torch.stack([(part.double() * (1 + weights(part))).sum() for part in parts]).sum()
+
+
+def backward(result: Any) -> None:
+    """``result.backward()``, which torch leaves untyped."""
+    result.backward()
 
 
 def weights(like: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ GUARD = 0xA5
 
 
 class PoisonedPool(ArenaPool):
-    """Lends exactly what was asked for, poisoned, between guards; the blocks of one size take turns at two addresses."""
+    """Lends exactly what was asked for, poisoned, between guards; blocks of one size take turns at two addresses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,12 +32,13 @@ class PoisonedPool(ArenaPool):
         turn = self.lent % 2
         self.lent += 1
         whole = self._blocks.pop((nbytes, turn), None)
-        if whole is None:
-            whole = torch.empty(nbytes + 2 * GUARD_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-        first = GUARD_BYTES + -(whole.data_ptr() + GUARD_BYTES) % ALIGNMENT_BYTES
-        block = whole[first : first + nbytes]
-        whole.fill_(GUARD)
-        block.fill_(POISON)
+        with torch.inference_mode(False):
+            if whole is None:
+                whole = torch.empty(nbytes + 2 * GUARD_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+            first = GUARD_BYTES + -(whole.data_ptr() + GUARD_BYTES) % ALIGNMENT_BYTES
+            block = whole[first : first + nbytes]
+            whole.fill_(GUARD)
+            block.fill_(POISON)
         try:
             yield block
         finally:
@@ -60,9 +61,8 @@ class PoisonedExecutor(Executor):
         *,
         device: torch.device,
         kernels: Mapping[str, Any] | None = None,
-        **more: Any,
     ) -> None:
-        super().__init__(program, device_plan, device=device, kernels=kernels, pool=self.shared, **more)
+        super().__init__(program, device_plan, device=device, kernels=kernels, pool=self.shared)
         names = self.code.names
         assert isinstance(names, dict)
         names["empty"] = _poisoned

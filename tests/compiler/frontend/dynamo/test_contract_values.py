@@ -156,7 +156,7 @@ def test_dtypes() -> None:
 
     def function(flag: torch.Tensor, *numbers: torch.Tensor) -> Any:
         sums = [number + 1 for number in numbers]
-        total = sum(number.to(torch.float32) for number in numbers)
+        total = torch.stack([number.to(torch.float32) for number in numbers]).sum(0)
         return (
             sums,
             total,
@@ -238,6 +238,8 @@ def test_constants_of_a_graph() -> None:
 
 class _Sharing(nn.Module):
     """One parameter under two names, a buffer that is counted up, and a constant that is no buffer."""
+
+    steps: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
