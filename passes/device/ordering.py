@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from ...compiler.graph import Graph, OpKind
 from ...compiler.pipeline import Budget
@@ -19,10 +18,12 @@ from ..order._peak_search import (
     working_set_bound,
 )
 from ..order.problem import OrderProblem
+from .windows import improved, live_bytes_of
 
 __all__ = ["Ordering", "framed", "ordering"]
 
-SHARE = 0.8  # of the budget for the search; the rest repeats the proof in plain bytes
+SHARE = 0.5  # of the budget, for the search over all operators
+WINDOWS_SHARE = 0.8  # of what is left, for windows of them; the rest repeats the proof in plain bytes
 WORK = 40_000_000  # operators times down-sets expanded in deterministic mode
 
 
@@ -52,6 +53,9 @@ def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
     if search:
         effort = max(1, min(EFFORT, WORK // max(1, len(program))))
         found = least_peak_order(problem, budget.share(SHARE), start=program, effort=effort)
+        if found.bound < found.peak:
+            order = improved(problem, found.order, found.bound, budget.share(WINDOWS_SHARE))
+            found = LeastPeak(order, aligned_peak(problem, order), found.bound)
         plain = plain_bound(problem, found, budget, effort=effort)
     else:
         peak = aligned_peak(problem, program)
@@ -83,7 +87,7 @@ def _near_program(problem: OrderProblem, found: LeastPeak) -> tuple[int, ...]:
     Where both have run the same operators, the same bytes are live, so what lies between two such positions may be
     taken from either.
     """
-    live = _live(problem)
+    live = live_bytes_of(problem, range(len(found.order)))
     order: list[int] = []
     begin = latest = 0
     for end, op in enumerate(found.order, 1):
@@ -93,16 +97,6 @@ def _near_program(problem: OrderProblem, found: LeastPeak) -> tuple[int, ...]:
             order += range(begin, end) if fits else found.order[begin:end]
             begin = end
     return tuple(order)
-
-
-def _live(problem: OrderProblem) -> list[int]:
-    """Aligned bytes that are live while each operator runs, in program order."""
-    change = [0] * (len(problem.touches) + 1)
-    for users, size in zip(problem.users, problem.footprint, strict=True):
-        if users:
-            change[users[0]] += size
-            change[users[-1] + 1] -= size
-    return list(accumulate(change))
 
 
 def _mirrored(before: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:

@@ -17,7 +17,7 @@ from .placement import place
 
 __all__ = ["plan_for_device"]
 
-ORDER_SHARE = 0.6  # of the budget; placing has what is left
+ORDER_SHARE = 0.75  # of the budget; placing has what is left
 
 
 def plan_for_device(
