@@ -56,7 +56,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, case: Case) -> None:
     torch.testing.assert_close(actual, expected.detach(), rtol=case.tolerance, atol=case.tolerance)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if not case.trains])
 def test_inference_equals_eager_under_every_plan(name: str) -> None:
     case = ZOO[name]
     inputs = case.inputs()

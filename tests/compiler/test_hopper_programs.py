@@ -18,7 +18,7 @@ from tests.support.programs import inference_program, training_programs
 
 
 def test_programs_compute_what_eager_computes_under_any_plan() -> None:
-    run(Path(__file__).parent / "interpreted_hopper_programs.py")
+    run(Path(__file__).parent / "interpreted_hopper_programs.py", timeout_s=600)
 
 
 @pytest.fixture(scope="module", autouse=True)
