@@ -63,8 +63,8 @@ class Step:
 
 
 STEPS = (
-    Step("tests", "pytest", 1.0, measures=False, arguments=("-m", "gpu", "-q", "-p", "no:cacheprovider")),
-    Step("backend", "benchmarks.bench_backend", 5.0),
+    Step("tests", "pytest", 1.5, measures=False, arguments=("-m", "gpu", "-q", "-p", "no:cacheprovider")),
+    Step("backend", "benchmarks.bench_backend", 4.5),
     Step("memory_limit", "benchmarks.bench_memory_limit", 3.0),
 )
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing:
             return MISSING
         for number, step in enumerate(steps):
-            seconds = shares(steps[number:], until - time.monotonic() - 5)[0]
+            seconds = shares(steps[number:], until - time.monotonic() - 15)[0]
             status, line = _run(step, asked.out, seconds, asked.models, environment)
             failed += status != 0
             _say(f"{step.name}: {'done' if status == 0 else f'FAILED ({status})'}: {line}", summary)
@@ -152,7 +152,7 @@ def _run(
     )
     timers = [
         threading.Timer(seconds, _signal, (process, signal.SIGINT)),
-        threading.Timer(seconds + 5, _signal, (process, signal.SIGKILL)),
+        threading.Timer(seconds + 15, _signal, (process, signal.SIGKILL)),
     ]
     for timer in timers:
         timer.start()

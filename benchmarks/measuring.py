@@ -25,7 +25,7 @@ from .worker import Device
 __all__ = ["WARM_UP", "Footprint", "calls_for", "described", "footprint", "seconds_of"]
 
 WARM_UP = 3  # steps before anything is measured: CUDA graphs are recorded in the second and replayed from the third on
-LINK_BYTES = 1 << 28  # of the copy that measures the link
+LINK_BYTES = 1 << 26  # of the copy that measures the link
 MARK = "opweave: the measured step"
 
 Step = Callable[[], None]
@@ -132,7 +132,7 @@ def calls_for(step: Step, device: torch.device, seconds: float, most: int = 1000
 def described(device: torch.device) -> Device:
     """The device, with the bandwidth of a large copy from the host: pinned memory on a GPU, plain memory on a CPU."""
     on_gpu = device.type == "cuda"
-    source = torch.ones(LINK_BYTES if on_gpu else LINK_BYTES // 8, dtype=torch.uint8, pin_memory=on_gpu)
+    source = torch.ones(LINK_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
     target = torch.empty_like(source, device=device)
 
     def copy() -> None:

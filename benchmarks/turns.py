@@ -80,8 +80,9 @@ class Turns:
 
     @property
     def threads(self) -> int:
-        """How many kernels each worker may compile at a time, so that all cores are busy and not more."""
-        return max(1, (os.cpu_count() or 1) // self.jobs)
+        """How many kernels each worker may compile at a time: its share of the cores, and a few, as most often wait."""
+        cores = os.cpu_count() or 1
+        return min(cores, max(4, cores // self.jobs))
 
 
 Outcome = Measured | Failure

@@ -38,6 +38,7 @@ Loss = Callable[[tuple[Tensor, ...]], Tensor]
 def prepare(spec: Spec) -> tuple[Callable[[], None], torch.device, Prepared]:
     """Get ready to run ``spec``: its step, where it runs, and what was found on the way."""
     load = Workload.of(spec)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in load.tensors()}
     expected = load.references() if spec.check and spec.provider.backend else None
     if spec.provider.checkpointed:
         checkpoint_blocks(load.model)
@@ -46,10 +47,9 @@ def prepare(spec: Spec) -> tuple[Callable[[], None], torch.device, Prepared]:
     _load_libraries(load.device)
     measured = footprint(step, load.device)
     judged = Comparison(True, "", 0.0, 1.0) if expected is None else load.judged(call, *expected)
+    reports, device = _reports(spec.provider), described(load.device)
     if load.device.type == "cuda":
         torch.cuda.empty_cache()  # for the workers beside this one
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in load.tensors()}
-    reports, device = _reports(spec.provider), described(load.device)
     return step, load.device, Prepared(measured, reports, judged.reason, judged.error, sum(held.values()), device)
 
 

@@ -202,7 +202,7 @@ def test_interrupted_benchmarks_keep_what_they_measured(tmp_path: Path) -> None:
 
 def test_steps_share_the_time_that_is_left(tmp_path: Path) -> None:
     assert sum(gpu.shares(gpu.STEPS, 540.0)) == pytest.approx(540.0)
-    assert gpu.shares(gpu.STEPS[1:], 400.0) == pytest.approx((250.0, 150.0))
+    assert gpu.shares(gpu.STEPS[1:], 400.0) == pytest.approx((240.0, 160.0))
     command = gpu.STEPS[1].command(tmp_path, 300.0, ["gpt2:infer"])
     assert command[1:3] == ["-m", "benchmarks.bench_backend"]
     assert command[command.index("--minutes") + 1] == "4.50"
