@@ -12,7 +12,8 @@ from ..order.problem import OrderProblem
 
 __all__ = ["improved", "live_bytes_of"]
 
-FIRST_WIDTH = 48  # operators of a window; doubled where no window of that width helps
+FIRST_WIDTH = 32  # operators of a window; doubled where no window of that width helps
+PLACES = (0.5, 0.2, 0.8)  # where in a window the peak lies, one after the other
 SHARE = 0.2  # of the time left, for one window
 EFFORT = 4_000  # down-sets expanded for one window in deterministic mode
 WINDOWS = 24  # tried in deterministic mode
@@ -25,22 +26,23 @@ def improved(problem: OrderProblem, order: Sequence[int], bound: int, budget: Bu
     ``order/least_peak`` does, all others staying where they are; again and again while that lowers a peak, then in
     wider windows.
     """
-    current, width, left = list(order), FIRST_WIDTH, WINDOWS
+    current, width, failed, left = list(order), FIRST_WIDTH, 0, WINDOWS
     while left > 0 and not budget.halted():
         live = live_bytes_of(problem, current)
         peak = max(live, default=0)
         if peak <= bound:
             break
-        begin = max(0, min(live.index(peak) - width // 2, len(current) - width))
+        begin = max(0, min(live.index(peak) - int(width * PLACES[failed]), len(current) - width))
         window = _reordered(problem, current, begin, begin + width, budget)
         left -= 1 if budget.deterministic else 0
         changed = [*current[:begin], *window, *current[begin + width :]]
         if max(live_bytes_of(problem, changed)[begin : begin + width]) < peak:
-            current = changed
+            current, failed = changed, 0
         elif width >= len(current):
             break
         else:
-            width *= 2
+            failed = (failed + 1) % len(PLACES)
+            width *= 1 if failed else 2
     return tuple(current)
 
 
