@@ -38,7 +38,7 @@ from .stream import Stream
 
 __all__ = ["LimitedPlan", "least_limit", "plan_within", "plans_within"]
 
-CHOICES = 4  # of residents that are planned
+SLACKS = (0.0, 1.0, 0.5, 2.0)  # times the largest streamed buffer that residents leave, because bytes have addresses
 CLOSE = 0.01  # a plan this close to the bound is not improved
 
 
@@ -212,7 +212,7 @@ class _Problem:
         """The fastest of the plans for several choices of residents."""
         begin = time.monotonic()
         # Only the region laid last needs no padding: the bound may count it nowhere.
-        bound = bound_s(self.stream(keep=False, slack=self.alignment), budget.share(0.1)) + self._tail_s()
+        bound = bound_s(self.stream(keep=False, slack=self.alignment), budget.share(0.2)) + self._tail_s()
         best: tuple[int, Plan, frozenset[str]] | None = None
         for resident in self._choices(budget):
             for plan in self._plans(resident, budget.share(0.5)):
@@ -236,8 +236,16 @@ class _Problem:
         stream = self.stream(keep=True)
         if min(stream.rooms(()), default=0) < 0:  # not even what is held fits: some of it leaves, too
             stream = self.stream(keep=False)
-        for chosen in choose_residents(stream, budget.share(0.3))[:CHOICES]:
-            yield frozenset(stream.sources[i].name for i in chosen)
+        seen: set[frozenset[int]] = set()
+        largest = 0
+        for slack in SLACKS:
+            less = stream.with_capacity(stream.capacity - int(slack * largest))
+            chosen = choose_residents(less, budget.share(0.3))[0]
+            streamed = [s.footprint for i, s in enumerate(stream.sources) if s.candidate and i not in chosen]
+            largest = largest or max(streamed, default=0)
+            if chosen not in seen:
+                seen.add(chosen)
+                yield frozenset(stream.sources[i].name for i in chosen)
 
     def _plans(self, resident: frozenset[str], budget: Budget) -> Iterator[Plan]:
         """Placed plans of the graph without ``resident`` and what is apart."""

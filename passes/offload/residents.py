@@ -30,7 +30,7 @@ __all__ = ["bound_s", "choose_residents"]
 MAX_NODES = 2_000  # the search tree in deterministic mode
 UNITS = 1e4  # the largest time in the model, in its own unit: far from the solver's tolerances
 PREFERENCE = 1e-4  # of its load's time that streaming a weight costs where it costs no time: fewer bytes move
-RESERVES = (0, 8, 3)  # n-th parts of the capacity that the fluid model leaves, because whole buffers need more room
+RESERVES = (0, 8)  # n-th parts of the capacity that the fluid model leaves, because whole buffers need more room
 MOVES = 3_000  # changes that the local search tries
 
 
@@ -99,13 +99,15 @@ def _changes(chosen: frozenset[int], candidates: list[int]) -> Iterator[frozense
 
 
 def bound_s(stream: Stream, budget: Budget) -> float:
-    """Seconds that a call takes whatever stays: the relaxation's optimum, or the compute alone where time runs out.
+    """Seconds that a call takes whatever stays: the relaxation's optimum.
 
-    ``stream`` holds working sets only.
+    ``stream`` holds working sets only. Where time runs out, it is what computing or the least transfers take alone.
     """
-    compute = sum(stream.compute)
     fixed = frozenset(i for i, source in enumerate(stream.sources) if not source.candidate)
-    alone = max(compute, sum(stream.sources[i].seconds for i in fixed))
+    most = max(0, stream.capacity - max(stream.held, default=0))  # bytes that stay, at most
+    loaded = sum(source.nbytes for i, source in enumerate(stream.sources) if i not in fixed) - most
+    transfers = sum(stream.sources[i].seconds for i in fixed) + max(0, loaded) / stream.bandwidth
+    alone = max(sum(stream.compute), transfers)
     if len(fixed) == len(stream.sources):
         return max(alone, stream.fluid_s(()) or 0.0)
     model = _Model(stream)

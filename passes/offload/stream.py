@@ -117,8 +117,8 @@ class Stream:
     def latency_s(self, resident: Collection[int]) -> float | None:
         """Seconds a call takes with these residents, each load issued once there is room for all of its bytes.
 
-        ``None`` where they leave too little room. A load waits for the copy engine, and until, from then to its use, no
-        operator needs its place; the bytes may lie anywhere.
+        ``None`` where they leave too little room. A load is issued as late as the copy engine can take it, and waits
+        until, from then to its use, no operator needs its place; the bytes may lie anywhere.
         """
         rooms = self.rooms(resident)
         if min(rooms, default=0) < 0:
@@ -131,7 +131,7 @@ class Stream:
                     continue
                 source = self.sources[i]
                 slot = position
-                while slot and rooms[slot - 1] >= source.footprint:
+                while finish[slot] > copied and rooms[slot - 1] >= source.footprint:
                     slot -= 1
                     rooms[slot] -= source.footprint
                 copied = max(copied, finish[slot]) + source.seconds

@@ -101,9 +101,11 @@ def test_everything_stays_where_it_fits() -> None:
 
 
 def test_no_time_is_no_failure() -> None:
-    """Without a second, the greedy choice stands, and the bound is what computing takes."""
+    """Without a second, the greedy choice stands, and the bound is what computing or loading takes by itself."""
     sources = tuple(source(f"w{i}", 6400, i) for i in range(8))
     stream = Stream(sources, (5e-6,) * 8, (0,) * 8, 3 * 6400, BANDWIDTH)
     over = Budget(time.monotonic() - 1)
     assert stream.latency_s(choose_residents(stream, over)[0]) is not None
     assert bound_s(stream, over) == pytest.approx(40e-6)
+    slow = Stream(sources, (1e-6,) * 8, (640,) * 8, 3 * 6400 + 640, BANDWIDTH)
+    assert bound_s(slow, over) == pytest.approx(5 * 6.4e-6)
