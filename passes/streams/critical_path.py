@@ -39,6 +39,7 @@ class CriticalPath:
     ``with_streams``, with times; in another order where one queue's steps would be issued late behind another's, and
     at other addresses where sharing bytes would keep operators from running at the same time. Unchanged if less than
     ``margin`` of the seconds would be saved. At most ``streams`` queues; 0 is what the machine says.
+    ``effort`` is the number of steps to time in all, for the search to end without a clock.
 
     Method: list scheduling by upward rank (HEFT; Topcuoglu, Hariri and Wu, IEEE TPDS 13(3), 2002), by earliest start,
     and a baseline, for each number of queues, with addresses as given and spread (``spread``), steps issued in the
@@ -48,12 +49,13 @@ class CriticalPath:
 
     streams: int = 0
     margin: float = 0.03
+    effort: int = 60_000
 
     def __post_init__(self) -> None:
-        if self.streams < 0 or not 0 <= self.margin < 1:
+        if self.streams < 0 or not 0 <= self.margin < 1 or self.effort < 1:
             raise OptionError(
-                f"{self.name}: options are streams={self.streams} and margin={self.margin}; streams takes 0 or more, "
-                "margin 0 to below 1"
+                f"{self.name}: options are streams={self.streams}, margin={self.margin}, effort={self.effort}; streams "
+                "takes 0 or more, margin 0 to below 1, effort 1 or more"
             )
 
     @property
@@ -89,12 +91,12 @@ class CriticalPath:
             timed = with_waits(replace(device_plan, plan=simulate(plan)), made)
             seconds = max((i.finish_s or 0.0 for i in timed.plan.instructions), default=0.0)
             return StreamDecision(timed, 1, seconds, seconds, 0.0, "the machine does not state its concurrency")
-        search = Search(device_plan, made, concurrency, extra_bytes)
+        search = Search(device_plan, made, concurrency, extra_bytes, self.effort)
         before = search.best
-        for count in range(2, self._count(concurrency) + 1):
+        for count in range(self._count(concurrency), 1, -1):
             for rule in RULES:
-                if not budget.halted():
-                    search.offer(rule, count)
+                if not (budget.halted() or search.is_done()):
+                    search.offer(rule, count, budget)
         saved = 1 - search.best.seconds / before.seconds if before.seconds else 0.0
         chosen = search.best if saved > 0 and saved >= self.margin else before
         rest = f"at least {search.bound_s * 1e6:,.1f} on any number of queues"

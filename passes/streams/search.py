@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from ...compiler.graph import OpKind
+from ...compiler.pipeline import Budget
 from ...compiler.plan import Residence
 from ...compiler.runtime.device.conflicts import accesses, predecessors
 from ...compiler.runtime.device.layout import DevicePlan
@@ -21,6 +22,9 @@ from .spread import spread
 from .tasks import Task, bound_s, tasks_of, upward_ranks
 
 __all__ = ["Assignment", "Search", "held_bytes", "with_waits"]
+
+
+NO_GAIN = 1e-3  # of the bound: what a search for less is not worth
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,13 @@ class Assignment:
 
 
 class Search:
-    """The fastest assignment so far that keeps the limit on memory."""
+    """The fastest assignment so far that keeps the limit on memory; ``effort`` is the number of steps to time."""
 
     def __init__(
-        self, device_plan: DevicePlan, made: frozenset[str], concurrency: Concurrency, extra_bytes: int
+        self, device_plan: DevicePlan, made: frozenset[str], concurrency: Concurrency, extra_bytes: int, effort: int
     ) -> None:
         plan = device_plan.plan
+        self.left = effort
         self.given, self.made, self.concurrency = device_plan, made, concurrency
         self.tasks = tasks_of(plan, concurrency)
         self.sharing = predecessors(accesses(plan))
@@ -62,13 +67,22 @@ class Search:
         frame = [index for index, op in enumerate(plan.graph.ops) if op.kind is OpKind.BOUNDARY]
         self.fixed_places = made | {name for index in frame for name in plan.graph.touches[index]}
 
-    def offer(self, rule: Rule, count: int) -> None:
+    def offer(self, rule: Rule, count: int, budget: Budget) -> None:
         """Keep the fastest of what ``rule`` makes of the plan, if it is faster and holds no more than allowed."""
         for candidate in self._candidates(rule, count):
-            for assignment in (candidate, self._by_start(candidate)):
-                faster = assignment.seconds < self.best.seconds
-                if faster and held_bytes(assignment.device_plan, self.made) <= self.limit:
-                    self.best = assignment
+            self._keep(candidate)
+            if budget.halted() or self.is_done():
+                return
+            self._keep(self._by_start(candidate))
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to try, or to gain."""
+        return self.left <= 0 or self.best.seconds <= self.bound_s * (1 + NO_GAIN)
+
+    def _keep(self, assignment: Assignment) -> None:
+        faster = assignment.seconds < self.best.seconds
+        if faster and held_bytes(assignment.device_plan, self.made) <= self.limit:
+            self.best = assignment
 
     def _candidates(self, rule: Rule, count: int) -> Iterator[Assignment]:
         """With steps that make their own memory anywhere, or on queue 0; with addresses as given, or spread."""
@@ -138,6 +152,7 @@ class Search:
         self, device_plan: DevicePlan, tasks: tuple[Task, ...], queues: Sequence[int], count: int
     ) -> Assignment:
         """The plan on these queues, timed with the waits that it needs."""
+        self.left -= len(tasks)
         names = self._names(tasks, queues, count)
         plan, machine = device_plan.plan, self.given.plan.machine.with_streams(count)
         machine = msgspec.structs.replace(device_plan.plan.machine, engines=machine.engines)

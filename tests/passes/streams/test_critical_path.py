@@ -171,6 +171,19 @@ def test_machines_without_concurrency_keep_one_engine() -> None:
     check(program, decision)
 
 
+def test_little_effort_goes_a_long_way() -> None:
+    """The first assignments tried are the most promising ones, and trying ends at the same place each time."""
+    program = branches(4, 6, 1024)
+    given = planned(program)
+    budget = Budget.of_seconds(BUDGET_S)
+    few, many = (
+        CriticalPath(effort=effort).assign(given, frozenset(), budget, extra_bytes=EXTRA_BYTES)
+        for effort in (200, 60_000)
+    )
+    check(program, few)
+    assert many.after_s <= few.after_s < 0.6 * few.before_s
+
+
 def test_out_of_time_is_one_queue() -> None:
     program = branches(4, 6, 1024)
     decision = CriticalPath().assign(planned(program), frozenset(), Budget.of_seconds(0.0))
@@ -178,7 +191,7 @@ def test_out_of_time_is_one_queue() -> None:
     check(program, decision)
 
 
-@pytest.mark.parametrize("options", [{"streams": -1}, {"margin": 1.0}, {"margin": -0.1}])
+@pytest.mark.parametrize("options", [{"streams": -1}, {"margin": 1.0}, {"margin": -0.1}, {"effort": 0}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="streams/critical_path: options are"):
         CriticalPath(**options)  # type: ignore[arg-type]
