@@ -59,6 +59,7 @@ class _Writer:
             "placed": placed,
             "reinterpreted": reinterpreted,
             "empty": torch.empty_strided,
+            "assert_size_stride": _guards.assert_size_stride,
             "flat": flat,
             **{f"launch_{name}": _launcher(kernel, program, name) for name, kernel in kernels.items()},
         }
@@ -237,6 +238,9 @@ class _Writer:
         for name, path in call.makes:
             self.body.append(f"{name} = made{''.join(f'[{index}]' for index in path)}")
             self.variables[name] = name
+            view = self.program.views[name]
+            # Kernels that read it were generated for these strides; a library may choose others than it was traced with.
+            self.body.append(f"assert_size_stride({name}, {view.shape}, {view.strides}, {call.target!r})")
         self.body.append("del made")
         for name, _ in call.makes:
             self._views_of(name, self.body)
