@@ -300,7 +300,7 @@ DIFFUSERS: tuple[Pretrained, ...] = (
         },
         package="diffusers",
         regression=True,
-        note="full is the denoiser of Stable Diffusion 1.5, 860 M parameters; in training, Inductor of torch 2.13 loses "
-        "gradients of tiny on a CPU: a read is ordered before the scatter that it needs, as in pytorch issue 185509",
+        note="full is the denoiser of Stable Diffusion 1.5, 860 M parameters; Inductor of torch 2.13 loses gradients "
+        "of tiny on a CPU: a read is ordered before the scatter that it needs, as in pytorch issue 185509",
     ),
 )
