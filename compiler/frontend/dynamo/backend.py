@@ -218,8 +218,8 @@ class _Inner:
                 hint="without memory_limit it runs on stock Inductor",
             )
         if self.options.tier != "T0":
-            what = f"{name} runs on stock Inductor in its order"
-            noted = self.backend.fallbacks.note(what, why, strict=self.options.strict)
+            what = "runs on stock Inductor in our order"
+            noted = self.backend.fallbacks.note(name, what, why, strict=self.options.strict)
             report = dataclasses.replace(report, fallbacks=(noted,))
         return self._stock(module, inputs, report, kwargs)
 

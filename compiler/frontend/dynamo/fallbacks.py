@@ -20,24 +20,26 @@ class OpweaveFallbackWarning(UserWarning):
 
 
 class Fallbacks:
-    """Counts fallbacks by what happened; safe to use from several threads."""
+    """Counts fallbacks by what happened and why, not by graph; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def note(self, what: str, why: str, *, strict: bool) -> str:
-        """Count a fallback and warn of its first occurrence; returns it as one sentence.
+    def note(self, where: str, what: str, why: str, *, strict: bool) -> str:
+        """Count a fallback and warn of the first with this reason; returns it as one sentence.
+
+        ``where`` is the graph it happens to, ``what`` runs instead, and ``why``.
 
         Raises:
             ExecutionError: ``strict``.
         """
-        sentence = f"{what}: {why}"
+        sentence, kind = f"{where} {what}: {why}", f"{what}: {why}"
         if strict:
             raise ExecutionError(sentence, hint="without strict=True it would only be counted and warned of")
         with self._lock:
-            self._counts[sentence] += 1
-            first = self._counts[sentence] == 1
+            self._counts[kind] += 1
+            first = self._counts[kind] == 1
         log.info(sentence)
         if first:
             warnings.warn(sentence, OpweaveFallbackWarning, stacklevel=2)
