@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +12,10 @@ import torch
 
 from opweave.compiler.pipeline import Budget, run_pass
 from opweave.compiler.plan import Plan
+from opweave.compiler.runtime.device.arena import ArenaPool
+from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.layout import DevicePlan
+from opweave.compiler.runtime.device.order import random_linear_extension
 from opweave.compiler.runtime.device.program import Call, Origin, Program, Ref, Storage, View
 from opweave.compiler.verify import verify
 from opweave.compiler.verify.races import find_races
@@ -24,7 +28,7 @@ from opweave.passes.streams.fluid import run
 from opweave.passes.streams.tasks import Task
 from tests.graphs.build import all_graphs
 from tests.graphs.plans import keep_everything, keep_nothing
-from tests.support.streamed import made_by_calls, planned, random_program
+from tests.support.streamed import example_inputs, made_by_calls, planned, random_program, reordered
 
 GRAPHS = all_graphs()
 H100 = load("h100-sxm")
@@ -75,6 +79,26 @@ def test_random_programs_stay_right(seed: int, extra_bytes: int) -> None:
     given, decision = assigned(program, extra_bytes=extra_bytes)
     check(program, decision)
     assert decision.device_plan.arena_bytes <= given.arena_bytes or extra_bytes
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_decided_computes_the_same(seed: int) -> None:
+    """Through the host code, on the CPU: other addresses, another order, and any order that the waits admit."""
+    program = random_program(seed, calls=40)
+    given, decision = assigned(program, extra_bytes=EXTRA_BYTES)
+    expected = results(program, given)
+    assert all(map(torch.equal, results(program, decision.device_plan), expected))
+    draw = random.Random(seed)
+    for _ in range(3):
+        order = random_linear_extension(decision.device_plan.plan, decision.device_plan.waits, draw)
+        assert all(map(torch.equal, results(program, reordered(decision.device_plan, order)), expected))
+
+
+def results(program: Program, device_plan: DevicePlan) -> list[torch.Tensor]:
+    """Outputs and updated inputs."""
+    inputs = example_inputs(program, 0)
+    executor = Executor(program, device_plan, device=torch.device("cpu"), pool=ArenaPool())
+    return [*executor(list(inputs)), *inputs]
 
 
 def test_small_branches_run_at_the_same_time() -> None:
