@@ -144,7 +144,8 @@ def _allocations(device_plan: DevicePlan, made: frozenset[str]) -> Iterator[_All
                 yield _Allocation(stay.begin, steps if name in returned else stay.end, pool, first, last)
         else:
             end = steps if name in returned else allocation.end
-            yield _Allocation(*((0, end, None) if name in given else (allocation.begin, end, main)), first, last)
+            begin, pool = (0, None) if name in given else (allocation.begin, main)
+            yield _Allocation(begin, end, pool, first, last)
 
 
 def random_linear_extension(plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random) -> tuple[int, ...]:

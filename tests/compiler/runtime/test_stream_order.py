@@ -9,7 +9,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.runtime.device.arena import ArenaPool
@@ -106,6 +106,7 @@ ACCESSES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(ACCESSES, max_size=3).map(tuple), max_size=12))
 def test_predecessors_order_every_conflict_and_nothing_else(touched: list[tuple[Access, ...]]) -> None:
     """Against the definition: all pairs of steps that conflict, closed under transitivity."""
@@ -114,6 +115,7 @@ def test_predecessors_order_every_conflict_and_nothing_else(touched: list[tuple[
     assert closure(found) == closure(every)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 20))), max_size=16))
 def test_reduced_waits_order_the_same_and_none_can_go(steps: list[tuple[int, set[int]]]) -> None:
     engines = [f"e{engine}" for engine, _ in steps]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.graph import OpKind
@@ -71,6 +71,7 @@ def test_what_returns_is_behind_everything() -> None:
 TASKS = st.builds(Task, st.integers(0, 3).map(float), st.integers(0, 5).map(float), st.sampled_from([0.1, 0.4, 1.0]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(TASKS, st.integers(0, 2), st.sets(st.integers(0, 10), max_size=3)), max_size=10))
 def test_no_assignment_beats_the_bound(steps: list[tuple[Task, int, set[int]]]) -> None:
     """Nor is anything faster than alone, or started before what it waits for."""
