@@ -144,8 +144,8 @@ def _allocations(device_plan: DevicePlan, made: frozenset[str]) -> Iterator[_All
                 yield _Allocation(stay.begin, steps if name in returned else stay.end, pool, first, last)
         else:
             end = steps if name in returned else allocation.end
-            begin, pool = (0, None) if name in given else (allocation.begin, main)
-            yield _Allocation(begin, end, pool, first, last)
+            is_given = name in given
+            yield _Allocation(0 if is_given else allocation.begin, end, None if is_given else main, first, last)
 
 
 def random_linear_extension(plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random) -> tuple[int, ...]:
