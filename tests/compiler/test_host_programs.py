@@ -20,7 +20,9 @@ from opweave.compiler.runtime.device.host import (
     residents,
     with_resident,
 )
+from opweave.compiler.runtime.device.order import synchronisation
 from opweave.compiler.runtime.device.program import Origin, Program
+from opweave.compiler.verify.races import find_races
 from opweave.passes.offload.planner import LimitedPlan, least_limit, plan_within
 from tests.compiler.frontend.dynamo.poisoned import PoisonedPool
 from tests.support.small_programs import CPU, ProgramBuilder, apart_of, device_machine, evaluated, layered
@@ -90,6 +92,18 @@ def test_every_limit_gives_the_bytes_of_eager(limit: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert run.memory.copied_bytes <= limited.resident_bytes
+
+
+@pytest.mark.parametrize("limit", limits())
+def test_transfers_race_with_nothing(limit: int) -> None:
+    """Copy engines run beside compute: with the waits that follow from the plan, every access is ordered."""
+    program, _ = host_program()
+    limited = planned(limit)
+    made = frozenset(s.name for s in program.storages.values() if s.origin is Origin.CALL)
+    waits = synchronisation(limited.device_plan, made)
+    assert any(waits)
+    ordered = dataclasses.replace(limited.device_plan, waits=waits)
+    assert not find_races(with_resident(program, limited.resident), ordered)
 
 
 def test_less_memory_streams_more() -> None:

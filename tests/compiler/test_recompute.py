@@ -140,3 +140,9 @@ def test_everyday_calls_are_repeatable(body: str) -> None:
 @pytest.mark.parametrize("body", ["aten.dropout.default(%0, 0.1, True)", "aten.empty.memory_format([2])"])
 def test_dropout_and_memory_nobody_wrote_are_not_repeatable(body: str) -> None:
     assert not is_repeatable(Op("op", (), (), body=body))
+
+
+def test_operators_that_say_so_are_not_repeatable() -> None:
+    """Calls of a program have no body; those with effects are marked."""
+    assert is_repeatable(Op("op", (), ()))
+    assert not is_repeatable(Op("op", (), (), repeatable=False))

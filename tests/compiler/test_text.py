@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import opweave.compiler.text
-from opweave.compiler.graph import Graph
+from opweave.compiler.graph import Graph, Op, Tensor
 from opweave.compiler.text import parse_graph, print_graph
 from opweave.errors import ModelError
 from tests.graphs.build import all_graphs
@@ -43,6 +43,14 @@ def test_the_form_is_readable() -> None:
         }
         """
     )
+
+
+def test_operators_that_run_once_and_touch_bytes_outside() -> None:
+    """Both are kept, between the operations and the origin."""
+    op = Op("draw", (), ("x",), flops=3, origin="rand", outside_bytes=64, repeatable=False)
+    graph = Graph("g", (Tensor("x", (4,), "float32"),), (op,), ("x",))
+    assert '() -> ("x") flops 3 outside 64 once from "rand"' in print_graph(graph)
+    assert parse_graph(print_graph(graph)) == graph
 
 
 def test_the_documented_example_parses() -> None:
