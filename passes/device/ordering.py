@@ -32,15 +32,12 @@ class Ordering:
     """An order of operators (indices), what it proves, and the peaks it is compared with.
 
     ``certificate`` states its largest sum of live bytes and the bound over all orders, in plain bytes;
-    ``program_bytes`` is the same sum in program order. ``peak`` and ``bound`` are the first two with every buffer
-    rounded up to the machine's alignment, as an allocator does.
+    ``program_bytes`` is the same sum in program order.
     """
 
     order: tuple[int, ...]
     certificate: Certificate
     program_bytes: int
-    peak: int
-    bound: int
 
 
 def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
@@ -63,7 +60,7 @@ def ordering(plan: Plan, budget: Budget, *, search: bool) -> Ordering:
         plain = working_set_bound(problem, problem.nbytes)
     order = _near_program(problem, found)
     proven = certificate(problem, problem.peak_bytes(order), plain)
-    return Ordering(order, proven, problem.peak_bytes(program), found.peak, found.bound)
+    return Ordering(order, proven, problem.peak_bytes(program))
 
 
 def framed(problem: OrderProblem, graph: Graph) -> OrderProblem:
