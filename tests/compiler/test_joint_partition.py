@@ -123,7 +123,7 @@ class _Convolutions(nn.Module):
 
 def _transformer() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return nn.Sequential(_Block(16), _Block(16)), torch.randn(2, 6, 16)
+    return _Block(16), torch.randn(2, 6, 16)
 
 
 def _convolutions() -> tuple[nn.Module, Tensor]:
@@ -152,7 +152,8 @@ def test_gradients_equal_eager(
         torch.testing.assert_close(b, moved[name])
     answer = run.halves[0].partition
     assert answer is not None
-    assert answer.gap < 1e-5
+    total_ps = answer.recount.total_ps
+    assert total_ps - answer.bound_ps <= max(100, 1e-5 * total_ps)  # the solver counts in units of the first answer
     assert answer.recount.kept_bytes <= answer.limit_bytes
 
 
