@@ -19,7 +19,8 @@ import msgspec
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, confirm, run_pass
 from ...compiler.plan import Certificate, Load, PassRecord, Plan
-from ...compiler.runtime.device.layout import DevicePlan, allocated_bytes
+from ...compiler.runtime.device.layout import DevicePlan
+from ...compiler.runtime.device.order import synchronisation
 from ...compiler.simulate import latency_ns, simulate, timeline_summary
 from ...compiler.verify import verify
 from ...errors import Infeasible
@@ -32,6 +33,7 @@ from ..planner import place
 from ..residency.ilp import IlpResidency
 from ..residency.recompute import RecomputeResidency
 from ..residency.workset import aligned_bytes, least_capacity, require_fit
+from .limited import LimitedPlan
 from .reduction import peak_apart, spans, with_residents, without_bytes
 from .residents import bound_s, choose_residents
 from .stream import Stream
@@ -40,45 +42,6 @@ __all__ = ["LimitedPlan", "least_limit", "plan_within", "plans_within"]
 
 SLACKS = (0.0, 1.0, 0.5, 2.0)  # times the largest streamed buffer that residents leave, because bytes have addresses
 CLOSE = 0.01  # a plan this close to the bound is not improved
-
-
-@dataclass(frozen=True)
-class LimitedPlan:
-    """A plan within ``limit_bytes``, and what it was decided by.
-
-    ``resident`` are the sources that stay on the device; ``device_plan`` is of the graph without them.
-    ``resident_bytes``, ``kept_bytes``, the arena and what is allocated apart never exceed the limit together. A call
-    takes ``latency_s`` as simulated. ``bound_s`` is what no choice of residents and no plan of this order undercuts;
-    ``compute_s`` and ``transfer_s`` are what compute and copy engines take at least for the plan chosen.
-    """
-
-    device_plan: DevicePlan
-    resident: frozenset[str]
-    limit_bytes: int
-    least_bytes: int
-    resident_bytes: int
-    kept_bytes: int
-    latency_s: float
-    bound_s: float
-    compute_s: float
-    transfer_s: float
-    loaded_bytes: int
-
-    @property
-    def occupied_bytes(self) -> int:
-        """Most bytes of the device in use at any step."""
-        peak = max(allocated_bytes(self.device_plan), default=self.device_plan.arena_bytes)
-        return self.kept_bytes + self.resident_bytes + peak
-
-    @property
-    def room_bytes(self) -> int:
-        """What weights may take on the device beside everything else: of this program, and of others between calls."""
-        return self.limit_bytes - self.occupied_bytes + self.resident_bytes
-
-    @property
-    def gap(self) -> float:
-        """``(latency - bound) / latency``."""
-        return max(0.0, 1 - self.bound_s / self.latency_s) if self.latency_s else 0.0
 
 
 def plan_within(
@@ -94,7 +57,8 @@ def plan_within(
     """The fastest plan found for ``graph`` (a program's planning graph) in ``limit_bytes`` of ``machine``'s scratchpad.
 
     ``apart`` are buffers that cannot lie in the arena, ``candidates`` sources that may stay on the device between
-    calls, ``kept_bytes`` what is taken already. Never fails because time ran out.
+    calls, ``kept_bytes`` what is taken already. ``machine`` has one compute engine; copies run beside it, ordered by
+    the plan's waits. Never fails because time ran out.
 
     Raises:
         Infeasible: no plan of the order works; names the operator that needs most, its buffers, and the least limit.
@@ -295,8 +259,9 @@ class _Problem:
         note = f"{len(resident)} of {len(self.candidates)} weights stay on the device"
         timed = timed.with_record(PassRecord("offload", seconds, certificate, note))
         timeline = timeline_summary(timed)
+        whole_plan = DevicePlan(timed, arena, MappingProxyType(ranges))
         return LimitedPlan(
-            device_plan=DevicePlan(timed, arena, MappingProxyType(ranges)),
+            device_plan=replace(whole_plan, waits=synchronisation(whole_plan)),
             resident=resident,
             limit_bytes=self.limit_bytes,
             least_bytes=self.least_bytes,

@@ -15,12 +15,11 @@ from opweave.compiler.runtime.device.graph import planning_graph
 from opweave.compiler.runtime.device.host import (
     HostExecutor,
     HostMemory,
-    handed_to_host,
     on_host,
     residents,
     with_resident,
 )
-from opweave.compiler.runtime.device.order import synchronisation
+from opweave.compiler.runtime.device.offload import fetched, sent
 from opweave.compiler.runtime.device.program import Origin, Program
 from opweave.compiler.verify.races import find_races
 from opweave.passes.offload.planner import LimitedPlan, least_limit, plan_within
@@ -99,11 +98,8 @@ def test_transfers_race_with_nothing(limit: int) -> None:
     """Copy engines run beside compute: with the waits that follow from the plan, every access is ordered."""
     program, _ = host_program()
     limited = planned(limit)
-    made = frozenset(s.name for s in program.storages.values() if s.origin is Origin.CALL)
-    waits = synchronisation(limited.device_plan, made)
-    assert any(waits)
-    ordered = dataclasses.replace(limited.device_plan, waits=waits)
-    assert not find_races(with_resident(program, limited.resident), ordered)
+    assert any(limited.device_plan.waits)
+    assert not find_races(with_resident(program, limited.resident), limited.device_plan)
 
 
 def test_less_memory_streams_more() -> None:
@@ -217,30 +213,28 @@ def test_calls_with_effects_run_once() -> None:
 
 
 def test_what_a_forward_pass_offloads() -> None:
-    """A saved result goes to the host, and the backward pass loads it; one that is an output, too, stays."""
+    """A saved result goes to the host, and the backward pass loads it; one that is an output, too, stays as well."""
     builder = ProgramBuilder()
     x = builder.input("x", 8, 8)
     saved = builder.out("aten.tanh.out", x, out=builder.tensor("saved", 8, 8))
     result = builder.out("aten.exp.out", saved, out=builder.tensor("result", 8, 8))
     builder.returns(result, saved, builder.view("again", result, 64))
-    forward = handed_to_host(builder.program(), outputs=(1, 2))
+    forward = sent(builder.program(), (1, 2))
     assert forward.storages["saved"].origin is Origin.RETURNED
     assert forward.storages["result"].origin is Origin.OUTPUT
     limited = plan_within(planning_graph(forward), apart_of(forward), MACHINE, 1 << 20, Budget.of_seconds(2))
     value = torch.randn(8, 8)
-    run = Executor(forward, limited.device_plan, device=CPU, kernels={})
-    got = run([value])
-    assert [torch.equal(a, b) for a, b in zip(got, evaluated(builder.program(), [value]), strict=True)] == [True] * 3
+    got = Executor(forward, limited.device_plan, device=CPU, kernels={})([value])
+    expected = evaluated(builder.program(), [value])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
     backward = ProgramBuilder()
     given = backward.input("saved", 8, 8)
     backward.returns(backward.out("aten.neg.out", given, out=backward.tensor("gradient", 8, 8)))
-    program = handed_to_host(backward.program(), inputs=(0,))
-    assert program.storages["saved"].origin is Origin.HOST
+    program = fetched(backward.program(), ("saved",))
     limited = plan_within(planning_graph(program), apart_of(program), MACHINE, 1 << 20, Budget.of_seconds(2))
     assert next(type(i) for i in limited.device_plan.plan.instructions) is Load
-    run = Executor(program, limited.device_plan, device=CPU, kernels={})
-    assert torch.equal(run([got[1]])[0], -got[1])
+    assert torch.equal(Executor(program, limited.device_plan, device=CPU, kernels={})([got[1]])[0], -got[1])
 
 
 def test_storages_without_bytes() -> None:

@@ -23,7 +23,7 @@ from .executor import POOL, Executor
 from .layout import DevicePlan
 from .program import Origin, Program, Ref, span_elements
 
-__all__ = ["HostExecutor", "HostMemory", "handed_to_host", "on_host", "residents", "with_resident"]
+__all__ = ["HostExecutor", "HostMemory", "on_host", "residents", "with_resident"]
 
 _HOST = torch.device("cpu")
 #: What a tensor's copy is known by: address, dtype, shape and strides.
@@ -37,24 +37,6 @@ def on_host(program: Program) -> Program:
         program,
         storages={n: replace(s, origin=moved.get(s.origin, s.origin)) for n, s in program.storages.items()},
     )
-
-
-def handed_to_host(program: Program, *, outputs: Collection[int] = (), inputs: Collection[int] = ()) -> Program:
-    """``program`` with some of its outputs and inputs, by position, in host memory: what a forward pass offloads.
-
-    A storage that another output shows as well stays on the device.
-    """
-    kept = {
-        program.storage_of(o).name for i, o in enumerate(program.outputs) if isinstance(o, Ref) and i not in outputs
-    }
-    chosen = [program.outputs[i] for i in outputs] + [program.inputs[i] for i in inputs]
-    names = {program.storage_of(item).name for item in chosen if isinstance(item, Ref)} - kept
-    moved = {Origin.INPUT: Origin.HOST, Origin.GIVEN: Origin.HOST, Origin.OUTPUT: Origin.RETURNED}
-    storages = {
-        name: replace(storage, origin=moved.get(storage.origin, storage.origin)) if name in names else storage
-        for name, storage in program.storages.items()
-    }
-    return replace(program, storages=storages)
 
 
 def residents(program: Program, weights: Collection[int]) -> frozenset[str]:
