@@ -119,7 +119,7 @@ def evaluated(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Te
         if isinstance(item, Ref):
             view = program.views[item.name]
             assert isinstance(view.offset, int)
-            return placed(memory[view.storage], view.offset * 4, view.shape, view.strides, view.dtype)  # type: ignore[arg-type]
+            return placed(memory[view.storage], view.offset * 4, view.shape, view.strides, view.dtype)
         return item
 
     for call in program.calls:
