@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._dynamo.utils import counters
 
-    own = Backend(_backend().planners)
+    own = Backend(_backend().planners, _backend().version)
     chosen = BackendOptions.of(options)
     original = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
     compiled = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen))
@@ -94,7 +95,9 @@ def reset() -> None:
 @cache
 def _backend() -> Backend:
     """One for the process: Dynamo calls a function, and users ask afterwards what it did."""
-    return Backend(Planners(_plan, _order, _machine, _partition))
+    from . import __version__
+
+    return Backend(Planners(_plan, _order, _machine, _partition), __version__)
 
 
 def _budget(options: BackendOptions) -> Budget:
@@ -116,7 +119,7 @@ def _plan(program: Program, machine: HardwareModel, options: BackendOptions, lim
     graph, budget = planning_graph(program), _budget(options)
     if limit_bytes is not None:
         held = sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
-        return plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan
+        return _synchronised(program, plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan)
     hosts = frozenset(name for name in apart if origins[name] == "output")
     planned = plan_for_device(graph, apart, machine, budget.share(0.8), hosts=hosts)
     return planned if options.streams == 1 else _on_streams(program, planned, options, budget)
@@ -132,15 +135,31 @@ def _partition(
 
 def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, budget: Budget) -> DevicePlan:
     """``planned`` with independent calls on streams of their own, where that is predicted to be faster."""
-    from .compiler.verify.races import find_races
     from .passes.streams.critical_path import CriticalPath
 
-    made = frozenset(storage.name for storage in program.storages.values() if storage.origin.value == "call")
-    decided = CriticalPath(streams=options.streams or 0).assign(planned, made, budget).device_plan
-    races = find_races(program, decided)
+    decided = CriticalPath(streams=options.streams).assign(planned, _made(program), budget).device_plan
+    return _judged(program, decided)
+
+
+def _synchronised(program: Program, planned: DevicePlan) -> DevicePlan:
+    """``planned``, whose copies have engines of their own, with the waits that keep its meaning."""
+    from .compiler.runtime.device.order import synchronisation
+
+    return _judged(program, replace(planned, waits=synchronisation(planned, _made(program))))
+
+
+def _made(program: Program) -> frozenset[str]:
+    return frozenset(storage.name for storage in program.storages.values() if storage.origin.value == "call")
+
+
+def _judged(program: Program, planned: DevicePlan) -> DevicePlan:
+    """``planned``, in which no two accesses race. Raises InternalError."""
+    from .compiler.verify.races import find_races
+
+    races = find_races(program, planned)
     if races:
-        raise InternalError(f"a plan on streams has a race: {races[0].message}", hint="please report this")
-    return decided
+        raise InternalError(f"a plan on several engines has a race: {races[0].message}", hint="please report this")
+    return planned
 
 
 def _order(graph: Graph, options: BackendOptions) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ class Backend:
     """Compiles Dynamo's graphs; keeps reports of them and counts of fallbacks."""
 
     planners: Planners
+    version: str
     reports: Reports = field(default_factory=Reports)
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
     _numbers: Any = field(default_factory=itertools.count)
@@ -93,7 +94,7 @@ class Backend:
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner, tag: str = ""
     ) -> Callable[..., Any]:
         with ExitStack() as stack:
-            stack.enter_context(_compiler_config.patch(cache_key_tag=_cache_tag(inner.options) + tag))
+            stack.enter_context(_compiler_config.patch(cache_key_tag=_cache_tag(inner.options, self.version) + tag))
             stack.enter_context(_functorch_settings(inner.options))
             token = LOADING.set(inner)
             stack.callback(LOADING.reset, token)
@@ -137,10 +138,8 @@ class Backend:
         )
 
 
-def _cache_tag(options: BackendOptions) -> str:
-    from .... import __version__
-
-    return f"{torch.compiler.config.cache_key_tag} opweave {__version__} format {FORMAT} options {options.key}"
+def _cache_tag(options: BackendOptions, version: str) -> str:
+    return f"{torch.compiler.config.cache_key_tag} opweave {version} format {FORMAT} options {options.key}"
 
 
 def _functorch_settings(options: BackendOptions) -> Any:
@@ -383,7 +382,7 @@ def _described(report: GraphReport, program: Program, plan: DevicePlan, planning
         arena_bytes=plan.arena_bytes,
         held_bytes=held,
         streams=max(1, len(engines)),
-        predicted_s=latency_ns(plan.plan) / 1e9,
+        predicted_s=predicted_seconds(plan.plan),
         planning_s=planning_s,
         waits=plan.waits,
         status=""
@@ -391,6 +390,14 @@ def _described(report: GraphReport, program: Program, plan: DevicePlan, planning
         else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
         plan=plan.plan,
     )
+
+
+def predicted_seconds(plan: Plan) -> float:
+    """When the last step is done: by the plan's own times, which know of interference, or as simulated."""
+    finished = [i.finish_s for i in plan.instructions]
+    if finished and None not in finished:
+        return max(time for time in finished if time is not None)
+    return latency_ns(plan) / 1e9
 
 
 def program_order_peak(plan: Plan) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -135,10 +137,15 @@ class PlannedGraph(OutputCode):
         state = dict(self.__dict__)
         for name in ("_executors", "_lock", "_given", "_read"):
             state.pop(name)
-        return {**state, "replan": None, "report": replace(self.report, from_cache=True)}
+        content = pickle.dumps({**state, "replan": None, "report": replace(self.report, from_cache=True)})
+        return {"content": content, "digest": hashlib.sha256(content).digest()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # One wrong bit may be an address: what is not as it was stored must not run.
+        if hashlib.sha256(state["content"]).digest() != state["digest"]:
+            log.warning("an entry of the cache is damaged; it is ignored")
+            raise pickle.UnpicklingError("a compiled graph is not as it was stored")  # AOTAutograd compiles afresh then
+        self.__dict__.update(pickle.loads(state["content"]))
         self._prepare()
 
 
