@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from opweave.compiler.pipeline import Budget
 from opweave.compiler.plan import Load, Recompute, Store
+from opweave.compiler.runtime.device import host
 from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.graph import planning_graph
 from opweave.compiler.runtime.device.host import (
@@ -166,6 +168,47 @@ def test_copies_are_forgotten_on_demand() -> None:
     assert torch.equal(run(list(inputs))[0], before)
     run.memory.forget()
     assert not torch.equal(run(list(inputs))[0], before)
+
+
+class Driver:
+    """CUDA's runtime as far as pinning goes; refuses storages of ``refused`` bytes."""
+
+    def __init__(self, refused: int = -1) -> None:
+        self.refused = refused
+        self.pinned: list[int] = []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 # CUDA's name
+        assert flags == 0
+        if nbytes == self.refused:
+            return 1
+        self.pinned.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802 # CUDA's name
+        self.pinned.remove(address)
+
+
+def test_each_storage_is_pinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of one storage are pinned together, where it lies, until nobody needs it."""
+    driver = Driver()
+    monkeypatch.setattr(host, "_cudart", lambda: driver)
+    memory = HostMemory(torch.device("cuda"))
+    tensor = torch.zeros(8, 8)
+    for view in (tensor, tensor[2:], tensor, torch.empty(0)):
+        memory.pin(view)
+    assert driver.pinned == [tensor.untyped_storage().data_ptr()]
+    del memory
+    gc.collect()
+    assert not driver.pinned
+
+
+def test_refused_pinning_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_cudart", lambda: Driver(refused=256))
+    memory = HostMemory(torch.device("cuda"))
+    tensor = torch.zeros(8, 8)
+    with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 1\)"):
+        memory.pin(tensor)
+    memory.pin(tensor)
 
 
 def wide(rows: int = 256) -> Program:
