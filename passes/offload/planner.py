@@ -35,7 +35,7 @@ from ..residency.recompute import RecomputeResidency
 from ..residency.workset import aligned_bytes, least_capacity, require_fit
 from .limited import LimitedPlan
 from .reduction import peak_apart, spans, with_residents, without_bytes
-from .residents import bound_s, choose_residents
+from .residents import LowerBound, choose_residents, lower_bound
 from .stream import Stream
 
 __all__ = ["LimitedPlan", "least_limit", "plan_within", "plans_within"]
@@ -176,14 +176,15 @@ class _Problem:
         """The fastest of the plans for several choices of residents."""
         begin = time.monotonic()
         # Only the region laid last needs no padding: the bound may count it nowhere.
-        bound = bound_s(self.stream(keep=False, slack=self.alignment), budget.share(0.2)) + self._tail_s()
+        found = lower_bound(self.stream(keep=False, slack=self.alignment), budget.share(0.2))
+        bound = found._replace(seconds=found.seconds + self._tail_s())
         best: tuple[int, Plan, frozenset[str]] | None = None
         for resident in self._choices(budget):
             for plan in self._plans(resident, budget.share(0.5)):
                 if best is None or (latency_ns(plan), self._loaded(plan)) < (best[0], self._loaded(best[1])):
                     best = latency_ns(plan), plan, resident
             assert best is not None  # refetching everything always fits
-            if best[0] <= bound * 1e9 * (1 + CLOSE) or budget.halted():
+            if best[0] <= bound.seconds * 1e9 * (1 + CLOSE) or budget.halted():
                 break
         assert best is not None  # there is one choice at least
         return self._limited(best[1], best[2], bound, time.monotonic() - begin)
@@ -239,7 +240,7 @@ class _Problem:
     def _loaded(self, plan: Plan) -> int:
         return sum(self.graph.buffers[i.buffer].nbytes for i in plan.instructions if isinstance(i, Load))
 
-    def _limited(self, plan: Plan, resident: frozenset[str], bound: float, seconds: float) -> LimitedPlan:
+    def _limited(self, plan: Plan, resident: frozenset[str], bound: LowerBound, seconds: float) -> LimitedPlan:
         """The plan with what is apart put back, each buffer in a range of its own behind the arena."""
         graph = with_residents(self.graph, resident)
         arena, behind = _arena(plan), aligned_bytes(_arena(plan), self.alignment)
@@ -254,7 +255,9 @@ class _Problem:
         whole = msgspec.structs.replace(plan, graph=graph, machine=machine, residences=tuple(residences), passes=())
         timed = simulate(whole)
         value = latency_ns(timed)
-        certificate = Certificate("latency_ns", value, min(value, int(bound * 1e9)), "lp", "residency")
+        certificate = Certificate(
+            "latency_ns", value, min(value, int(bound.seconds * 1e9)), bound.proved_by, "residency"
+        )
         confirm("offload", timed, certificate)
         note = f"{len(resident)} of {len(self.candidates)} weights stay on the device"
         timed = timed.with_record(PassRecord("offload", seconds, certificate, note))
@@ -268,7 +271,7 @@ class _Problem:
             resident_bytes=self._footprint(resident),
             kept_bytes=self.kept_bytes,
             latency_s=timeline.latency_s,
-            bound_s=min(bound, timeline.latency_s),
+            bound_s=min(bound.seconds, timeline.latency_s),
             compute_s=timeline.compute_bound_s,
             transfer_s=timeline.transfer_bound_s,
             loaded_bytes=self._loaded(timed),

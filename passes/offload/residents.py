@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pulp
 
@@ -25,7 +25,7 @@ from ...compiler.pipeline import Budget
 from .._solver.highs import solve
 from .stream import Stream
 
-__all__ = ["bound_s", "choose_residents"]
+__all__ = ["LowerBound", "choose_residents", "lower_bound"]
 
 MAX_NODES = 2_000  # the search tree in deterministic mode
 UNITS = 1e4  # the largest time in the model, in its own unit: far from the solver's tolerances
@@ -98,23 +98,29 @@ def _changes(chosen: frozenset[int], candidates: list[int]) -> Iterator[frozense
                 yield frozenset((i, j))
 
 
-def bound_s(stream: Stream, budget: Budget) -> float:
-    """Seconds that a call takes whatever stays: the relaxation's optimum.
+class LowerBound(NamedTuple):
+    """Seconds that nothing undercuts, and what proved them."""
+
+    seconds: float
+    proved_by: Literal["lp", "analytic"]
+
+
+def lower_bound(stream: Stream, budget: Budget) -> LowerBound:
+    """What a call takes whatever stays: the relaxation's optimum.
 
     ``stream`` holds working sets only. Where time runs out, it is what computing or the least transfers take alone.
     """
     fixed = frozenset(i for i, source in enumerate(stream.sources) if not source.candidate)
+    if len(fixed) == len(stream.sources):
+        return LowerBound(max(sum(stream.compute), stream.fluid_s(()) or 0.0), "analytic")
     most = max(0, stream.capacity - max(stream.held, default=0))  # bytes that stay, at most
     loaded = sum(source.nbytes for i, source in enumerate(stream.sources) if i not in fixed) - most
     transfers = sum(stream.sources[i].seconds for i in fixed) + max(0, loaded) / stream.bandwidth
     alone = max(sum(stream.compute), transfers)
-    if len(fixed) == len(stream.sources):
-        return max(alone, stream.fluid_s(()) or 0.0)
     model = _Model(stream)
     solution = solve(model.problem, budget, relax=True)
-    if not math.isfinite(solution.bound):
-        return alone
-    return max(alone, (solution.bound - model.preference) * model.unit * (1 - 1e-6))
+    relaxed = (solution.bound - model.preference) * model.unit * (1 - 1e-6)
+    return LowerBound(relaxed, "lp") if math.isfinite(relaxed) and relaxed > alone else LowerBound(alone, "analytic")
 
 
 class _Model:
