@@ -119,7 +119,9 @@ def _plan(program: Program, machine: HardwareModel, options: BackendOptions, lim
     graph, budget = planning_graph(program), _budget(options)
     if limit_bytes is not None:
         held = sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
-        return _synchronised(program, plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan)
+        return _synchronised(
+            program, plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan
+        )
     hosts = frozenset(name for name in apart if origins[name] == "output")
     planned = plan_for_device(graph, apart, machine, budget.share(0.8), hosts=hosts)
     return planned if options.streams == 1 else _on_streams(program, planned, options, budget)

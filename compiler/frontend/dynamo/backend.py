@@ -34,7 +34,7 @@ from .explain import described
 from .fallbacks import Fallbacks
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
-from .planned import LOADING, PlannedGraph, StockGraph
+from .planned import LOADING, PlannedGraph, StockGraph, bucket_of
 from .report import GraphReport, Reports
 from .stock import in_our_order
 from .training import ATTEMPTS, UNLIMITED, Partitioner, step_bytes
@@ -242,10 +242,11 @@ class _Inner:
         key = f"{report.name} {self.options.key}"
         graph = PlannedGraph(program, torch.device(report.device), report, key, static)
         graph.replan = self._plan
-        example = program.at(_hints(program, inputs, graph))
+        bucket = tuple(map(bucket_of, graph.values([_hint(item) for item in inputs])))
+        example = graph.sized(bucket)
         begin = time.monotonic()
         plan = self._plan(example)
-        graph.plans[graph.values([_hint(item) for item in inputs])] = plan
+        graph.plans[bucket] = plan
         graph.report = _described(report, example, plan, time.monotonic() - begin)
         self.found(graph.report)
         return graph
@@ -341,27 +342,13 @@ def _handed_over(program: Program) -> Program:
 
 
 def _hint(item: Any) -> Any:
-    """The integer behind a symbolic one, for which a graph was traced."""
+    """Numbers for symbolic sizes: those for which a graph was traced."""
     if isinstance(item, torch.SymInt):
         return int(item.node.hint) if item.node.has_hint() else 1
+    if isinstance(item, torch.Tensor):
+        shape, strides = ([_hint(size) for size in sizes] for sizes in (item.shape, item.stride()))
+        return torch.empty_strided(shape, strides, device="meta")
     return item
-
-
-def _hints(program: Program, inputs: Sequence[Any], graph: PlannedGraph) -> dict[Any, int]:
-    if not program.free_symbols:
-        return {}
-    values = []
-    for symbol in program.free_symbols:
-        values.append(int(_hint(graph_value(graph, symbol, inputs))))
-    return dict(zip(program.free_symbols, values, strict=True))
-
-
-def graph_value(graph: PlannedGraph, symbol: Any, inputs: Sequence[Any]) -> Any:
-    """The (symbolic) value of a symbol among example inputs."""
-    if symbol in graph._given:
-        return inputs[graph._given[symbol]]
-    index, what, dimension = graph._read[symbol]
-    return inputs[index].shape[dimension] if what == "size" else inputs[index].stride(dimension)
 
 
 def _described(report: GraphReport, program: Program, plan: DevicePlan, planning_s: float) -> GraphReport:

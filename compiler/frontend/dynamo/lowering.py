@@ -17,8 +17,8 @@ from .recorder import ProgramCodegen, Unrecorded, recording
 
 __all__ = ["Lowered", "Unrecorded", "lower"]
 
-#: Inductor reuses no memory but in place, and prints nothing we could not read. It keeps the order it would have, so that
-#: ours is compared with it, and is it where no other is better.
+#: Inductor reuses no memory but in place, and prints nothing we could not read. It keeps the order it would have, so
+#: that ours is compared with it, and is it where no other is better.
 _SETTINGS: Mapping[str, Any] = {
     "fx_wrapper": True,
     "cpp_wrapper": False,

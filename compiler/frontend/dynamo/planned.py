@@ -22,12 +22,24 @@ from ...runtime.device.layout import DevicePlan
 from ...runtime.device.program import Program, Ref
 from .report import GraphReport
 
-__all__ = ["LOADING", "Loading", "PlannedGraph", "StockGraph"]
+__all__ = ["LOADING", "Loading", "PlannedGraph", "StockGraph", "bucket_of"]
 
 log = logging.getLogger("opweave.host_code")
 
 #: Makes a plan for a program all of whose sizes are integers.
 PlanProgram = Callable[[Program], DevicePlan]
+
+
+def bucket_of(value: int) -> int:
+    """The least number of four significant bits that is not below ``value``: at most an eighth above it."""
+    step = 1 << max(0, value.bit_length() - 4)
+    return -(-value // step) * step
+
+
+def _holds(plan: DevicePlan, program: Program) -> bool:
+    """Whether no storage of ``program`` is larger than in the plan, so that its places hold it."""
+    planned = plan.plan.graph.buffers
+    return all(s.nbytes <= planned[s.name].nbytes for s in program.storages.values() if s.name in planned)
 
 
 class Loading(Protocol):
@@ -48,10 +60,11 @@ KEPT_PLANS = 64
 
 
 class PlannedGraph(OutputCode):
-    """A program run by our executor (tier T1), with one plan for each combination of its symbols' values.
+    """A program run by our executor (tier T1), with one plan for each bucket of its symbols' values.
 
-    It is stored without executors; in another process they are made when it is first called. ``replan`` makes plans for
-    shapes that the stored ones do not cover; it is set by the backend after loading.
+    Sizes of one bucket share a plan made for the largest of them, and have host code of their own. It is stored without
+    executors; in another process they are made when it is first called. ``replan`` makes plans for sizes that the
+    stored ones do not cover; it is set by the backend after loading.
     """
 
     def __init__(
@@ -102,12 +115,8 @@ class PlannedGraph(OutputCode):
         with self._lock:
             if values in self._executors:
                 return self._executors[values]
-            program = self.program.at(dict(zip(self.program.free_symbols, values, strict=True)))
-            plan = self.plans.get(values)
-            if plan is None:
-                assert self.replan is not None  # set by the backend wherever a graph comes from
-                plan = self.replan(program)
-                self.plans[values] = plan
+            program = self.sized(values)
+            plan = self._plan_for(program, values)
             kernels = next(iter(self._executors.values())).kernels if self._executors else None
             log.debug("%s: making host code for sizes %s", self.report.name, values)
             plain = Executor(program, plan, device=self.device, kernels=kernels)
@@ -115,11 +124,27 @@ class PlannedGraph(OutputCode):
             executor = CapturedExecutor(plain, program, self.static or ()) if captures else plain
             log.debug("%s", plain.code.source)
             if len(self._executors) >= KEPT_PLANS:
-                oldest = next(iter(self._executors))
-                del self._executors[oldest]
-                self.plans.pop(oldest, None)
+                del self._executors[next(iter(self._executors))]
             self._executors[values] = executor
             return executor
+
+    def sized(self, values: Sequence[int]) -> Program:
+        """The program for these values of its symbols."""
+        return self.program.at(dict(zip(self.program.free_symbols, values, strict=True)))
+
+    def _plan_for(self, program: Program, values: tuple[int, ...]) -> DevicePlan:
+        """The plan of the bucket that ``values`` lie in, where no storage is larger than it is there, or one of their own."""
+        bucket = tuple(map(bucket_of, values))
+        for size in dict.fromkeys((bucket, values)):
+            plan = self.plans.get(size)
+            if plan is None:
+                assert self.replan is not None  # set by the backend wherever a graph comes from
+                plan = self.plans[size] = self.replan(self.sized(size))
+                if len(self.plans) > KEPT_PLANS:
+                    del self.plans[next(iter(self.plans))]
+            if size == values or _holds(plan, program):
+                return plan
+        raise AssertionError("a plan made for these sizes holds them")
 
     def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Any) -> None:
         """Called when it comes from the cache, within ``loading``."""
