@@ -69,13 +69,14 @@ class Training(nn.Module):
 class Workload:
     """A model with its inputs, to be run on ``device``, by an inference or, with a ``loss``, by a training step.
 
-    The loss of a ``Training`` is its only output.
+    The loss of a ``Training`` is its only output. ``kinks``: its gradients jump; see ``numerics.compare``.
     """
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
     loss: Loss | None
     device: torch.device
+    kinks: bool = False
 
     @classmethod
     def of(cls, spec: Spec) -> Workload:
@@ -86,7 +87,7 @@ class Workload:
         inputs = entry.inputs(spec.size, device=home, dtype=dtype)
         if not spec.training:
             return cls(model, inputs, None, device)
-        return cls(Training(model, entry.loss).train(), inputs, _only, device)
+        return cls(Training(model, entry.loss).train(), inputs, _only, device, entry.kinks)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is there before anything runs."""
@@ -123,7 +124,7 @@ class Workload:
         """The results of ``call`` against the references; buffers have moved on by now and are left out."""
         found = _sampled(result(self.model, self.inputs, self.loss, call=call))
         self.model.zero_grad(set_to_none=True)
-        return compare(found, eager, higher)
+        return compare(found, eager, higher, kinks=self.kinks)
 
 
 def _only(outputs: tuple[Tensor, ...]) -> Tensor:
