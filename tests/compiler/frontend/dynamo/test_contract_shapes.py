@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,20 +22,28 @@ def _batch(rows: int) -> torch.Tensor:
     return torch.linspace(-1, 1, rows * 4).reshape(rows, 4)
 
 
+def _batches(rows: int) -> tuple[torch.Tensor]:
+    return (_batch(rows),)
+
+
 def test_a_size_that_changes_is_compiled_once_more() -> None:
     """The second size brings a symbol; ten more bring plans, but no graph; 0 and 1 are sizes of their own to Dynamo."""
     module = _layers()
     function = compiled(module)
     for rows in (5, 7):
-        compare(function, module, lambda rows=rows: (_batch(rows),), gradients=True)
+        compare(function, module, partial(_batches, rows), gradients=True)
     assert len(reports()) == 4
     for rows in range(8, 18):
-        compare(function, module, lambda rows=rows: (_batch(rows),), gradients=True)
+        compare(function, module, partial(_batches, rows), gradients=True)
     assert len(reports()) == 4
     for rows in (1, 0):
-        compare(function, module, lambda rows=rows: (_batch(rows),))
+        compare(function, module, partial(_batches, rows))
     assert len(reports()) <= 8
     assert tiers() == {"T1"}
+
+
+def _sized(rows: int, columns: int, count: int) -> tuple[Any, ...]:
+    return _batch(rows), torch.ones(4, columns), count
 
 
 def test_sizes_that_are_dynamic_from_the_first_call() -> None:
@@ -52,11 +61,7 @@ def test_sizes_that_are_dynamic_from_the_first_call() -> None:
     assert len(reports()) == 1
     dynamic = compiled(function, dynamic=True)
     for rows, columns, count in ((3, 5, 2), (4, 6, 3), (7, 3, 9)):
-        compare(
-            dynamic,
-            function,
-            lambda rows=rows, columns=columns, count=count: (_batch(rows), torch.ones(4, columns), count),
-        )
+        compare(dynamic, function, partial(_sized, rows, columns, count))
     assert len(reports()) == 2
     assert tiers() == {"T1"}
 
@@ -79,10 +84,14 @@ def test_many_sizes_keep_few_plans() -> None:
     assert len(reports()) == 1
 
 
+def _signals(rows: int) -> tuple[torch.Tensor]:
+    return (torch.linspace(-1, 1, rows * 12).reshape(rows, 2, 6),)
+
+
 def test_a_training_step_with_a_dynamic_size() -> None:
     """Symbols go through what the forward pass saves; batch statistics are updated."""
     module = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
-    make = [lambda rows=rows: (torch.linspace(-1, 1, rows * 12).reshape(rows, 2, 6),) for rows in (4, 5, 9)]
+    make = [partial(_signals, rows) for rows in (4, 5, 9)]
     function = check(module, make[0], gradients=True, dynamic=True, tolerance=1e-4)
     for inputs in make:
         compare(function, module, inputs, gradients=True, tolerance=1e-3)
