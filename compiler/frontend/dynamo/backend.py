@@ -35,6 +35,7 @@ from .fallbacks import Fallbacks
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
 from .planned import LOADING, PlannedGraph, StockGraph, bucket_of
+from .repairs import repaired
 from .report import GraphReport, Reports
 from .stock import in_our_order
 from .training import ATTEMPTS, UNLIMITED, Partitioner, step_bytes
@@ -302,7 +303,7 @@ class _Inner:
         def order(graph: Graph) -> Sequence[int]:
             return self.backend.planners.order(graph, self.options)
 
-        with inductor_config.patch(dict(self.settings)), in_our_order(order):
+        with inductor_config.patch(dict(self.settings)), repaired(), in_our_order(order):
             compiled = compile_fx_inner(module, inputs, **kwargs)
         report = dataclasses.replace(report, tier="T0", lowering_s=time.monotonic() - begin)
         self.found(report)

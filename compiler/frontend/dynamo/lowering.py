@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from ...runtime.device.program import Program
 from .recorder import ProgramCodegen, Unrecorded, recording
+from .repairs import repaired
 
 __all__ = ["Lowered", "Unrecorded", "lower"]
 
@@ -63,6 +64,7 @@ def lower(
     with ExitStack() as stack:
         stack.enter_context(inductor_config.patch({**_SETTINGS, **(settings or {})}))
         stack.enter_context(_our_codegen())
+        stack.enter_context(repaired())
         programs = stack.enter_context(recording())
         try:
             compiled = compile_fx_inner(
