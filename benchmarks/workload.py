@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import opweave
-from opweave.errors import OptionError
+from opweave.errors import ExecutionError, OptionError
 
 from .backend_cases import OURS
 from .measuring import described, footprint
@@ -46,6 +46,8 @@ def prepare(spec: Spec) -> tuple[Callable[[], None], torch.device, Prepared]:
     step = load.step(call, mark=spec.provider.mode in GRAPH_MODES)
     _load_libraries(load.device)
     measured = footprint(step, load.device)
+    if spec.provider.on_host and load.device.type == "cuda" and measured.allocated == 0:
+        raise ExecutionError(f"{spec.provider.name} ran on the host: nothing was allocated on {load.device}")
     judged = Comparison(True, "", 0.0, 1.0) if expected is None else load.judged(call, *expected)
     reports, device = _reports(spec.provider), described(load.device)
     if load.device.type == "cuda":
