@@ -1,4 +1,4 @@
-"""What was compiled and planned once is found again, in other processes too; anything else, or damage, compiles afresh."""
+"""What was compiled and planned is found again, in other processes too; anything else, or damage, compiles afresh."""
 
 from __future__ import annotations
 
