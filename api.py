@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 
@@ -169,6 +169,14 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
             error.hint += "; `opweave explain` lists what does not fit, and what would help"
         raise
     return CompiledModel(simulate(plan), started.program)
+
+
+@overload
+def explain(model: str | Path | CompiledModel, inputs: Inputs | None = None, **options: Any) -> Explanation: ...
+
+
+@overload
+def explain(model: Model, inputs: Inputs | None = None, **options: Any) -> Explanation | BackendExplanation: ...
 
 
 def explain(

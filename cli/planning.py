@@ -158,7 +158,7 @@ def explain(
     from ..api import load_plan
     from ..passes.explain import explanation_text
 
-    subject: Any = target
+    subject: Path | CompiledModel = target
     if _is_plan(target):
         free = ("target", "time_limit", "deterministic", "as_json")
         refuse("the plan was made with its own", **{name: given[name] for name in given if name not in free})
