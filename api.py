@@ -27,9 +27,9 @@ from .passes.residency.workset import least_capacity
 from .passes.residency.workset import streamable_buffers as streamable
 
 if TYPE_CHECKING:
+    from .compiler.frontend.dynamo.explain import BackendExplanation
     from .compiler.frontend.onnx import ImportedModel
     from .compiler.frontend.onnx.backend import Executable, OpweaveBackend
-    from .compiler.frontend.dynamo.explain import BackendExplanation
     from .compiler.frontend.program import ImportedGraph
     from .passes.explain import Explanation
     from .passes.fit import FitPoint
