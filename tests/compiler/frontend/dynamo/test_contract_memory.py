@@ -59,15 +59,23 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return ((y @ y).cos() @ y).sum(1)
 
 
-def test_programs_share_one_block(shared: ArenaPool) -> None:
+def test_programs_share_one_block(shared: ArenaPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the size of the largest; each runs again after another has made it grow, and after it was given back."""
+    wanted: list[int] = []
+
+    def executor(*args: Any, **kwargs: Any) -> Executor:
+        made = Executor(*args, **kwargs)
+        wanted.append(made.arena_bytes)
+        return made
+
+    monkeypatch.setattr(planned, "Executor", executor)
     function = compiled(_wide, dynamic=True)
     sizes = (8, 32, 16, 64, 8)
     for size in sizes:
         x = torch.linspace(-1, 1, 2 * size).reshape(2, size)
         same(function(x), _wide(x), 1e-4)
     held = shared.allocated_bytes
-    assert held == 2 * 64 * 64 * 4
+    assert 64 * 64 * 4 <= held == max(wanted) < sum(wanted)
     shared.clear()
     x = torch.linspace(-1, 1, 16).reshape(2, 8)
     same(function(x), _wide(x), 1e-4)
