@@ -112,12 +112,13 @@ def _plan(program: Program, machine: HardwareModel, options: BackendOptions, lim
     """Order, addresses and streams of one program; transfers and recomputation, too, where a limit needs them."""
     from .compiler.runtime.device.graph import planning_graph
     from .passes.device.planner import plan_for_device
-    from .passes.offload.planner import plan_within
 
     origins = {storage.name: storage.origin.value for storage in program.storages.values()}
     apart = frozenset(name for name, origin in origins.items() if origin in _APART)
     graph, budget = planning_graph(program), _budget(options)
     if limit_bytes is not None:
+        from .passes.offload.planner import plan_within
+
         held = sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
         return _synchronised(
             program, plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan

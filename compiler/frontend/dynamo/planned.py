@@ -16,8 +16,9 @@ import sympy
 import torch
 from torch._inductor.output_code import OutputCode
 
+from ...runtime.device.arena import Pool, TransientPool
 from ...runtime.device.captured import CapturedExecutor, why_not_captured
-from ...runtime.device.executor import Executor
+from ...runtime.device.executor import POOL, Executor
 from ...runtime.device.layout import DevicePlan
 from ...runtime.device.program import Program, Ref
 from .report import GraphReport
@@ -119,7 +120,8 @@ class PlannedGraph(OutputCode):
             plan = self._plan_for(program, values)
             kernels = next(iter(self._executors.values())).kernels if self._executors else None
             log.debug("%s: making host code for sizes %s", self.report.name, values)
-            plain = Executor(program, plan, device=self.device, kernels=kernels)
+            pool: Pool = POOL if self.report.phase == "inference" else TransientPool()
+            plain = Executor(program, plan, device=self.device, kernels=kernels, pool=pool)
             captures = self.static is not None and not values and not why_not_captured(program)
             executor = CapturedExecutor(plain, program, self.static or ()) if captures else plain
             log.debug("%s", plain.code.source)
@@ -133,7 +135,7 @@ class PlannedGraph(OutputCode):
         return self.program.at(dict(zip(self.program.free_symbols, values, strict=True)))
 
     def _plan_for(self, program: Program, values: tuple[int, ...]) -> DevicePlan:
-        """The plan of the bucket that ``values`` lie in, where no storage is larger than it is there, or one of their own."""
+        """The plan of the bucket that ``values`` lie in, if no storage is larger than in it, or one of their own."""
         bucket = tuple(map(bucket_of, values))
         for size in dict.fromkeys((bucket, values)):
             plan = self.plans.get(size)

@@ -4,20 +4,57 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 
-__all__ = ["ALIGNMENT_BYTES", "ArenaPool"]
+__all__ = ["ALIGNMENT_BYTES", "ArenaPool", "Pool", "TransientPool"]
 
 ALIGNMENT_BYTES = 512  # what PyTorch's CUDA caching allocator aligns to; more than any vector load needs
+
+
+class Pool(Protocol):
+    """Lends blocks of bytes."""
+
+    def lend(self, nbytes: int, device: torch.device) -> AbstractContextManager[torch.Tensor]:
+        """A block of at least ``nbytes`` on ``device``, for work on the current stream."""
+
+
+class TransientPool:
+    """Lends one program a block for each call, and gives its memory back behind it; the tensor stays, without bytes.
+
+    So a forward pass does not hold what its backward pass will need. Host code stays bound to the tensor.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[torch.device, int, torch.Tensor]] = []
+
+    @contextmanager
+    def lend(self, nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """A block of ``nbytes`` on ``device``, for work on the current stream."""
+        try:
+            kept = self._idle.pop()
+        except IndexError:
+            kept = None
+        if kept is not None and kept[:2] == (device, nbytes):
+            block = kept[2]
+            block.untyped_storage().resize_(nbytes)
+        else:
+            with torch.inference_mode(False):  # whoever is lent it may write to it in any mode
+                block = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        try:
+            yield block
+        finally:
+            _free(block)
+            self._idle.append((device, nbytes, block))
 
 
 class ArenaPool:
     """Lends one block of bytes to each call, and keeps the largest returned for the next one.
 
-    All programs of a process share it: a training step's backward pass runs in the bytes its forward pass has used. A
-    second call at the same time gets a block of its own. ``allocated_bytes`` is what is kept or lent now.
+    All inference programs of a process share it. A second call at the same time gets a block of its own.
+    ``allocated_bytes`` is what is kept or lent now.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ what the caller passes, what calls allocate for themselves, and the outputs.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,7 +59,6 @@ class _Writer:
         self.names: dict[str, Any] = {
             "placed": placed,
             "reinterpreted": reinterpreted,
-            "empty": torch.empty_strided,
             "assert_size_stride": _guards.assert_size_stride,
             "flat": flat,
             **{f"launch_{name}": _launcher(kernel, program, name) for name, kernel in kernels.items()},
@@ -73,6 +73,7 @@ class _Writer:
         self.streams = Streams(program, device_plan)
         self.names.update(self.streams.names)
         self.regions: dict[str, tuple[list[str], str, int, int]] = {}  # where each storage lies now
+        self.ends = _ends(program, device_plan)  # bytes that each storage apart has to have for what is placed in it
         self.bytes_of: dict[str, str] = {}  # variables of all bytes of what is copied, by storage
 
     def _used_views(self) -> list[str]:
@@ -169,7 +170,7 @@ class _Writer:
             return
         assert residence.offset is not None
         if residence.offset + int(storage.nbytes) <= self.device_plan.arena_bytes:
-            base, into, first = "arena", self.bound, residence.offset
+            base, into, first, dtype = "arena", self.bound, residence.offset, torch.uint8
         else:
             host = self._host(residence.offset)
             if host.name not in self.variables:
@@ -177,20 +178,20 @@ class _Writer:
             if host.name == storage.name:
                 self.regions[storage.name] = self.body, storage.name, 0, residence.begin
                 return
-            base, into, first = (
-                self.variables[host.name],
-                self.body,
-                residence.offset - self.device_plan.apart[host.name],
-            )
+            base, into = self.variables[host.name], self.body
+            first = residence.offset - self.device_plan.apart[host.name]
+            dtype = host.dtype
         self.regions[storage.name] = into, base, first, residence.begin
         self.bytes_of.pop(storage.name, None)
         for name in self.by_storage.get(storage.name, ()):
             view = self.program.views[name]
             variable = f"{name}_at_{residence.begin}" if into is self.bound else name
             offset = first + view.offset * view.dtype.itemsize
-            into.append(
-                f"{variable} = placed({base}, {offset}, {view.shape}, {view.strides}, {self._table(view.dtype)})"
-            )
+            if view.dtype == dtype:
+                place = f"reinterpreted({base}, {view.shape}, {view.strides}, {offset // dtype.itemsize})"
+            else:
+                place = f"placed({base}, {offset}, {view.shape}, {view.strides}, {self._table(view.dtype)})"
+            into.append(f"{variable} = {place}")
             self.variables[name] = variable
 
     def _host(self, offset: int) -> Storage:
@@ -203,10 +204,16 @@ class _Writer:
 
     def _allocate(self, storage: Storage) -> None:
         view = self.program.views[storage.name]
-        device = self._table(storage.device)
-        dtype = self._table(storage.dtype)
         self.body += self.streams.main()  # what the caller may keep comes from the pool of its own stream
-        self.body.append(f"{storage.name} = empty({view.shape}, {view.strides}, dtype={dtype}, device={device})")
+        empty = f"empty_{storage.device.type}"
+        self.names[empty] = _empty(storage.device)
+        dtype = self._table(storage.dtype)
+        needed = self.ends.get(storage.name, 0)
+        if needed <= int(storage.nbytes):
+            self.body.append(f"{storage.name} = {empty}({view.shape}, {view.strides}, {dtype})")
+        else:  # its guests use what alignment adds to it
+            row = f"{empty}(({-(-needed // storage.dtype.itemsize)},), (1,), {dtype})"
+            self.body.append(f"{storage.name} = reinterpreted({row}, {view.shape}, {view.strides}, 0)")
         self.variables[storage.name] = storage.name
         self._views_of(storage.name, self.body)
 
@@ -239,7 +246,7 @@ class _Writer:
             self.body.append(f"{name} = made{''.join(f'[{index}]' for index in path)}")
             self.variables[name] = name
             view = self.program.views[name]
-            # Kernels that read it were generated for these strides; a library may choose others than it was traced with.
+            # Kernels that read it were generated for these strides; a library may choose others than were traced.
             self.body.append(f"assert_size_stride({name}, {view.shape}, {view.strides}, {call.target!r})")
         self.body.append("del made")
         for name, _ in call.makes:
@@ -340,6 +347,28 @@ def placed(
 _guards: Any = torch._C._dynamo.guards
 #: A strided tensor relative to another, without the dispatcher: (tensor, shape, strides, offset in elements).
 reinterpreted: Callable[..., torch.Tensor] = _guards._reinterpret_tensor
+
+
+def _ends(program: Program, device_plan: DevicePlan) -> dict[str, int]:
+    """For each storage allocated apart the byte, counted from its first, behind everything that lies in it."""
+    owners = sorted((first, name) for name, first in device_plan.apart.items())
+    ends: dict[str, int] = {}
+    for residence in device_plan.plan.residences or ():
+        if residence.offset is not None and residence.offset >= device_plan.arena_bytes:
+            first, name = owners[bisect.bisect_right(owners, residence.offset, key=lambda owner: owner[0]) - 1]
+            end = residence.offset + int(program.storages[residence.buffer].nbytes) - first
+            ends[name] = max(ends.get(name, 0), end)
+    return ends
+
+
+def _empty(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Allocates by shape, strides and dtype; without the dispatcher where Inductor has a function for that."""
+    quick: Callable[..., torch.Tensor] | None = getattr(_guards, f"_empty_strided_{device.type}", None)
+
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    return quick or empty
 
 
 def operator(target: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .arena import ArenaPool
+from .arena import ArenaPool, Pool
 from .backing import SpillPool
 from .code import HostCode, write_host_code
 from .kernels import load_kernels
@@ -18,7 +18,7 @@ from .program import Program, Ref, span_elements
 
 __all__ = ["POOL", "SPILL_POOL", "Executor"]
 
-#: Shared by all programs of the process.
+#: Shared by all inference programs of the process.
 POOL = ArenaPool()
 SPILL_POOL = SpillPool()
 
@@ -37,7 +37,7 @@ class Executor:
         *,
         device: torch.device,
         kernels: Mapping[str, Any] | None = None,
-        pool: ArenaPool = POOL,
+        pool: Pool = POOL,
     ) -> None:
         loaded = load_kernels(program) if kernels is None else kernels
         self.kernels = loaded
@@ -52,7 +52,7 @@ class Executor:
         #: Positions of inputs that kernels take to be aligned, and whether they are written.
         self._aligned = [(p, storage.name in written) for p, storage in tensors if storage.device.type == "cuda"]
 
-    def __call__(self, inputs: list[Any], pool: ArenaPool | None = None) -> tuple[Any, ...]:
+    def __call__(self, inputs: list[Any], pool: Pool | None = None) -> tuple[Any, ...]:
         """Run it, in an arena of another ``pool`` if one is given."""
         if self.device.type != "cuda":
             return self._call(inputs, pool or self.pool)
@@ -66,7 +66,7 @@ class Executor:
             originals = {id(copy): original for original, copy, _ in copies}
             return tuple(originals.get(id(item), item) for item in outputs)
 
-    def _call(self, inputs: list[Any], pool: ArenaPool) -> tuple[Any, ...]:
+    def _call(self, inputs: list[Any], pool: Pool) -> tuple[Any, ...]:
         with pool.lend(self.arena_bytes, self.device) as arena:
             if not self.code.spill_bytes:
                 return self._run(inputs, arena, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opweave.compiler.runtime.device.arena import ALIGNMENT_BYTES, ArenaPool
+from opweave.compiler.runtime.device.arena import ALIGNMENT_BYTES, ArenaPool, Pool
 from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.layout import DevicePlan
 from opweave.compiler.runtime.device.program import Program
@@ -61,14 +61,15 @@ class PoisonedExecutor(Executor):
         *,
         device: torch.device,
         kernels: Mapping[str, Any] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__(program, device_plan, device=device, kernels=kernels, pool=self.shared)
         names = self.code.names
         assert isinstance(names, dict)
-        names["empty"] = _poisoned
+        names["empty_cpu"] = _poisoned
 
 
-def _poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-    tensor = torch.empty_strided(*args, **kwargs)
+def _poisoned(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.empty_strided(shape, strides, dtype=dtype)
     torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).fill_(POISON)
     return tensor
