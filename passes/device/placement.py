@@ -22,15 +22,17 @@ __all__ = ["place"]
 EXACT_SECONDS = 2.0  # for the question whether everything fits the arena that the limit allows
 
 
-def place(plan: Plan, apart: frozenset[str], hosts: frozenset[str], budget: Budget) -> DevicePlan:
+def place(
+    plan: Plan, apart: frozenset[str], hosts: frozenset[str], budget: Budget, *, limit_bytes: int = 0
+) -> DevicePlan:
     """``plan``'s residences, one a buffer, placed so that no step allocates more than the peak of live bytes.
 
     Everything that is not ``apart`` lies in one arena if an arena that small is found; else some of it lies in memory
-    of ``hosts``, and what is left is allocated apart, too.
+    of ``hosts``, and what is left is allocated apart, too. A ``limit_bytes`` above the peak may be used up.
     """
     storages = Storages.of(plan, apart, hosts)
     everything = storages.profile(np.ones(len(storages.sizes), np.bool_))
-    limit = int(everything.max(initial=0))
+    limit = max(int(everything.max(initial=0)), limit_bytes)
     places = _in_one_arena(plan, storages, limit, budget) or _best_mixture(storages, limit, budget)
     return _device_plan(plan, apart, storages, places)
 

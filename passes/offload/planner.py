@@ -2,8 +2,12 @@
 
 Everything that the caller gave up to the plan lies in host memory: weights and inputs are loaded, results stored. Some
 weights may stay on the device from call to call; which ones is decided first (``residents``), in an order of least
-peak. Residency, addresses and the time of each transfer are then decided by the passes that decide them
-anywhere, in what is left of the limit, for a few good choices of residents; the fastest plan is kept.
+peak. Residency, addresses and the time of each transfer are then decided by the passes that decide them anywhere, in
+what is left of the limit, for a few good choices of residents; the fastest plan is kept.
+
+What is allocated apart from the arena cannot move, and takes bytes from its first use to its last. Plans are first made
+for the bytes that it leaves at each step, and placed as plans without transfers are (``device.placement``); where no
+places are found, for one arena in the bytes that it leaves at every step.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import msgspec
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, confirm, run_pass
 from ...compiler.plan import Certificate, Load, PassRecord, Plan
-from ...compiler.runtime.device.layout import DevicePlan
+from ...compiler.runtime.device.layout import DevicePlan, allocated_bytes
 from ...compiler.runtime.device.order import synchronisation
 from ...compiler.simulate import latency_ns, simulate, timeline_summary
 from ...compiler.verify import verify
@@ -32,15 +36,17 @@ from ..latency.prefetch import Prefetch
 from ..planner import place
 from ..residency.ilp import IlpResidency
 from ..residency.recompute import RecomputeResidency
-from ..residency.workset import aligned_bytes, least_capacity, require_fit
+from ..residency.workset import aligned_bytes, least_capacity
+from .around import Around, placed_around
 from .limited import LimitedPlan
-from .reduction import peak_apart, spans, with_residents, without_bytes
+from .reduction import profile, spans, with_residents, without_bytes
 from .residents import LowerBound, choose_residents, lower_bound
 from .stream import Stream
 
 __all__ = ["LimitedPlan", "least_limit", "plan_within", "plans_within"]
 
 SLACKS = (0.0, 1.0, 0.5, 2.0)  # times the largest streamed buffer that residents leave, because bytes have addresses
+NAMED = 4  # buffers that a refusal lists of each kind
 CLOSE = 0.01  # a plan this close to the bound is not improved
 
 
@@ -53,19 +59,20 @@ def plan_within(
     *,
     candidates: frozenset[str] = frozenset(),
     kept_bytes: int = 0,
+    hosts: frozenset[str] = frozenset(),
 ) -> LimitedPlan:
     """The fastest plan found for ``graph`` (a program's planning graph) in ``limit_bytes`` of ``machine``'s scratchpad.
 
-    ``apart`` are buffers that cannot lie in the arena, ``candidates`` sources that may stay on the device between
-    calls, ``kept_bytes`` what is taken already. ``machine`` has one compute engine; copies run beside it, ordered by
-    the plan's waits. Never fails because time ran out.
+    ``apart`` are buffers that cannot lie in the arena, and ``hosts`` those of them whose memory may hold others while
+    they do not need it; ``candidates`` are sources that may stay on the device between calls, ``kept_bytes`` what is
+    taken already. ``machine`` has one compute engine; copies run beside it, ordered by the plan's waits. Never fails
+    because time ran out.
 
     Raises:
         Infeasible: no plan of the order works; names the operator that needs most, its buffers, and the least limit.
     """
-    problem = _Problem(
-        graph, apart, machine, limit_bytes, kept_bytes, candidates, _order(graph, apart, machine, budget)
-    )
+    order = _order(graph, apart, machine, budget)
+    problem = _Problem(graph, apart, machine, limit_bytes, kept_bytes, candidates, order, hosts & apart)
     problem.require_room()
     return problem.solve(budget)
 
@@ -94,7 +101,7 @@ def plans_within(
 
 
 def least_limit(graph: Graph, apart: frozenset[str], machine: HardwareModel, *, kept_bytes: int = 0) -> int:
-    """Bytes of the least limit in which ``graph`` runs in program order."""
+    """Bytes of the least limit in which ``graph`` may run in program order: some operator needs them."""
     order = tuple(range(len(graph.ops)))
     return _Problem(graph, apart, machine, 1, kept_bytes, frozenset(), order).least_bytes
 
@@ -118,6 +125,7 @@ class _Problem:
     kept_bytes: int
     candidates: frozenset[str]
     order: tuple[int, ...]
+    hosts: frozenset[str] = frozenset()
 
     @cached_property
     def alignment(self) -> int:
@@ -130,47 +138,72 @@ class _Problem:
         return without_bytes(self.graph, self.apart)
 
     @cached_property
-    def apart_bytes(self) -> int:
-        """Most bytes that are allocated apart at one step."""
+    def apart_bytes(self) -> tuple[int, ...]:
+        """Bytes allocated apart at each position of the order."""
         ordered = Plan.of_order(self.graph, self.machine, self.order)
-        return peak_apart(spans(ordered, self.graph, self.apart), self.graph, self.alignment)
+        return profile(spans(ordered, self.graph, self.apart), self.graph, self.alignment, len(self.order))
 
     @cached_property
+    def needs(self) -> tuple[int, ...]:
+        """Bytes without which the operator at each position cannot run: what it touches, and what is apart by then."""
+        buffers, touches = self.graph.buffers, self.graph.touches
+        own = (
+            sum(self._aligned(b) for b in touches[op] if b not in self.apart and buffers[b].nbytes) for op in self.order
+        )
+        return tuple(nbytes + apart for nbytes, apart in zip(own, self.apart_bytes, strict=True))
+
+    @property
     def least_bytes(self) -> int:
-        """The least limit: the largest working set, and what cannot leave the device."""
-        fixed = self.kept_bytes + self.apart_bytes
-        return fixed + least_capacity(Plan.of_order(self.reduced, self.machine, self.order))
+        """The least limit that is not refused."""
+        return self.kept_bytes + max(self.needs, default=0)
+
+    @cached_property
+    def sure_bytes(self) -> int:
+        """A limit that works in any case: one arena for the largest working set beside the most that is apart."""
+        arena = least_capacity(Plan.of_order(self.reduced, self.machine, self.order))
+        return self.kept_bytes + max(self.apart_bytes, default=0) + aligned_bytes(arena, self.alignment)
 
     @property
     def room(self) -> int:
-        """Bytes for residents and the arena."""
-        return self.limit_bytes - self.kept_bytes - self.apart_bytes
+        """Bytes for residents, the arena and what is apart."""
+        return (self.limit_bytes - self.kept_bytes) // self.alignment * self.alignment
 
     def require_room(self) -> None:
         """Raises Infeasible."""
-        if self.least_bytes <= self.limit_bytes:
-            return
-        fixed = self.limit_bytes - self.room
-        reason = ""
-        try:
-            require_fit(Plan.of_order(self.reduced, self.machine.with_scratchpad(max(1, self.room)), self.order))
-        except Infeasible as error:
-            reason = f": {error.message}"
+        if self.least_bytes > self.limit_bytes:
+            raise self._refusal(self.least_bytes)
+
+    def _refusal(self, required: int) -> Infeasible:
+        position = max(range(len(self.needs)), key=lambda p: self.needs[p])
+        op = self.order[position]
         ordered = Plan.of_order(self.graph, self.machine, self.order)
-        largest = sorted(spans(ordered, self.graph, self.apart), key=lambda r: -self.graph.buffers[r.buffer].nbytes)
-        named = ", ".join(f"{r.buffer!r} {self.graph.buffers[r.buffer].nbytes}" for r in largest[:4])
-        beside = f", beside {fixed} bytes that stay ({self.kept_bytes} of the caller's" if fixed else ""
-        beside += f", {self.apart_bytes} that calls allocate, the largest {named})" if named else ")" if fixed else ""
-        raise Infeasible(
-            f"a memory limit of {self.limit_bytes} bytes is too low{reason}{beside}",
-            required_bytes=self.least_bytes,
+        stays = [
+            r.buffer for r in spans(ordered, self.graph, self.apart) if r.begin <= position < r.end
+        ]  # positions are steps of an order without transfers
+        touched = [b for b in self.graph.touches[op] if self.graph.buffers[b].nbytes]
+        across = [b for b in stays if b not in touched]
+        beside = f"; beside it stay {self._named(across)}" if across else ""
+        kept = f"; the caller keeps {self.kept_bytes}" if self.kept_bytes else ""
+        return Infeasible(
+            f"a memory limit of {self.limit_bytes} bytes is too low: operator {self.graph.ops[op].name!r} touches "
+            f"{self._named(touched)}{beside}{kept}",
+            required_bytes=required,
             available_bytes=self.limit_bytes,
-            hint=f"the least limit that works is {self.least_bytes} bytes",
+            hint=f"the least limit that works is {required} bytes",
         )
+
+    def _named(self, buffers: Sequence[str]) -> str:
+        """The largest of some buffers with their bytes, and all of theirs."""
+        largest = sorted(buffers, key=lambda b: (-self.graph.buffers[b].nbytes, b))
+        listed = ", ".join(f"{b!r} {self.graph.buffers[b].nbytes}" for b in largest[:NAMED])
+        more = f" and {len(largest) - NAMED} more" if len(largest) > NAMED else ""
+        return f"{sum(self.graph.buffers[b].nbytes for b in buffers)} bytes ({listed}{more})"
 
     def stream(self, *, keep: bool, slack: int = 0) -> Stream:
         """The fluid model of streaming in the room there is."""
-        return Stream.of(self.reduced, self.machine, self.order, self.room + slack, self.candidates, keep=keep)
+        return Stream.of(
+            self.graph, self.machine, self.order, self.room + slack, self.candidates, keep=keep, staying=self.apart
+        )
 
     def solve(self, budget: Budget) -> LimitedPlan:
         """The fastest of the plans for several choices of residents."""
@@ -178,16 +211,20 @@ class _Problem:
         # Only the region laid last needs no padding: the bound may count it nowhere.
         found = lower_bound(self.stream(keep=False, slack=self.alignment), budget.share(0.2))
         bound = found._replace(seconds=found.seconds + self._tail_s())
-        best: tuple[int, Plan, frozenset[str]] | None = None
+        best: tuple[int, int, DevicePlan, frozenset[str]] | None = None
         for resident in self._choices(budget):
-            for plan in self._plans(resident, budget.share(0.5)):
-                if best is None or (latency_ns(plan), self._loaded(plan)) < (best[0], self._loaded(best[1])):
-                    best = latency_ns(plan), plan, resident
-            assert best is not None  # refetching everything always fits
-            if best[0] <= bound.seconds * 1e9 * (1 + CLOSE) or budget.halted():
+            for placed in self._plans(resident, budget.share(0.5), bound):
+                rank = latency_ns(placed.plan), self._loaded(placed.plan)
+                if best is None or rank < best[:2]:
+                    best = *rank, placed, resident
+            if best is not None and (self._is_close(best[0], bound) or budget.halted()):
                 break
-        assert best is not None  # there is one choice at least
-        return self._limited(best[1], best[2], bound, time.monotonic() - begin)
+        if best is None:  # no places were found for what fits by count
+            raise self._refusal(self.sure_bytes)
+        return self._limited(best[2], best[3], bound, time.monotonic() - begin)
+
+    def _is_close(self, nanoseconds: int, bound: LowerBound) -> bool:
+        return nanoseconds <= bound.seconds * 1e9 * (1 + CLOSE)
 
     def _tail_s(self) -> float:
         """Seconds to store what the last operator makes for the caller."""
@@ -212,37 +249,55 @@ class _Problem:
                 seen.add(chosen)
                 yield frozenset(stream.sources[i].name for i in chosen)
 
-    def _plans(self, resident: frozenset[str], budget: Budget) -> Iterator[Plan]:
-        """Placed plans of the graph without ``resident`` and what is apart."""
-        graph = with_residents(self.reduced, resident)
-        capacity = max(self.alignment, self.room - self._footprint(resident))
-        plan = Plan.of_order(graph, self.machine.with_scratchpad(capacity), self.order)
+    def _plans(self, resident: frozenset[str], budget: Budget, bound: LowerBound) -> Iterator[DevicePlan]:
+        """Placed plans of the graph without ``resident``, within the limit."""
+        graph = with_residents(self.graph, resident)
+        room = self.room - self._footprint(resident)
+        found: DevicePlan | None = None
+        if any(self.apart_bytes):
+            found = placed_around(graph, self._arguments, room, budget.share(0.6))
+            if found is not None:
+                yield found
+                if self._is_close(latency_ns(found.plan), bound) or budget.halted():
+                    return
+        arena = room - max(self.apart_bytes, default=0)
+        least = least_capacity(Plan.of_order(without_bytes(graph, self.apart), self.machine, self.order))
+        if aligned_bytes(least, self.alignment) <= arena:
+            yield from self._in_one_arena(graph, resident, arena, budget)
+
+    @property
+    def _arguments(self) -> Around:
+        return Around(self.machine, self.order, self.apart, self.hosts)
+
+    def _in_one_arena(
+        self, graph: Graph, resident: frozenset[str], capacity: int, budget: Budget
+    ) -> Iterator[DevicePlan]:
+        """Plans with one arena beside the most that is allocated apart."""
+        reduced = without_bytes(graph, self.apart)
+        plan = Plan.of_order(reduced, self.machine.with_scratchpad(max(self.alignment, capacity)), self.order)
         placed = self._prefetched(place(plan, IlpResidency(), ExactPlacement(), budget.share(0.3)), budget.share(0.3))
-        yield placed
+        yield self._whole(placed, graph)
         spills = verify(msgspec.structs.replace(placed, passes=())).additional_bytes > 0
         if spills and not budget.halted():
             recomputing = place(plan, RecomputeResidency(objective="latency"), ExactPlacement(), budget.share(0.5))
-            again = self._prefetched(recomputing, budget)
-            if self._fits(again, resident):
-                yield again
+            again = self._whole(self._prefetched(recomputing, budget), graph)
+            if self._footprint(resident) + max(allocated_bytes(again), default=0) <= self.room:
+                yield again  # recomputing may need what is apart for longer
 
     def _prefetched(self, placed: Plan, budget: Budget) -> Plan:
         return simulate(run_pass(Prefetch(), placed, budget))
 
-    def _fits(self, plan: Plan, resident: frozenset[str]) -> bool:
-        """Whether what is allocated apart fits beside the arena still: recomputing may need it for longer."""
-        peak = peak_apart(spans(plan, self.graph, self.apart), self.graph, self.alignment)
-        return self.kept_bytes + self._footprint(resident) + _arena(plan) + peak <= self.limit_bytes
-
     def _footprint(self, resident: frozenset[str]) -> int:
-        return sum(aligned_bytes(self.graph.buffers[name].nbytes, self.alignment) for name in resident)
+        return sum(map(self._aligned, resident))
+
+    def _aligned(self, buffer: str) -> int:
+        return aligned_bytes(self.graph.buffers[buffer].nbytes, self.alignment)
 
     def _loaded(self, plan: Plan) -> int:
         return sum(self.graph.buffers[i.buffer].nbytes for i in plan.instructions if isinstance(i, Load))
 
-    def _limited(self, plan: Plan, resident: frozenset[str], bound: LowerBound, seconds: float) -> LimitedPlan:
+    def _whole(self, plan: Plan, graph: Graph) -> DevicePlan:
         """The plan with what is apart put back, each buffer in a range of its own behind the arena."""
-        graph = with_residents(self.graph, resident)
         arena, behind = _arena(plan), aligned_bytes(_arena(plan), self.alignment)
         apart = []
         ranges: dict[str, int] = {}
@@ -253,7 +308,10 @@ class _Problem:
         residences = sorted((*(plan.residences or ()), *apart), key=lambda r: (r.begin, r.buffer))
         machine = self.machine.with_scratchpad(max(behind, self.alignment))
         whole = msgspec.structs.replace(plan, graph=graph, machine=machine, residences=tuple(residences), passes=())
-        timed = simulate(whole)
+        return DevicePlan(simulate(whole), arena, MappingProxyType(ranges))
+
+    def _limited(self, placed: DevicePlan, resident: frozenset[str], bound: LowerBound, seconds: float) -> LimitedPlan:
+        timed = placed.plan
         value = latency_ns(timed)
         certificate = Certificate(
             "latency_ns", value, min(value, int(bound.seconds * 1e9)), bound.proved_by, "residency"
@@ -262,9 +320,9 @@ class _Problem:
         note = f"{len(resident)} of {len(self.candidates)} weights stay on the device"
         timed = timed.with_record(PassRecord("offload", seconds, certificate, note))
         timeline = timeline_summary(timed)
-        whole_plan = DevicePlan(timed, arena, MappingProxyType(ranges))
+        placed = replace(placed, plan=timed)
         return LimitedPlan(
-            device_plan=replace(whole_plan, waits=synchronisation(whole_plan)),
+            device_plan=replace(placed, waits=synchronisation(placed)),
             resident=resident,
             limit_bytes=self.limit_bytes,
             least_bytes=self.least_bytes,

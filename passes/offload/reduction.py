@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import msgspec
 
 from ...compiler.graph import Graph, Op
 from ...compiler.plan import Plan, Residence
 
-__all__ = ["peak_apart", "spans", "with_residents", "without_bytes"]
+__all__ = ["profile", "spans", "with_residents", "without_bytes"]
 
 
 def with_residents(graph: Graph, resident: frozenset[str]) -> Graph:
@@ -57,15 +59,11 @@ def spans(plan: Plan, graph: Graph, buffers: frozenset[str]) -> tuple[Residence,
     return tuple(Residence(buffer, plan.machine.scratchpad, first[buffer], last[buffer]) for buffer in first)
 
 
-def peak_apart(residences: tuple[Residence, ...], graph: Graph, alignment_bytes: int) -> int:
-    """Most bytes of ``residences`` at one step, each rounded up as an allocator does."""
-    change: dict[int, int] = {}
+def profile(residences: tuple[Residence, ...], graph: Graph, alignment_bytes: int, steps: int) -> tuple[int, ...]:
+    """Bytes of ``residences`` at each of ``steps`` steps, each rounded up as an allocator does."""
+    change = [0] * (steps + 1)
     for residence in residences:
         nbytes = -(-graph.buffers[residence.buffer].nbytes // alignment_bytes) * alignment_bytes
-        change[residence.begin] = change.get(residence.begin, 0) + nbytes
-        change[residence.end] = change.get(residence.end, 0) - nbytes
-    live = peak = 0
-    for step in sorted(change):
-        live += change[step]
-        peak = max(peak, live)
-    return peak
+        change[residence.begin] += nbytes
+        change[residence.end] -= nbytes
+    return tuple(accumulate(change[:steps]))

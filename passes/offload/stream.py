@@ -61,8 +61,13 @@ class Stream:
         candidates: Collection[str],
         *,
         keep: bool,
+        staying: Collection[str] = (),
     ) -> Stream:
-        """The stream of ``graph`` in ``order``; ``keep`` holds buffers from first to last use, not just while used."""
+        """The stream of ``graph`` in ``order``.
+
+        Buffers in ``staying`` are held from first to last use; others just while they are used, unless told to
+        ``keep`` them.
+        """
         plan = simulate(Plan.of_order(graph, machine, order))
         compute = tuple((run.finish_s or 0.0) - (run.start_s or 0.0) for run in plan.instructions)
         loaders = [engine for engine in machine.engines if engine.copies(Direction.LOAD)]
@@ -80,7 +85,8 @@ class Stream:
                 seconds = min(transfer_seconds(base.nbytes, engine) for engine in loaders) / len(loaders)
                 sources.append(Source(name, base.nbytes, footprint, seconds, tuple(positions), name in candidates))
                 continue
-            for position in range(positions[0], positions[-1] + 1) if keep else positions:
+            stays = keep or name in staying
+            for position in range(positions[0], positions[-1] + 1) if stays else positions:
                 held[position] += footprint
         bandwidth = sum(engine.bandwidth_bytes_per_s or 0.0 for engine in loaders)
         return cls(tuple(sources), compute, tuple(held[:-1]), capacity, bandwidth)

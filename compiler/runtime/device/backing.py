@@ -71,7 +71,8 @@ class Backing:
         variable = self.tensors[storage] = f"host_{storage}"
         view, known = self.program.views[storage], self.program.storages[storage]
         options = f"dtype={self.table(known.dtype)}, pin_memory={known.device.type != 'cpu'}"
-        return variable, [f"{variable} = empty({view.shape}, {view.strides}, {options})"]
+        empty = self.table(torch.empty_strided)
+        return variable, [f"{variable} = {empty}({view.shape}, {view.strides}, {options})"]
 
     def _nbytes(self, storage: str) -> int:
         nbytes = self.program.storages[storage].nbytes

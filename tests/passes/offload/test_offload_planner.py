@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +75,7 @@ def check(limited: LimitedPlan, graph: Graph, apart: frozenset[str]) -> None:
     assert limited.resident_bytes == resident
     peak = max(allocated_bytes(limited.device_plan), default=0)
     assert limited.kept_bytes + resident + peak == limited.occupied_bytes <= limited.limit_bytes
-    assert set(limited.device_plan.apart) == {name for name in apart if graph.buffers[name].nbytes}
+    assert set(limited.device_plan.apart) >= {name for name in apart if graph.buffers[name].nbytes}
     assert limited.bound_s <= limited.latency_s
     assert limited.least_bytes <= limited.limit_bytes
 
@@ -88,16 +89,21 @@ def test_every_limit_down_to_the_least(case: tuple[Graph, frozenset[str]], kept:
     roomy = plan_within(graph, apart, MACHINE, 1 << 20, budget(), candidates=candidates, kept_bytes=kept)
     used = {buffer for buffers in graph.reads for buffer in buffers}
     assert roomy.resident == candidates & used
-    least, most = roomy.least_bytes, max(roomy.least_bytes, roomy.occupied_bytes)
+    least = roomy.least_bytes
+    with pytest.raises(Infeasible) as refusal:
+        plan_within(graph, apart, MACHINE, least - ALIGNMENT, budget(), candidates=candidates, kept_bytes=kept)
+    assert refusal.value.required_bytes == least
+    assert least <= least_limit(graph, apart, MACHINE, kept_bytes=kept)
+    try:
+        plan_within(graph, apart, MACHINE, least, budget(), candidates=candidates, kept_bytes=kept)
+    except Infeasible as unplaced:  # what fits by count finds no places: the limit that works then is named
+        least = unplaced.required_bytes
+    most = max(least, roomy.occupied_bytes)
     limits = sorted({least, (2 * least + most) // 3, (least + 2 * most) // 3, most})
     curve = plans_within(graph, apart, MACHINE, limits, budget(), candidates=candidates, kept_bytes=kept)
     for limited in (*curve, roomy):
         check(limited, graph, apart)
     assert all(a.latency_s >= b.latency_s for a, b in itertools.pairwise(curve))
-    with pytest.raises(Infeasible) as refusal:
-        plan_within(graph, apart, MACHINE, least - ALIGNMENT, budget(), candidates=candidates, kept_bytes=kept)
-    assert refusal.value.required_bytes == least
-    assert least <= least_limit(graph, apart, MACHINE, kept_bytes=kept)
 
 
 def test_loads_hide_behind_compute() -> None:
@@ -125,12 +131,36 @@ def test_the_refusal_names_what_is_large() -> None:
     with pytest.raises(Infeasible) as refusal:
         plan_within(graph, apart, MACHINE, 2048, budget(), candidates=weights(graph), kept_bytes=640)
     text = str(refusal.value)
-    assert "'op0'" in text
-    assert "'w0' 4096" in text
-    assert "640 of the caller's" in text
-    assert "512 that calls allocate, the largest 'h1' 512" in text
+    assert "'op0' touches 5120 bytes ('w0' 4096, 'h0' 512, 'x' 512)" in text
+    assert "the caller keeps 640" in text
     assert f"the least limit that works is {refusal.value.required_bytes} bytes" in text
-    assert refusal.value.required_bytes == 640 + 512 + 4096 + 512 + 512
+    assert refusal.value.required_bytes == 640 + 4096 + 512 + 512
+
+
+def test_what_stays_beside_is_named() -> None:
+    """A result of the first operator is apart until the end: the last one, which does not touch it, finds it there."""
+    graph = msgspec.structs.replace(chain(3), outputs=())
+    graph = msgspec.structs.replace(graph, ops=(*graph.ops, Op("return", ("h0", "h2"), (), OpKind.BOUNDARY)))
+    with pytest.raises(Infeasible, match=r"'op2' touches 5120 bytes .*; beside it stay 512 bytes \('h0' 512\)"):
+        plan_within(graph, frozenset({"h0", "h2"}), MACHINE, 2048, budget(), candidates=weights(graph))
+
+
+def test_what_is_apart_takes_bytes_only_while_it_is_there() -> None:
+    """Something large that is handed over is gone when something as large is made: one of them is there at a time."""
+    tensors = [Tensor("given", (4096,), "uint8"), Tensor("made", (4096,), "uint8")]
+    tensors += [Tensor(f"h{i}", (512,), "uint8") for i in range(4)]
+    ops = (
+        Op("receive", (), ("given",), OpKind.BOUNDARY),
+        Op("a", ("given",), ("h0",)),
+        Op("b", ("h0",), ("h1",)),
+        Op("c", ("h1",), ("h2",)),
+        Op("d", ("h2",), ("h3", "made")),
+        Op("return", ("made",), (), OpKind.BOUNDARY),
+    )
+    graph = Graph("apart", tuple(tensors), ops, ())
+    limited = plan_within(graph, frozenset({"given", "made"}), MACHINE, 4096 + 1024, budget())
+    check(limited, graph, frozenset({"given", "made"}))
+    assert limited.loaded_bytes == 0
 
 
 def test_no_time_still_gives_a_plan() -> None:
