@@ -20,6 +20,10 @@ QUICK = {
     ("inception", False),
 }
 
+#: Judged in float64. In float32, eager and compiled code round one activation of this model to either side of where
+#: ReLU6 clips, and a gradient jumps by 2.6e-2 (as far with stock Inductor, to the bit); in float64 it agrees to 2e-13.
+DOUBLE = {("mobilenet_v2", True)}
+
 
 def _cases() -> list[object]:
     cases: list[object] = []
@@ -37,6 +41,8 @@ def _cases() -> list[object]:
 def test_a_model_computes_what_eager_mode_does(entry: ZooModel, train: bool) -> None:
     """Twice, because a program's memory is used again; the second call is not compiled again."""
     model, inputs, loss = entry.build(train=train), entry.inputs(), entry.loss if train else None
+    if (entry.name, train) in DOUBLE:
+        model, inputs = model.double(), tuple(each.double() for each in inputs)
     twin, function = copy.deepcopy(model), compiled(model)
     for _ in range(2):
         reference64 = result64(twin, inputs, loss)
