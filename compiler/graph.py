@@ -141,8 +141,8 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     counts multiplications and additions. ``body`` is the call that computes it, for example
     ``aten.convolution.default(%0, %1, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)`` where ``%i`` is input ``i``;
     an empty body can be planned but not executed. ``origin`` names the model's own node. ``outside_bytes`` are what it
-    reads and writes in the scratchpad's memory beyond the graph's tensors, as weights that their owner keeps there: they
-    take time and no planned place. One that is not ``repeatable`` acts on more than its outputs, and runs once.
+    reads and writes in the scratchpad's memory beyond the graph's tensors, as weights that their owner keeps there:
+    they take time and no planned place. One that is not ``repeatable`` acts on more than its outputs, and runs once.
     """
 
     name: str
@@ -275,7 +275,8 @@ def _check_program_order(graph: Graph) -> None:
     for op in graph.ops:
         if not (0 <= op.flops < 1 << 63 and 0 <= op.outside_bytes < 1 << 63):  # what a plan's JSON can hold
             raise ModelError(
-                f"operator {op.name!r} has {op.flops} flops and {op.outside_bytes} outside bytes; both take 0 to 2**63 - 1"
+                f"operator {op.name!r} has {op.flops} flops and {op.outside_bytes} outside bytes; "
+                "both take 0 to 2**63 - 1"
             )
         for name in op.inputs:
             tensor = _known(graph, name, f"operator {op.name!r}")

@@ -98,7 +98,7 @@ def _lowered(module: torch.fx.GraphModule, **options: Any) -> Program:
         placeholders = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         fakes = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=DEVICE) for p in placeholders]
         moved = make_fx(torch.fx.Interpreter(module).run)(*fakes)
-    return lower(moved, fakes, **options).program
+    return lower(moved, fakes, **options)
 
 
 def interpreted_executor(program: Program, device_plan: DevicePlan) -> Executor:

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,19 +24,19 @@ from ....errors import ExecutionError, Infeasible
 from ....hw_models.model import HardwareModel
 from ...graph import Graph
 from ...partition import Partition, PartitionProblem
-from ...plan import Plan, Run
-from ...runtime.device.layout import DevicePlan, allocated_bytes, live_bytes
+from ...runtime.device.layout import DevicePlan
 from ...runtime.device.offload import fetched, sent
 from ...runtime.device.program import Origin, Program, Ref
-from ...simulate import latency_ns
 from .explain import described
 from .fallbacks import Fallbacks
+from .figures import figured
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
 from .planned import LOADING, PlannedGraph, StockGraph, bucket_of
 from .repairs import repaired
 from .report import GraphReport, Reports
 from .stock import in_our_order
+from .traced import copied, device_of, sized_example
 from .training import ATTEMPTS, UNLIMITED, Partitioner, step_bytes
 
 __all__ = ["FORMAT", "Backend", "Planners"]
@@ -85,7 +84,7 @@ class Backend:
             ExecutionError: a fallback would be needed, and the options are strict.
         """
         number = next(self._numbers)
-        machine = self.planners.machine(_device_of(module, inputs), options)
+        machine = self.planners.machine(device_of(module, inputs), options)
         limit = options.limit_bytes(machine.scratchpad_memory.capacity_bytes)
         if limit is None:
             return self._compiled(module, inputs, _Inner(self, options, number, machine))
@@ -112,7 +111,7 @@ class Backend:
         for _ in range(ATTEMPTS):
             attempt = inner.saving(saved_limit)
             try:
-                compiled = self._compiled(_copied(module), inputs, attempt, f" saved {saved_limit}")
+                compiled = self._compiled(copied(module), inputs, attempt, f" saved {saved_limit}")
             except Infeasible as error:
                 answer = attempt.partitioned
                 if answer is None:  # no graph of a training step, or too much has to be saved
@@ -205,7 +204,7 @@ class _Inner:
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         phase = "inference" if kwargs.get("is_inference") else "backward" if kwargs.get("is_backward") else "forward"
         name = f"graph {self.number} {phase}"
-        report = GraphReport(name, phase, "T1", str(_device_of(module, inputs)), limit_bytes=self.limit)
+        report = GraphReport(name, phase, "T1", str(device_of(module, inputs)), limit_bytes=self.limit)
         why = ""
         if self.options.tier != "T0":
             try:
@@ -227,8 +226,8 @@ class _Inner:
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]
     ) -> PlannedGraph:
         begin = time.monotonic()
-        lowered = lower(
-            _copied(module),
+        program = lower(
+            copied(module),
             inputs,
             is_inference=report.phase == "inference",
             is_backward=report.phase == "backward",
@@ -236,19 +235,19 @@ class _Inner:
             graph_id=kwargs.get("graph_id"),
             settings=MODES[self.options.mode],  # a backward graph may be compiled after the call that set them
         )
-        program = self._divided(lowered.program, module, report.phase)
+        program = self._divided(program, module, report.phase)
         report = dataclasses.replace(report, lowering_s=time.monotonic() - begin, **self._saved(report.phase))
         captures = self.options.cuda_graph and report.phase == "inference"
         static = tuple(kwargs.get("static_input_idxs", ())) if captures else None
         key = f"{report.name} {self.options.key}"
         graph = PlannedGraph(program, torch.device(report.device), report, key, static)
         graph.replan = self._plan
-        bucket = tuple(map(bucket_of, graph.values([_hint(item) for item in inputs])))
+        bucket = tuple(map(bucket_of, graph.values([sized_example(item) for item in inputs])))
         example = graph.sized(bucket)
         begin = time.monotonic()
         plan = self._plan(example)
         graph.plans[bucket] = plan
-        graph.report = _described(report, example, plan, time.monotonic() - begin)
+        graph.report = figured(report, example, plan, time.monotonic() - begin)
         self.found(graph.report)
         return graph
 
@@ -310,26 +309,6 @@ class _Inner:
         return StockGraph(compiled, report)
 
 
-def _copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A module that lowering may change: the original is left for stock Inductor."""
-    import copy
-
-    graph = copy.deepcopy(module.graph)
-    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
-        new.meta = dict(old.meta)
-    fresh = torch.fx.GraphModule(module, graph)
-    fresh.meta = dict(module.meta)
-    return fresh
-
-
-def _device_of(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.device:
-    """The device a graph runs on: that of its tensors, an accelerator before the host."""
-    tensors = [item for item in inputs if isinstance(item, torch.Tensor)]
-    tensors += [n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    devices = [tensor.device for tensor in tensors]
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-
-
 def _handed_over(program: Program) -> Program:
     """A backward program whose inputs are the caller's no more: what autograd saved for it, and the gradients it gets.
 
@@ -340,64 +319,3 @@ def _handed_over(program: Program) -> Program:
         if isinstance(item, Ref) and not item.name.startswith("primals"):
             storages[item.name] = dataclasses.replace(storages[item.name], origin=Origin.GIVEN)
     return dataclasses.replace(program, storages=storages)
-
-
-def _hint(item: Any) -> Any:
-    """Numbers for symbolic sizes: those for which a graph was traced."""
-    if isinstance(item, torch.SymInt):
-        return int(item.node.hint) if item.node.has_hint() else 1
-    if isinstance(item, torch.Tensor):
-        shape, strides = ([_hint(size) for size in sizes] for sizes in (item.shape, item.stride()))
-        return torch.empty_strided(shape, strides, device="meta")
-    return item
-
-
-def _described(report: GraphReport, program: Program, plan: DevicePlan, planning_s: float) -> GraphReport:
-    kernels = Counter(call.target for call in program.calls if call.target in program.kernels)
-    operators = Counter(call.target for call in program.calls if call.target not in program.kernels)
-    held = sum(int(s.nbytes) for s in program.storages.values() if s.origin in (Origin.INPUT, Origin.CONSTANT))
-    proven = next((c for c in plan.plan.certificates if c.objective == "peak_bytes"), None)
-    engines = {i.engine for i in plan.plan.instructions if isinstance(i, Run)}
-    live = max(live_bytes(plan.plan), default=0)
-    return dataclasses.replace(
-        report,
-        kernels=dict(kernels),
-        operators=dict(operators),
-        peak_before_bytes=program_order_peak(plan.plan),
-        peak_bytes=live,
-        bound_bytes=min(live, proven.bound) if proven else 0,
-        allocated_bytes=max(allocated_bytes(plan), default=plan.arena_bytes),
-        arena_bytes=plan.arena_bytes,
-        held_bytes=held,
-        streams=max(1, len(engines)),
-        predicted_s=predicted_seconds(plan.plan),
-        planning_s=planning_s,
-        waits=plan.waits,
-        status=""
-        if proven is None
-        else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
-        plan=plan.plan,
-    )
-
-
-def predicted_seconds(plan: Plan) -> float:
-    """When the last step is done: by the plan's own times, which know of interference, or as simulated."""
-    finished = [i.finish_s for i in plan.instructions]
-    if finished and None not in finished:
-        return max(time for time in finished if time is not None)
-    return latency_ns(plan) / 1e9
-
-
-def program_order_peak(plan: Plan) -> int:
-    """Bytes live at once when operators run in program order, each buffer from its first to its last use."""
-    span: dict[str, tuple[int, int]] = {}
-    for index, touched in enumerate(plan.graph.touches):
-        for name in touched:
-            span[name] = (span.get(name, (index, index))[0], index)
-    alignment = plan.machine.scratchpad_memory.alignment_bytes
-    change = [0] * (len(plan.graph.ops) + 1)
-    for name, (first, last) in span.items():
-        nbytes = -(-plan.graph.buffers[name].nbytes // alignment) * alignment
-        change[first] += nbytes
-        change[last + 1] -= nbytes
-    return max(itertools.accumulate(change), default=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ...runtime.device.program import Program
 from .recorder import ProgramCodegen, Unrecorded, recording
 from .repairs import repaired
 
-__all__ = ["Lowered", "Unrecorded", "lower"]
+__all__ = ["Unrecorded", "lower"]
 
 #: Inductor reuses no memory but in place, and prints nothing we could not read. It keeps the order it would have, so
 #: that ours is compared with it, and is it where no other is better.
@@ -38,14 +37,6 @@ _SETTINGS: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """A program, and the strides of its outputs as text, ``None`` where they do not matter."""
-
-    program: Program
-    output_strides: tuple[Any, ...] | None
-
-
 def lower(
     module: torch.fx.GraphModule,
     inputs: Sequence[Any],
@@ -55,8 +46,10 @@ def lower(
     static_inputs: Sequence[int] = (),
     graph_id: int | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> Lowered:
-    """Lower ``module``, which is changed by it, for (fake) ``inputs``; ``settings`` are more of Inductor's options.
+) -> Program:
+    """The program of ``module``, which is changed by it, for (fake) ``inputs``.
+
+    ``settings`` are more of Inductor's options.
 
     Raises:
         Unrecorded: its host code cannot be said as a ``Program``.
@@ -67,7 +60,7 @@ def lower(
         stack.enter_context(repaired())
         programs = stack.enter_context(recording())
         try:
-            compiled = compile_fx_inner(
+            compile_fx_inner(
                 module,
                 inputs,
                 is_inference=is_inference,
@@ -83,7 +76,7 @@ def lower(
             raise cause from error
     if len(programs) != 1:
         raise Unrecorded(f"a graph in {len(programs)} parts" if programs else "a graph without tensors")
-    return Lowered(programs[0], getattr(compiled, "output_strides", None))
+    return programs[0]
 
 
 def _unrecorded(error: BaseException | None) -> Unrecorded | None:
