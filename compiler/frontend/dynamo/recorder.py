@@ -14,29 +14,24 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.codegen import wrapper as lines
-from torch._inductor.codegen.common import FileBackedGraphModule, WorkspaceArg
+from torch._inductor.codegen.common import FileBackedGraphModule
 from torch._inductor.codegen.wrapper_fxir import WrapperFxCodegen
 from torch._inductor.utils import LineContext
 from torch._inductor.virtualized import V
 
-from ...runtime.device.program import Call, Kernel, Origin, Program, Ref, Storage, View, span_elements
+from ...runtime.device.program import Call, Kernel, Origin, Program, Ref
+from .effects import has_effect
+from .tensors import Tensors, Unrecorded
 
 __all__ = ["ProgramCodegen", "Unrecorded", "recording"]
 
-#: Operators whose calls must keep their order: they draw random numbers, or act outside their tensors.
-_EFFECTS = re.compile(r"rand|bernoulli|dropout|normal|seed|multinomial|exponential|geometric|poisson|c10d|print")
 #: Operators whose result is the bytes of their first argument, from its first byte on, as other elements.
 _SAME_BYTES = ("aten.view.dtype", "aten.view_as_real.default", "aten.view_as_complex.default")
 _CPP_POINTER = re.compile(r"\*\s*$")
 _recorded: ContextVar[list[Program] | None] = ContextVar("recorded", default=None)
-
-
-class Unrecorded(NotImplementedError):
-    """Inductor's host code does something that a ``Program`` cannot say; the message names it."""
 
 
 @contextmanager
@@ -87,27 +82,19 @@ class _Recorder:
 
     def __init__(self, wrapper: ProgramCodegen) -> None:
         self.wrapper = wrapper
-        self.storages: dict[str, Storage] = {}
-        self.views: dict[str, View] = {}
-        self.alias: dict[str, str] = {}  # one name for another's view
+        self.tensors = Tensors()
         self.calls: list[Call] = []
         self.same_bytes: dict[str, str] = {}  # views, by the name of what reads them as other elements
         self.made: dict[str, int] = {}  # calls by the name of what they return, for the parts of a tuple
         self.kernels: dict[str, Kernel] = {}
         self.written: set[str] = set()
-        self.constants: dict[str, torch.Tensor] = {}
-        self.symbols: dict[sympy.Symbol, tuple[str, str, int]] = {}
-        self.symbol_named: dict[str, sympy.Symbol] = {}  # C++ kernels are called with symbols by name
 
     def program(self) -> Program:
         """Everything recorded. Raises Unrecorded."""
-        inputs = tuple(self._input(name, node) for name, node in self.wrapper.get_graph_inputs().items())
-        self._symbols_of_shapes(inputs)
-        given = (item for item in inputs if isinstance(item, sympy.Symbol))
-        self.symbol_named = {str(symbol): symbol for symbol in (*given, *self.symbols)}
+        tensors = self.tensors
+        inputs = tensors.inputs(self.wrapper.get_graph_inputs())
         for name, value in V.graph.constants.items():
-            self.constants[name] = value
-            self._own(name, value.dtype, value.device, tuple(value.shape), value.stride(), Origin.CONSTANT)
+            tensors.constant(name, value)
         for line in self.wrapper.lines:
             if isinstance(line, LineContext):
                 continue
@@ -115,20 +102,19 @@ class _Recorder:
                 raise Unrecorded(f"the statement {str(line)!r}")
             visitor: Any = self
             line.codegen_fx(visitor)(line)
-        outputs = tuple(self._output(node) for node in self.wrapper.get_graph_outputs())
-        self._keep(outputs)
+        outputs = tensors.outputs(self.wrapper.get_graph_outputs())
         prologue = "\n".join((self.wrapper.imports.getvalue(), self.wrapper.header.getvalue()))
         return Program(
             V.graph.name or "graph",
             inputs,
             outputs,
-            self.storages,
-            self.views,
+            tensors.storages,
+            tensors.views,
             tuple(self.calls),
             self.kernels,
             prologue,
-            self.constants,
-            self.symbols,
+            tensors.constants,
+            tensors.symbols,
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -136,116 +122,26 @@ class _Recorder:
             raise Unrecorded(name.removeprefix("_generate_").replace("_", " "))
         raise AttributeError(name)
 
-    # --- storages and views
-
-    def _own(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        shape: Any,
-        strides: Any,
-        origin: Origin,
-    ) -> None:
-        shape, strides = tuple(map(_size, shape)), tuple(map(_size, strides))
-        nbytes = span_elements(shape, strides) * dtype.itemsize
-        self.storages[name] = Storage(name, nbytes, dtype, device, origin)
-        self.views[name] = View(name, name, shape, strides, 0, dtype)
-
-    def _view(self, name: str, of: str, layout: Any, offset: Any) -> None:
-        base = self.views[self._known(of)]
-        start = base.offset
-        if layout.dtype != base.dtype:
-            start = start * base.dtype.itemsize // layout.dtype.itemsize
-        shape, strides = tuple(map(_size, layout.size)), tuple(map(_size, layout.stride))
-        self.views[name] = View(name, base.storage, shape, strides, start + _size(offset), layout.dtype)
-
-    def _known(self, name: str) -> str:
-        name = self.alias.get(name, name)
-        if name not in self.views:
-            raise Unrecorded(f"the value {name!r}")
-        return name
-
-    def _input(self, name: str, node: Any) -> Ref | sympy.Symbol | None:
-        if node is None or isinstance(node, int | float | sympy.Number):
-            return None
-        if isinstance(node, sympy.Symbol):
-            return node
-        if not isinstance(node, ir.TensorBox):
-            raise Unrecorded(f"an input of type {type(node).__name__}")
-        layout = node.get_layout()
-        self._own(name, layout.dtype, layout.device, layout.size, layout.stride, Origin.INPUT)
-        return Ref(name)
-
-    def _symbols_of_shapes(self, inputs: tuple[Ref | sympy.Symbol | None, ...]) -> None:
-        """Where to read symbols that are no inputs of their own."""
-        given = {item for item in inputs if isinstance(item, sympy.Symbol)}
-        for item in inputs:
-            if not isinstance(item, Ref):
-                continue
-            view = self.views[item.name]
-            for what, sizes in (("size", view.shape), ("stride", view.strides)):
-                for dimension, size in enumerate(sizes):
-                    if isinstance(size, sympy.Symbol) and size not in given:
-                        self.symbols.setdefault(size, (item.name, what, dimension))
-
-    def _operand(self, node: Any) -> Any:
-        """What an IR node is as an argument of a call."""
-        if node is None or isinstance(node, ir.NoneAsConstantBuffer):
-            return None
-        if isinstance(node, ir.ShapeAsConstantBuffer):
-            return _size(node.expr)
-        if isinstance(node, ir.ReinterpretView):
-            return Ref(self._reinterpreted(node))
-        if isinstance(node, ir.MutableBox):
-            return self._operand(node.data)
-        if isinstance(node, ir.Buffer | WorkspaceArg):
-            return Ref(self._known(node.get_name()))
-        if isinstance(node, sympy.Expr):
-            return _size(node)
-        raise Unrecorded(f"an operand of type {type(node).__name__}")
-
-    def _reinterpreted(self, node: ir.ReinterpretView) -> str:
-        base: Any = node.data
-        while not isinstance(base, ir.Buffer):
-            base = base.data
-        name = f"{base.get_name()}_view_{len(self.views)}"
-        self._view(name, base.get_name(), node.layout, node.layout.offset)
-        return name
-
-    def _output(self, node: Any) -> Any:
-        return self._operand(node)
-
-    def _keep(self, outputs: tuple[Any, ...]) -> None:
-        """Planned storages that the caller gets are allocated afresh in each call."""
-        for item in outputs:
-            if isinstance(item, Ref):
-                storage = self.storages[self.views[item.name].storage]
-                if storage.origin is Origin.PLANNED:
-                    self.storages[storage.name] = replace(storage, origin=Origin.OUTPUT)
-
     # --- lines that allocate, free and rename
 
     def _generate_allocate(self, line: Any) -> None:
         node = line.node
         if getattr(line, "comm_buffer", False):
             raise Unrecorded("a buffer for communication")
-        self._own(
-            node.get_name(), node.get_dtype(), node.get_device(), node.get_size(), node.get_stride(), Origin.PLANNED
-        )
+        self.tensors.own(node.get_name(), node.get_layout(), Origin.PLANNED)
 
     def _generate_reinterpret(self, line: Any) -> None:
         layout = line.layout
         if isinstance(layout, ir.NonOwningLayout):
             layout = layout.view.get_layout()
-        self._view(line.reused_as.get_name(), line.node.get_name(), layout, layout.offset)
+        self.tensors.view(line.reused_as.get_name(), line.node.get_name(), layout, layout.offset)
 
     def _generate_reuse(self, line: Any) -> None:
-        self._view(line.reused_as.get_name(), line.node.get_name(), line.reused_as.get_layout(), 0)
+        self.tensors.view(line.reused_as.get_name(), line.node.get_name(), line.reused_as.get_layout(), 0)
 
     def _generate_zero(self, line: _ZeroLine) -> None:
-        ref = Ref(self._known(line.name))
-        storage = self.views[ref.name].storage
+        ref = Ref(self.tensors.known(line.name))
+        storage = self.tensors.storage_of(ref.name)
         self._record("aten.zero_.default", (ref,), {}, (storage,))
 
     def _nothing(self, line: Any) -> None:
@@ -268,13 +164,16 @@ class _Recorder:
         kwargs: dict[str, Any],
         written: tuple[str, ...],
     ) -> None:
-        call = Call(f"{len(self.calls)}_{target}", target, args, kwargs, effect=_EFFECTS.search(target) is not None)
-        touched = dict.fromkeys(self.views[name].storage for name in call.views)
-        # What a kernel writes it may read before, too, but for bytes that nothing has been written to.
-        fresh = {name for name in written if name not in self.written and self.storages[name].origin is Origin.PLANNED}
-        self.written.update(written)
+        effect = target not in self.kernels and has_effect(target, args, kwargs)
+        call = Call(f"{len(self.calls)}_{target}", target, args, kwargs, effect=effect)
+        touched = dict.fromkeys(self.tensors.storage_of(name) for name in call.views)
+        # What a kernel writes it may read before, too, but for bytes that nothing has been written to: those begin with
+        # the first call that touches them, even if it does no more than read what `torch.empty` happens to hold.
+        planned = (name for name in touched if self.tensors.storages[name].origin is Origin.PLANNED)
+        fresh = [name for name in planned if name not in self.written]
+        self.written.update((*written, *fresh))
         reads = tuple(name for name in touched if name not in fresh)
-        self.calls.append(replace(call, reads=reads, writes=tuple(dict.fromkeys(written))))
+        self.calls.append(replace(call, reads=reads, writes=tuple(dict.fromkeys((*written, *fresh)))))
 
     def _generate_kernel_definition(self, line: Any) -> None:
         source = self.wrapper._format_kernel_definition(line.kernel_name, line.kernel_body, metadata=line.metadata)
@@ -286,35 +185,25 @@ class _Recorder:
         if kernel is None:
             raise Unrecorded(f"kernel {line.kernel_name!r}, which is defined elsewhere")
         kernel = self.kernels[line.kernel_name] = replace(kernel, language="triton" if line.triton else "cpp")
-        args = tuple(self._kernel_argument(value) for value in line.call_args)
+        args = tuple(self.tensors.kernel_argument(value) for value in line.call_args)
         parameters = _triton_parameters(kernel) if line.triton else ()
         parameters = parameters or tuple(map(str, line.arg_types))
         written = tuple(
-            self.views[value.name].storage
+            self.tensors.storage_of(value.name)
             for value, parameter in zip(args, parameters, strict=False)
             if isinstance(value, Ref) and _writes(parameter)
         )
         self._record(line.kernel_name, args, {}, written)
-
-    def _kernel_argument(self, value: Any) -> Any:
-        if isinstance(value, lines.SymbolicCallArg):
-            return _size(value.inner_expr)
-        if isinstance(value, str):
-            symbol = self.symbol_named.get(value)
-            return Ref(self._known(value)) if symbol is None else symbol
-        if isinstance(value, int | float | bool | sympy.Expr | torch.dtype | type(None)):
-            return _size(value)
-        raise Unrecorded(f"a kernel argument of type {type(value).__name__}")
 
     def _generate_symbolic_call_arg(self, line: Any) -> None:
         """Its expression travels with the calls that use it."""
 
     def _generate_extern_kernel_out(self, line: Any) -> None:
         node = line.node
-        out = self._operand(node.output_view if node.output_view is not None else node)
+        out = self.tensors.operand(node.output_view if node.output_view is not None else node)
         args, kwargs = self._arguments(node)
         target = "" if isinstance(node, ir.DeviceCopy) else _target(node)
-        written = self.views[out.name].storage
+        written = self.tensors.storage_of(out.name)
         if isinstance(node, ir.DeviceCopy):
             self._record("aten.copy_.default", (out, args[0]), {}, (written,))
         else:
@@ -327,35 +216,26 @@ class _Recorder:
 
     def _generate_index_put_fallback(self, line: Any) -> None:
         node = line.node
-        target, values = (self._operand(item) for item in node.inputs[:2])
-        indices = [self._operand(item) for item in line.indices]
+        target, values = (self.tensors.operand(item) for item in node.inputs[:2])
+        indices = [self.tensors.operand(item) for item in line.indices]
         self._fallback(node, (target, indices, values, node.constant_args[0]), {})
 
     def _generate_scatter_fallback(self, line: Any) -> None:
         node = line.node
-        operands = [self._operand(item) for item in node.inputs]
+        operands = [self.tensors.operand(item) for item in node.inputs]
         source = operands[2] if node.src_is_tensor else node.constant_args[1]
         known = {argument.name for argument in node.op_overload._schema.arguments}
         kwargs = {key: value for key, value in node.kwargs.items() if key in known and value is not None}
         self._fallback(node, (operands[0], node.constant_args[0], operands[1], source), kwargs)
 
     def _arguments(self, node: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tensors = tuple(self._operand(item) for item in node.inputs)
-        kwargs = {key: self._constant(value) for key, value in (node.kwargs or {}).items()}
-        constants = tuple(self._constant(value) for value in node.constant_args)
+        tensors = tuple(self.tensors.operand(item) for item in node.inputs)
+        kwargs = {key: self.tensors.argument(value) for key, value in (node.kwargs or {}).items()}
+        constants = tuple(self.tensors.argument(value) for value in node.constant_args)
         if hasattr(node, "unflatten_args"):
             args, named = node.unflatten_args(tensors, constants)
             return tuple(args), {**kwargs, **named}
         return (*tensors, *constants), kwargs
-
-    def _constant(self, value: Any) -> Any:
-        if isinstance(value, ir.IRNode):
-            return self._operand(value)
-        if isinstance(value, torch.SymInt | torch.SymFloat):
-            return _size(value.node.expr)
-        if isinstance(value, tuple | list):
-            return type(value)(self._constant(part) for part in value)
-        return _size(value)
 
     def _fallback(self, node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         target = _target(node)
@@ -365,7 +245,7 @@ class _Recorder:
             return
         if aliased:
             raise Unrecorded(f"{target}, whose result is a view of {aliased[0]!r}")
-        written = tuple(self.views[self._known(name)].storage for name in node.get_mutation_names())
+        written = tuple(self.tensors.storage_of(name) for name in node.get_mutation_names())
         self._record(target, args, kwargs, written)
         name = node.get_name()
         self.made[name] = len(self.calls) - 1
@@ -378,20 +258,20 @@ class _Recorder:
         self._made(name, name, node.layout, ())
 
     def _made(self, call: str, name: str, layout: Any, path: tuple[int, ...]) -> None:
-        self._own(name, layout.dtype, layout.device, layout.size, layout.stride, Origin.CALL)
+        self.tensors.own(name, layout, Origin.CALL)
         index = self.made[call]
         made = self.calls[index]
         self.calls[index] = replace(made, makes=(*made.makes, (name, path)), writes=(*made.writes, name))
 
     def _generate_multi_output(self, line: Any) -> None:
         if line.arg_name in self.same_bytes:
-            self._view(line.result_name, self.same_bytes[line.arg_name], self._layout(line.result_name), 0)
+            self.tensors.view(line.result_name, self.same_bytes[line.arg_name], self._layout(line.result_name), 0)
             return
         if not line.indices:
-            self.alias[line.result_name] = line.arg_name
-            if line.arg_name not in self.views:
+            self.tensors.alias[line.result_name] = line.arg_name
+            if line.arg_name not in self.tensors.views:
                 self._made(line.arg_name, line.result_name, self._layout(line.result_name), ())
-                del self.alias[line.result_name]
+                del self.tensors.alias[line.result_name]
             return
         path = tuple(int(index) for _, index in line.indices)
         self._made(line.arg_name, line.result_name, self._layout(line.result_name), path)
@@ -401,15 +281,6 @@ class _Recorder:
         if buffer is None:
             raise Unrecorded(f"the layout of {name!r}")
         return buffer.get_layout()
-
-
-def _size(value: Any) -> Any:
-    """Plain integers where there is nothing symbolic."""
-    if isinstance(value, sympy.Integer):
-        return int(value)
-    if isinstance(value, sympy.Basic) and not value.free_symbols and value.is_number:
-        return int(value) if value.is_integer else float(value)
-    return value
 
 
 def _target(node: Any) -> str:
