@@ -192,9 +192,9 @@ def explain(
     A ``CompiledModel`` is explained as it is. Takes what ``compile`` takes and raises as it; an operator that does not
     fit the scratchpad is explained, not raised. A PyTorch module or function, compiled by ``torch.compile`` or not, is
     explained as ``torch.compile(model, backend="opweave")`` runs it, with that backend's options, unless an option
-    says which scratchpad it is for, as ``machine`` does.
+    says which scratchpad it is for, as ``machine`` does of a module that is not compiled.
     """
-    if callable(model) and not isinstance(model, CompiledModel) and not _FOR_A_SCRATCHPAD.intersection(options):
+    if callable(model) and not isinstance(model, CompiledModel) and _runs_in_torch(model, options):
         from .torch_backend import explain as explain_backend
 
         return explain_backend(model, () if inputs is None else inputs, **options)
@@ -279,6 +279,16 @@ def _exceeds(plan: Plan) -> bool:
 _FOR_A_SCRATCHPAD = frozenset(field.name for field in fields(Options)) - {"time_limit", "deterministic", "strict"}
 
 
+def _runs_in_torch(model: Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    """Whether ``model`` is to be explained as the backend of torch.compile runs it."""
+    import torch
+
+    if isinstance(model, torch.export.ExportedProgram):
+        return False
+    is_plain = isinstance(model, torch.nn.Module) and not hasattr(model, "_orig_mod")
+    return not (_FOR_A_SCRATCHPAD if is_plain else _FOR_A_SCRATCHPAD - {"machine"}).intersection(options)
+
+
 def _options(options: Mapping[str, Any]) -> Options:
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))
     if unknown:
@@ -351,8 +361,9 @@ def _plan_imported(imported: ImportedModel) -> Executable:
     """Plan an imported ONNX model with fast heuristics for the least scratchpad that works."""
     from .compiler.frontend.onnx.program import program_of
     from .compiler.runtime.custom_ops import tensor_from_numpy, tensor_to_numpy
+    from .hw_models.model import aligned_bytes
     from .passes.planner import Planner
-    from .passes.residency.workset import aligned_bytes, least_capacity
+    from .passes.residency.workset import least_capacity
 
     options = Options(time_limit=5.0)
     program = program_of(imported, "model")

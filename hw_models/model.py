@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import MachineError
 
-__all__ = ["Concurrency", "Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory"]
+__all__ = ["Concurrency", "Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory", "aligned_bytes"]
 
 #: Beyond any machine, and far enough below 2**63 that sums of a few such sizes stay exact in 64 bits.
 LARGEST_MEMORY_BYTES = 2**60
@@ -19,6 +19,11 @@ LARGEST_MEMORY_BYTES = 2**60
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+
+
+def aligned_bytes(nbytes: int, alignment_bytes: int) -> int:
+    """``nbytes`` rounded up to a multiple of ``alignment_bytes``."""
+    return -(-nbytes // alignment_bytes) * alignment_bytes
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -10,13 +10,13 @@ import msgspec
 from ..compiler.pipeline import Budget
 from ..compiler.plan import Certificate, Plan, relative_gap
 from ..compiler.verify import verify
-from ..hw_models.model import HardwareModel
+from ..hw_models.model import HardwareModel, aligned_bytes
 from .order._peak_search import aligned_peak
 from .order.least_peak import LeastPeakOrder
 from .order.problem import OrderProblem
 from .planner import Planner
 from .registry import make
-from .residency.workset import aligned_bytes, least_capacity
+from .residency.workset import least_capacity
 
 __all__ = ["FitPoint", "traffic_by_capacity"]
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...compiler.graph import OpKind
 from ...compiler.plan import Plan
+from ...hw_models.model import aligned_bytes
 
 __all__ = ["Bytes", "Storages"]
 
@@ -53,7 +54,7 @@ class Storages:
         return cls(
             begins=np.array([r.begin for r in residences], np.int64),
             ends=np.array([r.end for r in residences], np.int64),
-            sizes=np.array([-(-nbytes[r.buffer].nbytes // alignment) * alignment for r in residences], np.int64),
+            sizes=np.array([aligned_bytes(nbytes[r.buffer].nbytes, alignment) for r in residences], np.int64),
             apart=np.array([r.buffer in apart for r in residences], np.bool_),
             earliest=np.array([0 if r.buffer in hosts - brought else r.begin for r in residences], np.int64),
             latest=np.array([steps if r.buffer in hosts & brought else r.end for r in residences], np.int64),

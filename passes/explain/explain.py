@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Load, Plan, Residence, Run
 from ...compiler.verify import verify
+from ...hw_models.model import aligned_bytes
 from ..residency.gaps import Gap, GapProblem
 from ..residency.ilp import IlpResidency
-from ..residency.workset import aligned_bytes, least_capacity
+from ..residency.workset import least_capacity
 from .facts import BindingStep, DroppedGap, Explanation, LiveBuffer, Verdict
 from .pressure import Force, forces
 from .relaxations import Findings, relax, shortage_relaxations

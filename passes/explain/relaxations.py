@@ -10,11 +10,11 @@ import msgspec
 from ...compiler.pipeline import Budget, Pass
 from ...compiler.plan import Certificate, Plan, Recompute
 from ...compiler.verify import verify
-from ...hw_models.model import HardwareModel
+from ...hw_models.model import HardwareModel, aligned_bytes
 from ..residency.gaps import GapProblem
 from ..residency.ilp import IlpResidency
 from ..residency.recompute import RecomputeResidency
-from ..residency.workset import aligned_bytes, least_capacity, streamable_buffers
+from ..residency.workset import least_capacity, streamable_buffers
 from .facts import Relaxation
 
 __all__ = ["Findings", "relax", "shortage_relaxations"]

@@ -9,8 +9,9 @@ from functools import cached_property
 
 from ...compiler.graph import Graph
 from ...compiler.plan import Plan
+from ...hw_models.model import aligned_bytes
 from ..order.problem import ancestor_masks, descendant_masks
-from ..residency.workset import aligned_bytes, planned_buffers
+from ..residency.workset import planned_buffers
 
 __all__ = ["CosmaProblem", "Version", "Window"]
 

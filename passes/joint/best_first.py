@@ -10,12 +10,13 @@ from typing import Literal
 from ...compiler.pipeline import Budget, Decision, Progress
 from ...compiler.plan import Certificate, Plan
 from ...errors import Infeasible, InternalError, OptionError
+from ...hw_models.model import aligned_bytes
 from ..order.greedy import list_schedule
 from ..order.problem import OrderProblem
 from ..order.search import search_orders
 from ..residency.gaps import base_bytes
 from ..residency.ilp import IlpResidency
-from ..residency.workset import aligned_bytes, planned_buffers, require_fit
+from ..residency.workset import planned_buffers, require_fit
 from ._cosma_crossing import crossing_bound
 from ._cosma_problem import CosmaProblem
 from .milestones import milestones, prefixes

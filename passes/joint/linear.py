@@ -12,9 +12,10 @@ import msgspec
 from ...compiler.pipeline import Budget, Decision
 from ...compiler.plan import Plan, Run
 from ...errors import Infeasible, OptionError
+from ...hw_models.model import aligned_bytes
 from ..residency.emit import emit
 from ..residency.gaps import Gap, GapProblem, Lifetime
-from ..residency.workset import aligned_bytes, require_fit
+from ..residency.workset import require_fit
 
 __all__ = ["LinearAllocation"]
 

@@ -17,7 +17,7 @@ import msgspec
 from ...compiler.plan import Instruction, Load, Plan, Residence, Store
 from ...compiler.simulate import simulate
 from ...errors import OptionError
-from ..residency.workset import aligned_bytes
+from ...hw_models.model import aligned_bytes
 
 __all__ = ["Stay", "Transfer", "TransferProblem", "rebuilt", "step_seconds"]
 

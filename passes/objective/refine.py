@@ -11,6 +11,7 @@ import msgspec
 from ...compiler.pipeline import Budget, Progress, confirm, run_pass
 from ...compiler.plan import PassRecord, Plan
 from ...errors import Infeasible, OptionError
+from ...hw_models.model import aligned_bytes
 from ..address.exact import ExactPlacement
 from ..latency.bound import latency_certificate
 from ..latency.issue import issue
@@ -20,7 +21,7 @@ from ..latency.transfers import TransferProblem, rebuilt, step_seconds
 from ..order.problem import OrderProblem
 from ..residency.ilp import IlpResidency
 from ..residency.least_cost import LeastCostResidency
-from ..residency.workset import aligned_bytes, least_capacity
+from ..residency.workset import least_capacity
 from .claims import for_another_order, for_the_full_capacity, restated
 from .measures import Objective, floors, measured
 from .neighbours import neighbour

@@ -8,6 +8,7 @@ import msgspec
 
 from ...compiler.graph import Graph, Op
 from ...compiler.plan import Plan, Residence
+from ...hw_models.model import aligned_bytes
 
 __all__ = ["profile", "spans", "with_residents", "without_bytes"]
 
@@ -63,7 +64,7 @@ def profile(residences: tuple[Residence, ...], graph: Graph, alignment_bytes: in
     """Bytes of ``residences`` at each of ``steps`` steps, each rounded up as an allocator does."""
     change = [0] * (steps + 1)
     for residence in residences:
-        nbytes = -(-graph.buffers[residence.buffer].nbytes // alignment_bytes) * alignment_bytes
+        nbytes = aligned_bytes(graph.buffers[residence.buffer].nbytes, alignment_bytes)
         change[residence.begin] += nbytes
         change[residence.end] -= nbytes
     return tuple(accumulate(change[:steps]))

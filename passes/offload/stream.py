@@ -14,8 +14,7 @@ from ...compiler.graph import Graph
 from ...compiler.plan import Plan
 from ...compiler.simulate import simulate
 from ...hw_models.cost import transfer_seconds
-from ...hw_models.model import Direction, HardwareModel
-from ..residency.workset import aligned_bytes
+from ...hw_models.model import Direction, HardwareModel, aligned_bytes
 
 __all__ = ["Source", "Stream"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ...compiler.pipeline import Decision
 from ...compiler.plan import Certificate, Plan
-from ..residency.workset import aligned_bytes
+from ...hw_models.model import aligned_bytes
 
 __all__ = ["Eviction", "OrderProblem", "ancestor_masks", "decide", "depths", "descendant_masks"]
 

@@ -13,9 +13,9 @@ from functools import cached_property
 from ...compiler.graph import OpKind
 from ...compiler.plan import Plan
 from ...compiler.repeatable import is_repeatable
+from ...hw_models.model import aligned_bytes
 from ._prices import Prices
 from .gaps import GapProblem, Lifetime
-from .workset import aligned_bytes
 
 __all__ = ["Event", "Occurrences", "Track", "Use"]
 

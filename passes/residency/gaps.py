@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ...compiler.plan import Certificate, Plan, Run
 from ...errors import Infeasible
-from .workset import aligned_bytes, planned_buffers
+from ...hw_models.model import aligned_bytes
+from .workset import planned_buffers
 
 __all__ = ["Cut", "Gap", "GapProblem", "Interval", "Lifetime", "base_bytes", "gaps_of_residences"]
 

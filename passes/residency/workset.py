@@ -5,15 +5,11 @@ from __future__ import annotations
 from ...compiler.graph import Graph, Role
 from ...compiler.plan import Plan
 from ...errors import Infeasible
+from ...hw_models.model import aligned_bytes
 
-__all__ = ["aligned_bytes", "least_capacity", "planned_buffers", "require_fit", "streamable_buffers"]
+__all__ = ["least_capacity", "planned_buffers", "require_fit", "streamable_buffers"]
 
 NAMED_TERMS = 8  # buffers an error lists one by one; the rest are summed up
-
-
-def aligned_bytes(nbytes: int, alignment_bytes: int) -> int:
-    """``nbytes`` rounded up to a multiple of ``alignment_bytes``."""
-    return -(-nbytes // alignment_bytes) * alignment_bytes
 
 
 def planned_buffers(plan: Plan) -> dict[str, int]:

@@ -8,6 +8,7 @@ import msgspec
 
 from ...compiler.plan import PassRecord, Plan, Residence
 from ...compiler.runtime.device.layout import DevicePlan
+from ...hw_models.model import aligned_bytes
 from .reissue import uses_of
 
 __all__ = ["spread"]
@@ -75,7 +76,7 @@ def _lowest(nbytes: int, others: Iterable[_Placed], alignment: int, limit_bytes:
     for other in sorted(others, key=lambda o: o.offset):
         if offset + nbytes <= other.offset:
             break
-        offset = max(offset, -(-(other.offset + other.nbytes) // alignment) * alignment)
+        offset = max(offset, aligned_bytes(other.offset + other.nbytes, alignment))
     return offset if offset + nbytes <= limit_bytes else None
 
 
@@ -85,7 +86,7 @@ def _moved(device_plan: DevicePlan, offsets: Mapping[int, int]) -> DevicePlan:
     residences = list(plan.residences or ())
     alignment = plan.machine.scratchpad_memory.alignment_bytes
     ends = [offset + plan.graph.buffers[residences[i].buffer].nbytes for i, offset in offsets.items()]
-    shift = max(0, -(-max(ends, default=0) // alignment) * alignment - device_plan.arena_bytes)
+    shift = max(0, aligned_bytes(max(ends, default=0), alignment) - device_plan.arena_bytes)
     for i, residence in enumerate(residences):
         offset = offsets.get(i, (residence.offset or 0) + shift)
         residences[i] = msgspec.structs.replace(residence, offset=offset)

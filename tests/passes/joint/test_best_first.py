@@ -15,6 +15,7 @@ from opweave.compiler.pipeline import Budget, Decision, Progress, confirm
 from opweave.compiler.plan import Certificate, Pin, Plan
 from opweave.compiler.verify import verify
 from opweave.errors import Infeasible, OptionError
+from opweave.hw_models.model import aligned_bytes
 from opweave.passes.joint.best_first import BestFirstJoint
 from opweave.passes.joint.milestones import milestones, prefixes
 from opweave.passes.joint.search import BestFirst, Milestone
@@ -23,7 +24,7 @@ from opweave.passes.order.problem import OrderProblem
 from opweave.passes.registry import make
 from opweave.passes.residency.gaps import base_bytes
 from opweave.passes.residency.ilp import IlpResidency
-from opweave.passes.residency.workset import aligned_bytes, least_capacity
+from opweave.passes.residency.workset import least_capacity
 from tests.graphs.build import all_graphs, machine
 from tests.passes.joint.exhaustive import least_placeable_traffic, least_traffic, topological_orders
 from tests.passes.joint.tight_plans import tight_plans
