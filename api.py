@@ -176,12 +176,12 @@ def explain(model: str | Path | CompiledModel, inputs: Inputs | None = None, **o
 
 
 @overload
-def explain(model: Model, inputs: Inputs | None = None, **options: Any) -> Explanation | BackendExplanation: ...
+def explain(model: Model, inputs: Any = None, **options: Any) -> Explanation | BackendExplanation: ...
 
 
 def explain(
     model: Model | CompiledModel,
-    inputs: Inputs | None = None,
+    inputs: Any = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
@@ -192,7 +192,8 @@ def explain(
     A ``CompiledModel`` is explained as it is. Takes what ``compile`` takes and raises as it; an operator that does not
     fit the scratchpad is explained, not raised. A PyTorch module or function, compiled by ``torch.compile`` or not, is
     explained as ``torch.compile(model, backend="opweave")`` runs it, with that backend's options, unless an option
-    says which scratchpad it is for, as ``machine`` does of a module that is not compiled.
+    says which scratchpad it is for, as ``machine`` does of a module that is not compiled. Its ``inputs`` may be one
+    tensor, too.
     """
     if callable(model) and not isinstance(model, CompiledModel) and _runs_in_torch(model, options):
         from .torch_backend import explain as explain_backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -56,15 +57,28 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
     own = Backend(_backend().planners, _backend().version)
     chosen = BackendOptions.of(options)
     original = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
-    compiled = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen))
+    region, limits = _own_region()
+    compiled = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen), **region)
     before = dict(counters["graph_break"])
     arguments, named = _arguments(inputs)
     try:
-        compiled(*arguments, **named)
+        with torch._dynamo.config.patch(limits):
+            compiled(*arguments, **named)
     except BackendCompilerFailed as error:
         raise error.inner_exception from error
     breaks = tuple(reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
     return BackendExplanation(own.reports.all, own.fallbacks.counts, breaks)
+
+
+def _own_region() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords of torch.compile's, and settings, with which what was compiled before does not count.
+
+    Dynamo leaves a function to eager mode once it has compiled it too often; an explanation is neither the next time
+    too often, nor does it bring one nearer. A torch without regions can be kept from the former only.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return {"isolate_recompiles": True}, {}
+    return {}, {"recompile_limit": torch._dynamo.config.accumulated_recompile_limit}
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
+from ....errors import OptionError
 from ...report.units import format_bytes, format_percent, format_seconds, plural
 from ...simulate import simulate
 from .report import GraphReport
@@ -14,6 +17,7 @@ __all__ = ["BackendExplanation", "described"]
 
 _WIDTH = 13  # of the column of topics
 _MOST_NAMES = 6
+_NOTHING = "no graph was compiled: Dynamo met no operator on tensors that it does not leave to eager mode"
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,24 @@ class BackendExplanation:
         from ...report import write_report
 
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         text = target / "explanation.txt"
-        text.write_text(f"{self}\n")
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            text.write_text(f"{self}\n")
+        except OSError as error:
+            raise OptionError(f"cannot write a report to {str(folder)!r}: {error.strerror}") from error
         paths = {"explanation.txt": text}
         for graph in self.graphs:
             if graph.plan is not None:
                 name = graph.name.replace(" ", "-")
-                written = write_report(simulate(graph.plan) if not graph.waits else graph.plan, target / name)
+                plan = replace(graph.plan, graph=replace(graph.plan.graph, name=graph.name))
+                written = write_report(plan if graph.waits else simulate(plan), target / name)
                 paths |= {f"{name}/{key}": path for key, path in written.items()}
         return paths
 
     def _lines(self) -> Iterator[str]:
         tiers = ", ".join(f"{sum(g.tier == t for g in self.graphs)} in {t}" for t in ("T1", "T0"))
-        yield f"{plural(len(self.graphs), 'graph')} compiled: {tiers}"
+        yield f"{plural(len(self.graphs), 'graph')} compiled: {tiers}" if self.graphs else _NOTHING
         for reason in self.graph_breaks:
             yield f"graph break: {reason}"
         for graph in self.graphs:
@@ -86,7 +94,8 @@ def _memory(graph: GraphReport) -> Iterator[str]:
         "peak", f"{format_bytes(graph.peak_before_bytes)} in Inductor's order, {format_bytes(graph.peak_bytes)} here"
     )
     bound = f"at least {format_bytes(graph.bound_bytes)} in any order, gap {format_percent(graph.gap)}"
-    yield _row("", bound if graph.bound_bytes else "no bound over all orders: the plan moves or repeats what it holds")
+    is_known = graph.bound_bytes > 0 or graph.peak_bytes == 0
+    yield _row("", bound if is_known else "no bound over all orders: the plan moves or repeats what it holds")
     arena = f"{format_bytes(graph.arena_bytes)} in one arena"
     yield _row("allocated", f"{format_bytes(graph.allocated_bytes)} at most, {arena}")
     yield _row("held", f"{format_bytes(graph.held_bytes)} that the caller keeps: weights and inputs")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ....errors import OptionError
+from ....hw_models.model import LARGEST_MEMORY_BYTES
 from ....hw_models.registry import parse_bytes
 
 __all__ = ["MODES", "TIERS", "BackendOptions"]
@@ -26,7 +28,7 @@ _NUMBER = (int, float)
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "mode": ((str,), f"one of {', '.join(map(repr, MODES))}"),
     "tier": ((str,), "one of 'auto', 'T0', 'T1'"),
-    "memory_limit": ((int, float, str), "bytes, a size such as '8GiB', or a fraction of the device's memory below 1.0"),
+    "memory_limit": ((int, float, str), "bytes, a size such as '8GiB', or a fraction of the device's memory up to 1.0"),
     "streams": ((int,), "a number of streams, 1 or more"),
     "time_limit": (_NUMBER, "seconds for planning one graph, above 0"),
     "strict": ((bool,), "True or False"),
@@ -83,6 +85,10 @@ class BackendOptions:
         Raises:
             OptionError: a key is unknown, or a value has a wrong type or is out of range.
         """
+        if not isinstance(options, Mapping | None):
+            raise OptionError(
+                f"options of backend 'opweave' is {options!r}; it takes a dictionary such as {{'memory_limit': '8GiB'}}"
+            )
         given = dict(options or {})
         known = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in given if key not in known)
@@ -100,11 +106,9 @@ class BackendOptions:
         limit = self.memory_limit
         if limit is None:
             return None
-        if isinstance(limit, str):
-            return parse_bytes(limit)
         if isinstance(limit, float) and limit <= 1.0:
             return int(limit * device_bytes)
-        return int(limit)
+        return min(parse_bytes(limit) if isinstance(limit, str) else int(limit), LARGEST_MEMORY_BYTES)
 
     @property
     def key(self) -> str:
@@ -118,6 +122,25 @@ def _in_range(name: str, value: Any) -> bool:
         return value in MODES
     if name == "tier":
         return value in TIERS
-    if name == "memory_limit" and isinstance(value, str):
-        return parse_bytes(value) > 0
-    return value > 0 if name in ("memory_limit", "streams", "time_limit") else True
+    if name == "memory_limit":
+        return _is_size(value) if isinstance(value, str) else 0 < value < math.inf
+    if name == "device":
+        return _is_device(value)
+    return value > 0 if name in ("streams", "time_limit") else True
+
+
+def _is_size(text: str) -> bool:
+    try:
+        return parse_bytes(text) > 0
+    except OptionError:
+        return False
+
+
+def _is_device(text: str) -> bool:
+    import torch
+
+    try:
+        torch.device(text)
+    except RuntimeError:
+        return False
+    return True

@@ -32,7 +32,7 @@ def in_our_order(order: Order) -> Iterator[None]:
         named = {node.get_name(): node for node in nodes}
         by_position = {positions[name]: node for name, node in named.items()}
         decided = [by_position[index] for index in order(graph) if index in by_position]
-        log.info("%d fused nodes scheduled", len(decided))
+        log.debug("fused nodes scheduled: %d", len(decided))
         return decided
 
     with inductor_config.patch({"_post_fusion_custom_pass": schedule, "reorder_for_peak_memory": False}):

@@ -55,8 +55,12 @@ def test_it_is_found_by_name() -> None:
         ({"memory_limit": "8 apples"}, "apples"),
         ({"memory_limit": 0}, "'memory_limit'.*8GiB"),
         ({"memory_limit": float("nan")}, "'memory_limit'.*8GiB"),
+        ({"memory_limit": float("inf")}, "'memory_limit'.*8GiB"),
+        ({"memory_limit": "50%"}, "'memory_limit' of backend 'opweave' is '50%'"),
         ({"time_limit": float("nan")}, "'time_limit'.*seconds"),
         ({"device": 3}, "'device'.*such as 'cuda'"),
+        ({"device": "toaster"}, "'device'.*such as 'cuda'"),
+        ("memory_limit", "options of backend 'opweave' is 'memory_limit'; it takes a dictionary"),
         ({"machine": 3}, "'machine'.*opweave hw"),
     ],
 )
