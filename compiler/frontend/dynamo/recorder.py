@@ -22,7 +22,7 @@ from torch._inductor.codegen.wrapper_fxir import WrapperFxCodegen
 from torch._inductor.utils import LineContext
 from torch._inductor.virtualized import V
 
-from ...runtime.device.program import Call, Kernel, Origin, Program, Ref
+from ...runtime.device.program import Call, Item, Kernel, Origin, Program, Ref
 from .effects import has_effect
 from .tensors import Tensors, Unrecorded
 
@@ -52,6 +52,10 @@ class ProgramCodegen(WrapperFxCodegen):
         """A typed line where Inductor prints ``name.zero_()``."""
         return _ZeroLine(self, name)
 
+    def codegen_device_copy(self, src: Any, dst: Any, non_blocking: Any) -> None:
+        """A typed line where Inductor prints ``dst.copy_(src, non_blocking)``."""
+        self.writeline(_CopyLine(self, str(dst), str(src)))
+
     def _generate(self, is_inference: bool) -> tuple[FileBackedGraphModule, None]:
         if isinstance(self, lines.SubgraphPythonWrapperCodegen):
             raise Unrecorded("a subgraph, as control flow has")
@@ -77,6 +81,14 @@ class _ZeroLine(lines.WrapperLine):
         return converter._generate_zero  # type: ignore[no-any-return]
 
 
+class _CopyLine(lines.WrapperLine):
+    def __init__(self, wrapper: ProgramCodegen, to: str, source: str) -> None:
+        self.wrapper, self.to, self.source = wrapper, to, source
+
+    def codegen_fx(self, converter: Any) -> Callable[[Any], None]:
+        return converter._generate_copy  # type: ignore[no-any-return]
+
+
 class _Recorder:
     """Visits the lines of one graph; the names of its ``_generate_*`` methods are Inductor's."""
 
@@ -91,6 +103,8 @@ class _Recorder:
 
     def program(self) -> Program:
         """Everything recorded. Raises Unrecorded."""
+        if len(V.graph.device_idxs) > 1:
+            raise Unrecorded("tensors on several devices")
         tensors = self.tensors
         inputs = tensors.inputs(self.wrapper.get_graph_inputs())
         for name, value in V.graph.constants.items():
@@ -128,7 +142,18 @@ class _Recorder:
         node = line.node
         if getattr(line, "comm_buffer", False):
             raise Unrecorded("a buffer for communication")
-        self.tensors.own(node.get_name(), node.get_layout(), Origin.PLANNED)
+        if node.get_layout().device.type == "cpu" and V.graph.device_types - {"cpu", "meta"}:
+            self._allocate_on_host(node)
+        else:
+            self.tensors.own(node.get_name(), node.get_layout(), Origin.PLANNED)
+
+    def _allocate_on_host(self, node: Any) -> None:
+        """What lies on the host beside a device's tensors has no place in the device's arena: a call makes it."""
+        layout, target = node.get_layout(), "aten.empty_strided.default"
+        sizes = tuple(self.tensors.argument(list(numbers)) for numbers in (layout.size, layout.stride))
+        self._record(target, sizes, {"dtype": layout.dtype, "device": layout.device}, ())
+        self.made[node.get_name()] = len(self.calls) - 1
+        self._made(node.get_name(), node.get_name(), layout, ())
 
     def _generate_reinterpret(self, line: Any) -> None:
         layout = line.layout
@@ -143,6 +168,10 @@ class _Recorder:
         ref = Ref(self.tensors.known(line.name))
         storage = self.tensors.storage_of(ref.name)
         self._record("aten.zero_.default", (ref,), {}, (storage,))
+
+    def _generate_copy(self, line: _CopyLine) -> None:
+        to, source = Ref(self.tensors.known(line.to)), Ref(self.tensors.known(line.source))
+        self._record("aten.copy_.default", (to, source), {}, (self.tensors.storage_of(to.name),))
 
     def _nothing(self, line: Any) -> None:
         """Freeing is for the planner to decide; comments and device contexts do nothing here."""
@@ -186,14 +215,32 @@ class _Recorder:
             raise Unrecorded(f"kernel {line.kernel_name!r}, which is defined elsewhere")
         kernel = self.kernels[line.kernel_name] = replace(kernel, language="triton" if line.triton else "cpp")
         args = tuple(self.tensors.kernel_argument(value) for value in line.call_args)
+        if line.triton:
+            args = tuple(map(self._on_device, args))
         parameters = _triton_parameters(kernel) if line.triton else ()
         parameters = parameters or tuple(map(str, line.arg_types))
         written = tuple(
             self.tensors.storage_of(value.name)
             for value, parameter in zip(args, parameters, strict=False)
-            if isinstance(value, Ref) and _writes(parameter)
+            if isinstance(value, Ref) and _writes(parameter) and not self._is_operand(value, kernel, parameter)
         )
         self._record(line.kernel_name, args, {}, written)
+
+    def _on_device(self, value: Any) -> Any:
+        """An argument as a Triton kernel takes it: numbers that lie on the host by value."""
+        if not isinstance(value, Ref):
+            return value
+        view = self.tensors.views[value.name]
+        if self.tensors.storages[view.storage].device.type != "cpu":
+            return value
+        if view.shape:
+            raise Unrecorded(f"a tensor on the host, {value.name!r}, as the argument of a kernel on the device")
+        return Item(value.name)
+
+    def _is_operand(self, value: Ref, kernel: Kernel, parameter: str) -> bool:
+        """Whether it is an operand of a template's (``arg_A``) that the template does not change."""
+        is_template = parameter.startswith("arg_") and kernel.name.startswith("triton_tem")
+        return is_template and not {value.name, self.tensors.storage_of(value.name)} & set(V.graph.mutated_buffers)
 
     def _generate_symbolic_call_arg(self, line: Any) -> None:
         """Its expression travels with the calls that use it."""
@@ -245,8 +292,9 @@ class _Recorder:
             return
         if aliased:
             raise Unrecorded(f"{target}, whose result is a view of {aliased[0]!r}")
-        written = tuple(self.tensors.storage_of(name) for name in node.get_mutation_names())
-        self._record(target, args, kwargs, written)
+        # An operator of the user's that writes to its arguments says so by further outputs of its node.
+        changed = [name for output in node.get_outputs() for name in output.get_mutation_names()]
+        self._record(target, args, kwargs, tuple(map(self.tensors.storage_of, changed)))
         name = node.get_name()
         self.made[name] = len(self.calls) - 1
         if isinstance(node.layout, ir.MultiOutputLayout | ir.NoneLayout):

@@ -17,7 +17,7 @@ import torch
 from ...plan import Load, Recompute, Residence, Run, Store
 from .backing import Backing, flat
 from .layout import DevicePlan
-from .program import Call, Origin, Program, Ref, Storage, View, references
+from .program import Call, Item, Origin, Program, Ref, Storage, View, references
 from .streams import Streams
 
 __all__ = ["HostCode", "write_host_code"]
@@ -314,7 +314,8 @@ class _Writer:
 
     def _text(self, item: Any) -> str:
         if isinstance(item, Ref):
-            return self.variables[item.name]
+            variable = self.variables[item.name]
+            return f"{variable}.item()" if isinstance(item, Item) else variable
         if isinstance(item, list):
             return f"[{', '.join(map(self._text, item))}]"
         if isinstance(item, tuple):
@@ -389,7 +390,7 @@ def _launcher(kernel: Any, program: Program, name: str) -> Callable[..., Any]:
     if program.kernels[name].language == "cpp":
         return kernel  # type: ignore[no-any-return]
 
-    device = next(s.device for s in program.storages.values() if s.device.type != "cpu").index or 0
+    device = next(s.device for s in program.storages.values() if s.device.type == "cuda").index or 0
     raw_stream = torch._C._cuda_getCurrentRawStream
 
     def launch(*args: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-__all__ = ["Call", "Kernel", "Origin", "Program", "Ref", "Size", "Storage", "View", "references"]
+__all__ = ["Call", "Item", "Kernel", "Origin", "Program", "Ref", "Size", "Storage", "View", "references"]
 
 #: A number of elements or bytes: an integer once symbols have values.
 Size: TypeAlias = int | sympy.Expr
@@ -40,6 +40,11 @@ class Ref:
     """A tensor, by the name of its view."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Item(Ref):
+    """The number in a tensor without dimensions on the host, which kernels on a device take by value."""
 
 
 @dataclass(frozen=True)
