@@ -122,24 +122,76 @@ def _budget(options: BackendOptions) -> Budget:
 _APART = ("output", "given", "call")
 
 
-def _plan(program: Program, machine: HardwareModel, options: BackendOptions, limit_bytes: int | None) -> DevicePlan:
+def _plan(
+    program: Program,
+    machine: HardwareModel,
+    options: BackendOptions,
+    limit_bytes: int | None,
+    candidates: frozenset[str],
+) -> DevicePlan:
     """Order, addresses and streams of one program; transfers and recomputation, too, where a limit needs them."""
     from .compiler.runtime.device.graph import planning_graph
+    from .compiler.runtime.device.layout import allocated_bytes
     from .passes.device.planner import plan_for_device
 
     origins = {storage.name: storage.origin.value for storage in program.storages.values()}
-    apart = frozenset(name for name, origin in origins.items() if origin in _APART)
     graph, budget = planning_graph(program), _budget(options)
-    if limit_bytes is not None:
-        from .passes.offload.planner import plan_within
-
-        held = sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
-        return _synchronised(
-            program, plan_within(graph, apart, machine, limit_bytes, budget, kept_bytes=held).device_plan
-        )
-    hosts = frozenset(name for name in apart if origins[name] == "output")
-    planned = plan_for_device(graph, apart, machine, budget.share(0.8), hosts=hosts)
+    if limit_bytes is not None and not {"host", "returned"}.isdisjoint(origins.values()):
+        return _within(program, graph, machine, limit_bytes, candidates, budget)
+    planned = plan_for_device(graph, _apart(origins), machine, budget.share(0.8), hosts=_hosts(origins))
+    if limit_bytes is not None and _held(program) + max(allocated_bytes(planned), default=0) > limit_bytes:
+        return _within(program, graph, machine, limit_bytes, candidates, _budget(options))
     return planned if options.streams == 1 else _on_streams(program, planned, options, budget)
+
+
+def _within(
+    program: Program,
+    graph: Graph,
+    machine: HardwareModel,
+    limit_bytes: int,
+    candidates: frozenset[str],
+    budget: Budget,
+) -> DevicePlan:
+    """A plan with transfers, which the limit needs, or what is in host memory."""
+    from .compiler.runtime.device.host import HostPlan, with_resident
+    from .passes.offload.planner import plan_within
+
+    origins = {storage.name: storage.origin.value for storage in program.storages.values()}
+    limited = plan_within(
+        graph,
+        _apart(origins),
+        machine,
+        limit_bytes,
+        budget,
+        candidates=candidates,
+        kept_bytes=_held(program),
+        hosts=_hosts(origins),
+    )
+    planned = _synchronised(with_resident(program, limited.resident), limited.device_plan)
+    return HostPlan(
+        planned.plan,
+        planned.arena_bytes,
+        planned.apart,
+        planned.waits,
+        resident=limited.resident,
+        resident_bytes=limited.resident_bytes,
+        room_bytes=limited.room_bytes,
+        loaded_bytes=limited.loaded_bytes,
+        bound_s=limited.bound_s,
+    )
+
+
+def _apart(origins: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(name for name, origin in origins.items() if origin in _APART)
+
+
+def _hosts(origins: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(name for name, origin in origins.items() if origin == "output")
+
+
+def _held(program: Program) -> int:
+    """Bytes on the device that the caller keeps, and constants."""
+    return sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
 
 
 def _partition(

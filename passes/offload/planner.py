@@ -29,14 +29,14 @@ from ...compiler.simulate import latency_ns, simulate, timeline_summary
 from ...compiler.verify import verify
 from ...errors import Infeasible
 from ...hw_models.cost import transfer_seconds
-from ...hw_models.model import Direction, HardwareModel
+from ...hw_models.model import Direction, HardwareModel, aligned_bytes
 from ..address.exact import ExactPlacement
 from ..device.ordering import ordering
 from ..latency.prefetch import Prefetch
 from ..planner import place
 from ..residency.ilp import IlpResidency
 from ..residency.recompute import RecomputeResidency
-from ..residency.workset import aligned_bytes, least_capacity
+from ..residency.workset import least_capacity
 from .around import Around, placed_around
 from .limited import LimitedPlan
 from .reduction import profile, spans, with_residents, without_bytes
@@ -95,7 +95,8 @@ def plans_within(
         problem.require_room()
         solved = problem.solve(budget.share(1 / (len(limits) - number)))
         if found and found[-1].latency_s < solved.latency_s:
-            solved = replace(found[-1], limit_bytes=limit, bound_s=solved.bound_s)
+            bound_s = min(solved.bound_s, found[-1].latency_s)
+            solved = replace(found[-1], limit_bytes=limit, bound_s=bound_s)
         found.append(solved)
     return tuple(found)
 

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,17 +25,20 @@ from ....errors import ExecutionError, Infeasible
 from ....hw_models.model import HardwareModel
 from ...graph import Graph
 from ...partition import Partition, PartitionProblem
+from ...runtime.device.host import HostMemory, on_host, residents
 from ...runtime.device.layout import DevicePlan
 from ...runtime.device.offload import fetched, sent
 from ...runtime.device.program import Origin, Program, Ref
 from .explain import described
 from .fallbacks import Fallbacks
-from .figures import figured
+from .figures import figured, held_bytes
+from .hosted import HostedGraph
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
 from .planned import LOADING, PlannedGraph, StockGraph, bucket_of
 from .repairs import repaired
 from .report import GraphReport, Reports
+from .retarget import retarget
 from .stock import in_our_order
 from .traced import copied, device_of, sized_example
 from .training import ATTEMPTS, UNLIMITED, Partitioner, step_bytes
@@ -45,20 +49,21 @@ log = logging.getLogger("opweave.backend")
 _compiler_config: Any = torch.compiler.config
 
 #: Changes whenever what the cache holds would be read differently.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Planners:
     """What the backend is handed from above: how to plan a graph, order one, and model a device.
 
-    ``plan`` takes a program all of whose sizes are integers, a machine, the options and a limit in bytes or ``None``.
+    ``plan`` takes a program all of whose sizes are integers, a machine, the options, a limit in bytes or ``None``, and
+    storages in host memory that may stay on the device between calls; where any are, it returns a ``HostPlan``.
     ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices. ``machine``
     takes a device and the options. ``partition`` takes a problem, the most bytes to save on the device, answers to
     begin with, and the options.
     """
 
-    plan: Callable[[Program, HardwareModel, BackendOptions, int | None], DevicePlan]
+    plan: Callable[[Program, HardwareModel, BackendOptions, int | None, frozenset[str]], DevicePlan]
     order: Callable[[Graph, BackendOptions], tuple[int, ...]]
     machine: Callable[[torch.device, BackendOptions], HardwareModel]
     partition: Callable[[PartitionProblem, int, Sequence[Any], BackendOptions], Partition]
@@ -73,6 +78,10 @@ class Backend:
     reports: Reports = field(default_factory=Reports)
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
     _numbers: Any = field(default_factory=itertools.count)
+    #: By device and options, as long as a graph uses one: graphs of one model share the copies of its weights.
+    _memories: weakref.WeakValueDictionary[tuple[torch.device, str], HostMemory] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
 
     def __call__(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], options: BackendOptions
@@ -82,13 +91,32 @@ class Backend:
         Raises:
             Infeasible: no plan holds the memory limit.
             ExecutionError: a fallback would be needed, and the options are strict.
+            OptionError: the option ``device`` is for another model: one with gradients, or on a device already.
+            ModelError: what works on the host only cannot run on that device.
         """
         number = next(self._numbers)
+        if options.device is not None:
+            return self._hosted(module, inputs, options, number)
         machine = self.planners.machine(device_of(module, inputs), options)
         limit = options.limit_bytes(machine.scratchpad_memory.capacity_bytes)
         if limit is None:
             return self._compiled(module, inputs, _Inner(self, options, number, machine))
         return self._within(module, inputs, _Inner(self, options, number, machine, limit))
+
+    def _hosted(
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], options: BackendOptions, number: int
+    ) -> Callable[..., Any]:
+        """For a model in host memory: the device does the work, within the limit or what the device has."""
+        device = torch.device(options.device or "")
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        module, inputs = retarget(module, inputs, device)
+        machine = self.planners.machine(device, options)
+        capacity = machine.scratchpad_memory.capacity_bytes
+        limit = options.limit_bytes(capacity)
+        memory = self._memories.setdefault((device, options.key), HostMemory(device))
+        inner = _Inner(self, options, number, machine, capacity if limit is None else limit, memory=memory)
+        return self._compiled(module, inputs, inner)
 
     def _compiled(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner, tag: str = ""
@@ -107,18 +135,19 @@ class Backend:
     def _within(self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: _Inner) -> Callable[..., Any]:
         """The first attempt that holds the limit: ever less is saved between the halves of a training step."""
         assert inner.limit is not None
-        saved_limit, least = UNLIMITED, UNLIMITED
-        for _ in range(ATTEMPTS):
+        saved_limit, least, lowest, reason = UNLIMITED, UNLIMITED, 0, ""
+        for number in range(ATTEMPTS):
             attempt = inner.saving(saved_limit)
             try:
                 compiled = self._compiled(copied(module), inputs, attempt, f" saved {saved_limit}")
             except Infeasible as error:
                 answer = attempt.partitioned
-                if answer is None:  # no graph of a training step, or too much has to be saved
-                    if saved_limit == UNLIMITED:
+                if answer is None:
+                    if saved_limit == UNLIMITED:  # no graph of a training step
                         raise
-                    break
-                needed, saved = error.required_bytes, answer.recount.kept_bytes
+                    saved_limit = lowest = error.required_bytes  # so much has to be saved
+                    continue
+                needed, saved, reason = error.required_bytes, answer.recount.kept_bytes, f": {error.message}"
             else:
                 needed = step_bytes(attempt.reports) if any(r.phase == "backward" for r in attempt.reports) else 0
                 if needed <= inner.limit:
@@ -127,11 +156,14 @@ class Backend:
                 saved = max(report.saved_bytes for report in attempt.reports)
             log.info("saving %d bytes between forward and backward, a step needs %d", saved, needed)
             least = min(least, needed)
-            saved_limit = min(saved, saved_limit) - (needed - inner.limit)
-            if saved_limit < 0:
+            if min(saved, saved_limit) <= lowest:
                 break
+            saved_limit = min(saved, saved_limit) - (needed - inner.limit)
+            if number >= ATTEMPTS - 3:  # small steps have not led there: the last ones save as little as can be
+                saved_limit = lowest
+            saved_limit = max(saved_limit, lowest)
         raise Infeasible(
-            f"a training step within {inner.limit:,} bytes was not found; the least found needs {least:,}",
+            f"a training step within {inner.limit:,} bytes was not found; the least found needs {least:,}{reason}",
             required_bytes=least,
             available_bytes=inner.limit,
             hint="parameters, inputs and outputs stay on the device: a smaller batch, or a larger limit",
@@ -166,6 +198,7 @@ class _Inner:
     machine: HardwareModel
     limit: int | None = None
     partitioner: Partitioner | None = None
+    memory: HostMemory | None = None
     reports: list[GraphReport] = field(default_factory=list)
     is_settled: bool = False
 
@@ -197,8 +230,8 @@ class _Inner:
             self.backend.reports.add(report)
 
     @property
-    def replan(self) -> Callable[[Program], DevicePlan]:
-        """Makes a plan for a program all of whose sizes are integers."""
+    def replan(self) -> Callable[[Program, Sequence[int]], DevicePlan]:
+        """Makes a plan for a program all of whose sizes are integers, some inputs of which are weights."""
         return self._plan
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -237,15 +270,19 @@ class _Inner:
         )
         program = self._divided(program, module, report.phase)
         report = dataclasses.replace(report, lowering_s=time.monotonic() - begin, **self._saved(report.phase))
-        captures = self.options.cuda_graph and report.phase == "inference"
-        static = tuple(kwargs.get("static_input_idxs", ())) if captures else None
+        static = tuple(kwargs.get("static_input_idxs", ()))
         key = f"{report.name} {self.options.key}"
-        graph = PlannedGraph(program, torch.device(report.device), report, key, static)
+        device = torch.device(report.device)
+        if self.memory is not None:
+            graph: PlannedGraph = HostedGraph(on_host(program), device, report, key, static, memory=self.memory)
+        else:
+            captures = self.options.cuda_graph and report.phase == "inference"
+            graph = PlannedGraph(program, device, report, key, static if captures else None)
         graph.replan = self._plan
         bucket = tuple(map(bucket_of, graph.values([sized_example(item) for item in inputs])))
         example = graph.sized(bucket)
         begin = time.monotonic()
-        plan = self._plan(example)
+        plan = self._plan(example, graph.weights)
         graph.plans[bucket] = plan
         graph.report = figured(report, example, plan, time.monotonic() - begin)
         self.found(graph.report)
@@ -280,19 +317,13 @@ class _Inner:
             "recomputed_s": answer.recount.again_ps / 1e12,
         }
 
-    def _plan(self, program: Program) -> DevicePlan:
-        return self.backend.planners.plan(program, self.machine, self.options, self._limit_of(program))
-
-    def _limit_of(self, program: Program) -> int | None:
-        """The limit that a plan of ``program`` alone has to hold.
-
-        The halves of a training step are held to it together, by what is saved in between; each alone only where it has
-        transfers to plan.
-        """
-        if self.partitioner is None or self.partitioner.halves is None:
-            return self.limit
-        moves = any(s.origin in (Origin.HOST, Origin.RETURNED) for s in program.storages.values())
-        return self.limit if moves else None
+    def _plan(self, program: Program, weights: Sequence[int] = ()) -> DevicePlan:
+        limit = self.limit
+        if limit is not None:  # the caller keeps what the forward half was given, whether this half sees it or not
+            kept = max((report.held_bytes for report in self.reports if report.phase == "forward"), default=0)
+            limit -= max(0, kept - held_bytes(program))
+        candidates = residents(program, weights)
+        return self.backend.planners.plan(program, self.machine, self.options, limit, candidates)
 
     def _stock(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]

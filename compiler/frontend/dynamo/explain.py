@@ -84,7 +84,8 @@ def described(graph: GraphReport) -> Iterator[str]:
     if graph.tier == "T1":
         yield from _memory(graph)
     if graph.predicted_s is not None:
-        yield _row("predicted", f"{format_seconds(graph.predicted_s)} on {plural(graph.streams, 'stream')}")
+        least = "" if graph.bound_s is None else f", at least {format_seconds(graph.bound_s)} within the limit"
+        yield _row("predicted", f"{format_seconds(graph.predicted_s)} on {plural(graph.streams, 'stream')}{least}")
     status = f"; {graph.status}" if graph.status else ""
     yield _row("compiled", f"{graph.lowering_s:.2f} s lowering, {graph.planning_s:.2f} s planning{status}")
 
@@ -101,6 +102,9 @@ def _memory(graph: GraphReport) -> Iterator[str]:
     yield _row("held", f"{format_bytes(graph.held_bytes)} that the caller keeps: weights and inputs")
     if graph.limit_bytes is not None:
         yield _row("limit", format_bytes(graph.limit_bytes))
+    if graph.resident_bytes or graph.loaded_bytes:
+        loaded = f"each call loads {format_bytes(graph.loaded_bytes)} from the host"
+        yield _row("weights", f"{format_bytes(graph.resident_bytes)} stay on the device, {loaded}")
     if graph.saved_bytes or graph.offloaded_bytes:
         offloaded = f"{format_bytes(graph.offloaded_bytes)} offloaded to the host"
         again = f"{format_seconds(graph.recomputed_s)} of recomputation"

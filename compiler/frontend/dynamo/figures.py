@@ -7,22 +7,26 @@ import itertools
 from collections import Counter
 
 from ...plan import Plan, Run
+from ...runtime.device.host import HostPlan
 from ...runtime.device.layout import DevicePlan, allocated_bytes, live_bytes
 from ...runtime.device.program import Origin, Program
 from ...simulate import latency_ns
 from .report import GraphReport
 
-__all__ = ["figured", "predicted_seconds", "program_order_peak"]
+__all__ = ["figured", "held_bytes", "predicted_seconds", "program_order_peak"]
 
 
 def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s: float) -> GraphReport:
     """``report`` with what there is to say of ``program``, all of whose sizes are integers, and of its plan."""
     kernels = Counter(call.target for call in program.calls if call.target in program.kernels)
     operators = Counter(call.target for call in program.calls if call.target not in program.kernels)
-    held = sum(int(s.nbytes) for s in program.storages.values() if s.origin in (Origin.INPUT, Origin.CONSTANT))
     proven = next((c for c in plan.plan.certificates if c.objective == "peak_bytes"), None)
     engines = {i.engine for i in plan.plan.instructions if isinstance(i, Run)}
     live = max(live_bytes(plan.plan), default=0)
+    if isinstance(plan, HostPlan):
+        report = dataclasses.replace(
+            report, resident_bytes=plan.resident_bytes, loaded_bytes=plan.loaded_bytes, bound_s=plan.bound_s
+        )
     return dataclasses.replace(
         report,
         kernels=dict(kernels),
@@ -32,7 +36,7 @@ def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s:
         bound_bytes=min(live, proven.bound) if proven else 0,
         allocated_bytes=max(allocated_bytes(plan), default=plan.arena_bytes),
         arena_bytes=plan.arena_bytes,
-        held_bytes=held,
+        held_bytes=held_bytes(program),
         streams=max(1, len(engines)),
         predicted_s=predicted_seconds(plan.plan),
         planning_s=planning_s,
@@ -42,6 +46,11 @@ def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s:
         else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
         plan=plan.plan,
     )
+
+
+def held_bytes(program: Program) -> int:
+    """Bytes on the device that the caller keeps, and constants."""
+    return sum(int(s.nbytes) for s in program.storages.values() if s.origin in (Origin.INPUT, Origin.CONSTANT))
 
 
 def predicted_seconds(plan: Plan) -> float:

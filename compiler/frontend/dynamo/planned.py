@@ -7,7 +7,7 @@ import hashlib
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol
@@ -18,7 +18,9 @@ from torch._inductor.output_code import OutputCode
 
 from ...runtime.device.arena import Pool, TransientPool
 from ...runtime.device.captured import CapturedExecutor, why_not_captured
+from ...runtime.device.code import HostCode
 from ...runtime.device.executor import POOL, Executor
+from ...runtime.device.host import HostMemory
 from ...runtime.device.layout import DevicePlan
 from ...runtime.device.program import Program, Ref
 from .report import GraphReport
@@ -27,8 +29,8 @@ __all__ = ["LOADING", "Loading", "PlannedGraph", "StockGraph", "bucket_of"]
 
 log = logging.getLogger("opweave.host_code")
 
-#: Makes a plan for a program all of whose sizes are integers.
-PlanProgram = Callable[[Program], DevicePlan]
+#: Makes a plan for a program all of whose sizes are integers, given the positions of weights among its inputs.
+PlanProgram = Callable[[Program, Sequence[int]], DevicePlan]
 
 
 def bucket_of(value: int) -> int:
@@ -43,12 +45,31 @@ def _holds(plan: DevicePlan, program: Program) -> bool:
     return all(s.nbytes <= planned[s.name].nbytes for s in program.storages.values() if s.name in planned)
 
 
+class _Runs(Protocol):
+    """What runs a program for one choice of its sizes."""
+
+    @property
+    def kernels(self) -> Mapping[str, Any]:
+        """Its kernels, loaded."""
+
+    @property
+    def code(self) -> HostCode:
+        """Its host code."""
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        """Run it."""
+
+
 class Loading(Protocol):
     """What a graph that comes from the cache needs of the backend that asked for it."""
 
     @property
     def replan(self) -> PlanProgram:
         """Makes plans for shapes that no stored plan covers."""
+
+    @property
+    def memory(self) -> HostMemory | None:
+        """Copies of weights on the device, for a model on the host."""
 
     def found(self, report: GraphReport) -> None:
         """Take the report of a graph that was found."""
@@ -76,6 +97,8 @@ class PlannedGraph(OutputCode):
         self.program, self.device, self.report = program, device, report
         #: Inputs that stay where they are from call to call; ``None`` if no CUDA graph is wanted.
         self.static = static
+        #: Of a model in host memory, inputs that may stay on the device between calls.
+        self.weights: tuple[int, ...] = ()
         self.plans: dict[tuple[int, ...], DevicePlan] = {}
         self.replan: PlanProgram | None = None
         self._fx_graph_cache_key = key
@@ -83,7 +106,7 @@ class PlannedGraph(OutputCode):
         self._prepare()
 
     def _prepare(self) -> None:
-        self._executors: dict[tuple[int, ...], Executor | CapturedExecutor] = {}
+        self._executors: dict[tuple[int, ...], _Runs] = {}
         self._lock = threading.Lock()
         positions = enumerate(self.program.inputs)
         self._given = {item: index for index, item in positions if isinstance(item, sympy.Symbol)}
@@ -112,7 +135,7 @@ class PlannedGraph(OutputCode):
         tensor = inputs[index]
         return int(tensor.shape[dimension] if what == "size" else tensor.stride(dimension))
 
-    def _executor(self, values: tuple[int, ...]) -> Executor | CapturedExecutor:
+    def _executor(self, values: tuple[int, ...]) -> _Runs:
         with self._lock:
             if values in self._executors:
                 return self._executors[values]
@@ -120,15 +143,19 @@ class PlannedGraph(OutputCode):
             plan = self._plan_for(program, values)
             kernels = next(iter(self._executors.values())).kernels if self._executors else None
             log.debug("%s: making host code for sizes %s", self.report.name, values)
-            pool: Pool = POOL if self.report.phase == "inference" else TransientPool()
-            plain = Executor(program, plan, device=self.device, kernels=kernels, pool=pool)
-            captures = self.static is not None and not values and not why_not_captured(program)
-            executor = CapturedExecutor(plain, program, self.static or ()) if captures else plain
-            log.debug("%s", plain.code.source)
+            executor = self._made(program, plan, kernels)
+            log.debug("%s", executor.code.source)
             if len(self._executors) >= KEPT_PLANS:
                 del self._executors[next(iter(self._executors))]
             self._executors[values] = executor
             return executor
+
+    def _made(self, program: Program, plan: DevicePlan, kernels: Mapping[str, Any] | None) -> _Runs:
+        """What runs ``program``, all of whose sizes are integers."""
+        pool: Pool = POOL if self.report.phase == "inference" else TransientPool()
+        plain = Executor(program, plan, device=self.device, kernels=kernels, pool=pool)
+        captures = self.static is not None and not program.free_symbols and not why_not_captured(program)
+        return CapturedExecutor(plain, program, self.static or ()) if captures else plain
 
     def sized(self, values: Sequence[int]) -> Program:
         """The program for these values of its symbols."""
@@ -141,7 +168,7 @@ class PlannedGraph(OutputCode):
             plan = self.plans.get(size)
             if plan is None:
                 assert self.replan is not None  # set by the backend wherever a graph comes from
-                plan = self.plans[size] = self.replan(self.sized(size))
+                plan = self.plans[size] = self.replan(self.sized(size), self.weights)
                 if len(self.plans) > KEPT_PLANS:
                     del self.plans[next(iter(self.plans))]
             if size == values or _holds(plan, program):

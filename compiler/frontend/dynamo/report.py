@@ -24,7 +24,8 @@ class GraphReport:
     arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
     planning took, ``status`` what the solver proved. Under a limit of ``limit_bytes``, ``saved_bytes`` stay on the
     device from the forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the
-    predicted time of what runs again.
+    predicted time of what runs again. Of a model in host memory ``resident_bytes`` of weights stay on the device, and a
+    call loads ``loaded_bytes``; ``bound_s`` is what it takes at least in this order within the limit.
     """
 
     name: str
@@ -49,6 +50,9 @@ class GraphReport:
     saved_bytes: int = 0
     offloaded_bytes: int = 0
     recomputed_s: float = 0.0
+    resident_bytes: int = 0
+    loaded_bytes: int = 0
+    bound_s: float | None = None
     from_cache: bool = False
     waits: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     plan: Plan | None = field(default=None, repr=False)

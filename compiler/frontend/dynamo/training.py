@@ -20,7 +20,7 @@ from .report import GraphReport
 
 __all__ = ["ATTEMPTS", "UNLIMITED", "Partitioner", "step_bytes"]
 
-ATTEMPTS = 6
+ATTEMPTS = 7
 #: More than any device holds: a limit that does not limit.
 UNLIMITED = 1 << 60
 
@@ -63,11 +63,9 @@ class Partitioner(CustomPartitionerFn):
 
 
 def step_bytes(reports: Sequence[GraphReport]) -> int:
-    """Most bytes of the device in use in a step made of ``reports``, the arena being as large as its largest.
+    """Most bytes of the device in use in a step made of ``reports``: each half gives its arena back behind itself.
 
     What the caller keeps for the forward half it keeps for the backward half, too.
     """
-    arena = max((report.arena_bytes for report in reports), default=0)
     held = max((report.held_bytes for report in reports), default=0)
-    apart = max((report.allocated_bytes - report.arena_bytes for report in reports), default=0)
-    return held + arena + apart
+    return held + max((report.allocated_bytes for report in reports), default=0)

@@ -23,7 +23,7 @@ from .executor import POOL, Executor
 from .layout import DevicePlan
 from .program import Origin, Program, Ref, span_elements
 
-__all__ = ["HostExecutor", "HostMemory", "on_host", "residents", "with_resident"]
+__all__ = ["HostExecutor", "HostMemory", "HostPlan", "on_host", "residents", "with_resident"]
 
 _HOST = torch.device("cpu")
 #: What a tensor's copy is known by: address, dtype, shape and strides.
@@ -63,6 +63,21 @@ def key_of(tensor: torch.Tensor) -> Key:
 
 def _span_bytes(tensor: torch.Tensor) -> int:
     return span_elements(tuple(tensor.shape), tensor.stride()) * tensor.itemsize
+
+
+@dataclass(frozen=True)
+class HostPlan(DevicePlan):
+    """A plan for a program ``on_host``, made with the weights ``resident`` on the device.
+
+    They take ``resident_bytes``; all weights that stay, those of other programs included, may take ``room_bytes``. A
+    call loads ``loaded_bytes``, and takes ``bound_s`` seconds at least, whatever stays, in the plan's order.
+    """
+
+    resident: frozenset[str] = frozenset()
+    resident_bytes: int = 0
+    room_bytes: int = 0
+    loaded_bytes: int = 0
+    bound_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,6 +210,7 @@ class HostExecutor:
         self.memory, self.room_bytes = memory, room_bytes
         planned = with_resident(program, resident)
         self.executor = Executor(planned, device_plan, device=memory.device, kernels=kernels, pool=pool)
+        self.kernels, self.code = self.executor.kernels, self.executor.code
         origins = [planned.storage_of(item).origin if isinstance(item, Ref) else None for item in planned.inputs]
         self._resident = [i for i, origin in enumerate(origins) if origin is Origin.INPUT]
         self._keys: dict[int, Key] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
@@ -41,7 +41,7 @@ class DevicePlan:
 
     def __getstate__(self) -> dict[str, object]:
         """What is pickled: the fields, in types that can be."""
-        return {"plan": self.plan, "arena_bytes": self.arena_bytes, "apart": dict(self.apart), "waits": self.waits}
+        return {known.name: getattr(self, known.name) for known in fields(self)} | {"apart": dict(self.apart)}
 
     @cached_property
     def allocations(self) -> Mapping[str, Allocation]:
