@@ -54,7 +54,7 @@ class ProgramCodegen(WrapperFxCodegen):
 
     def codegen_device_copy(self, src: Any, dst: Any, non_blocking: Any) -> None:
         """A typed line where Inductor prints ``dst.copy_(src, non_blocking)``."""
-        self.writeline(_CopyLine(self, str(dst), str(src)))
+        self.writeline(_CopyLine(self, str(dst), str(src)))  # type: ignore[no-untyped-call]
 
     def _generate(self, is_inference: bool) -> tuple[FileBackedGraphModule, None]:
         if isinstance(self, lines.SubgraphPythonWrapperCodegen):

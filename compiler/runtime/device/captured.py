@@ -48,7 +48,7 @@ class CapturedExecutor:
     """
 
     def __init__(self, executor: Executor, program: Program, static: Collection[int]) -> None:
-        self.executor, self.kernels = executor, executor.kernels
+        self.executor, self.kernels, self.code = executor, executor.kernels, executor.code
         self.failure = ""
         self._static = frozenset(static)
         self._tensors = [p for p, item in enumerate(program.inputs) if isinstance(item, Ref)]
