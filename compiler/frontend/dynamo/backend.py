@@ -31,7 +31,7 @@ from ...runtime.device.offload import fetched, sent
 from ...runtime.device.program import Origin, Program, Ref
 from .explain import described
 from .fallbacks import Fallbacks
-from .figures import figured, held_bytes
+from .figures import figured
 from .hosted import HostedGraph
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
@@ -276,7 +276,8 @@ class _Inner:
         if self.memory is not None:
             graph: PlannedGraph = HostedGraph(on_host(program), device, report, key, static, memory=self.memory)
         else:
-            captures = self.options.cuda_graph and report.phase == "inference"
+            # A graph has memory beside what is planned: inputs, outputs and an arena of its own.
+            captures = self.options.cuda_graph and report.phase == "inference" and self.limit is None
             graph = PlannedGraph(program, device, report, key, static if captures else None)
         graph.replan = self._plan
         bucket = tuple(map(bucket_of, graph.values([sized_example(item) for item in inputs])))
@@ -321,7 +322,7 @@ class _Inner:
         limit = self.limit
         if limit is not None:  # the caller keeps what the forward half was given, whether this half sees it or not
             kept = max((report.held_bytes for report in self.reports if report.phase == "forward"), default=0)
-            limit -= max(0, kept - held_bytes(program))
+            limit -= max(0, kept - program.held_bytes)
         candidates = residents(program, weights)
         return self.backend.planners.plan(program, self.machine, self.options, limit, candidates)
 

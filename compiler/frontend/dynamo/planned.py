@@ -154,8 +154,13 @@ class PlannedGraph(OutputCode):
         """What runs ``program``, all of whose sizes are integers."""
         pool: Pool = POOL if self.report.phase == "inference" else TransientPool()
         plain = Executor(program, plan, device=self.device, kernels=kernels, pool=pool)
-        captures = self.static is not None and not program.free_symbols and not why_not_captured(program)
-        return CapturedExecutor(plain, program, self.static or ()) if captures else plain
+        if self.static is None or program.free_symbols:
+            return plain
+        why_not = why_not_captured(program, self.static)
+        if why_not or plain.code.spill_bytes:
+            log.debug("%s is not captured: %s", self.report.name, why_not or "it stores to host memory")
+            return plain
+        return CapturedExecutor(plain, program, self.static)
 
     def sized(self, values: Sequence[int]) -> Program:
         """The program for these values of its symbols."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .arena import ArenaPool, Pool
+from .arena import ArenaPool, Pool, TransientPool
 from .backing import SpillPool
 from .code import HostCode, write_host_code
 from .kernels import load_kernels
 from .layout import DevicePlan
-from .program import Program, Ref, span_elements
+from .program import Origin, Program, Ref, span_elements
 
 __all__ = ["POOL", "SPILL_POOL", "Executor"]
 
@@ -27,7 +27,8 @@ class Executor:
     """Runs ``program``, whose sizes are integers, under ``device_plan`` in an arena lent by ``pool``.
 
     It is called with a list of inputs, which it empties so that those nobody else holds can be freed, and returns a
-    tuple of outputs (the boxed convention of AOTAutograd). On a GPU the work is queued on the current stream.
+    tuple of outputs (the boxed convention of AOTAutograd). On a GPU the work is queued on the current stream; where
+    that is captured in a CUDA graph, arenas are the graph's, which keeps their addresses as long as it lives.
     """
 
     def __init__(
@@ -45,32 +46,48 @@ class Executor:
         self.device, self.pool, self.arena_bytes = device, pool, device_plan.arena_bytes
         #: The memory it ran in last, and the host code over it.
         self._bound: tuple[torch.Tensor, torch.Tensor | None, Any] | None = None
+        #: Host memory that CUDA graphs of others replay on: nobody says when they are gone.
+        self._captured: list[SpillPool] = []
         # Two calls at once would record each other's events.
         self._one_at_a_time = threading.Lock() if self.code.has_events else nullcontext()
         tensors = [(p, program.storage_of(i)) for p, i in enumerate(program.inputs) if isinstance(i, Ref)]
         written = {name for call in program.calls for name in call.writes}
         #: Positions of inputs that kernels take to be aligned, and whether they are written.
-        self._aligned = [(p, storage.name in written) for p, storage in tensors if storage.device.type == "cuda"]
+        self._aligned = [
+            (p, storage.name in written)
+            for p, storage in tensors
+            if storage.device.type == "cuda" and storage.origin is not Origin.HOST
+        ]
 
-    def __call__(self, inputs: list[Any], pool: Pool | None = None) -> tuple[Any, ...]:
-        """Run it, in an arena of another ``pool`` if one is given."""
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        """Run it."""
         if self.device.type != "cuda":
-            return self._call(inputs, pool or self.pool)
+            return self._call(inputs, self.pool, SPILL_POOL)
         stream = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(stream), self._one_at_a_time:
+            pool, spills = self._pools()
             copies = [(inputs[p], _realigned(inputs, p), written) for p, written in self._aligned if _is_off(inputs[p])]
-            outputs = self._call(inputs, pool or self.pool)
+            outputs = self._call(inputs, pool, spills)
             for original, copy, written in copies:
                 if written:
                     original.copy_(copy)
             originals = {id(copy): original for original, copy, _ in copies}
             return tuple(originals.get(id(item), item) for item in outputs)
 
-    def _call(self, inputs: list[Any], pool: Pool) -> tuple[Any, ...]:
+    def _pools(self) -> tuple[Pool, SpillPool]:
+        """Where memory comes from: what is captured in a CUDA graph must not run in blocks that others get, too."""
+        if not torch.cuda.is_current_stream_capturing():
+            return self.pool, SPILL_POOL
+        if self.code.spill_bytes:
+            self._captured.append(SpillPool())
+            return TransientPool(), self._captured[-1]
+        return TransientPool(), SPILL_POOL
+
+    def _call(self, inputs: list[Any], pool: Pool, spills: SpillPool) -> tuple[Any, ...]:
         with pool.lend(self.arena_bytes, self.device) as arena:
             if not self.code.spill_bytes:
                 return self._run(inputs, arena, None)
-            with SPILL_POOL.lend(self.code.spill_bytes, self.device) as spill:
+            with spills.lend(self.code.spill_bytes, self.device) as spill:
                 return self._run(inputs, arena, spill)
 
     def _run(self, inputs: list[Any], arena: torch.Tensor, spill: torch.Tensor | None) -> tuple[Any, ...]:
