@@ -15,6 +15,7 @@ from .compiler.frontend.dynamo.explain import BackendExplanation
 from .compiler.frontend.dynamo.options import BackendOptions
 from .compiler.frontend.dynamo.report import GraphReport
 from .compiler.pipeline import Budget
+from .compiler.runtime.device.program import Origin
 from .errors import InternalError, MachineError
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
@@ -118,10 +119,6 @@ def _budget(options: BackendOptions) -> Budget:
     return Budget.of_seconds(options.time_limit, deterministic=options.deterministic)
 
 
-#: Storages that cannot lie in the arena: the caller keeps them, hands them over, or a call allocates them.
-_APART = ("output", "given", "call")
-
-
 def _plan(
     program: Program,
     machine: HardwareModel,
@@ -134,12 +131,12 @@ def _plan(
     from .compiler.runtime.device.layout import allocated_bytes
     from .passes.device.planner import plan_for_device
 
-    origins = {storage.name: storage.origin.value for storage in program.storages.values()}
     graph, budget = planning_graph(program), _budget(options)
-    if limit_bytes is not None and not {"host", "returned"}.isdisjoint(origins.values()):
+    if limit_bytes is not None and program.provided_by(Origin.HOST, Origin.RETURNED):
         return _within(program, graph, machine, limit_bytes, candidates, budget)
-    planned = plan_for_device(graph, _apart(origins), machine, budget.share(0.8), hosts=_hosts(origins))
-    if limit_bytes is not None and _held(program) + max(allocated_bytes(planned), default=0) > limit_bytes:
+    hosts = program.provided_by(Origin.OUTPUT)
+    planned = plan_for_device(graph, program.apart, machine, budget.share(0.8), hosts=hosts)
+    if limit_bytes is not None and program.held_bytes + max(allocated_bytes(planned), default=0) > limit_bytes:
         return _within(program, graph, machine, limit_bytes, candidates, _budget(options))
     return planned if options.streams == 1 else _on_streams(program, planned, options, budget)
 
@@ -156,16 +153,15 @@ def _within(
     from .compiler.runtime.device.host import HostPlan, with_resident
     from .passes.offload.planner import plan_within
 
-    origins = {storage.name: storage.origin.value for storage in program.storages.values()}
     limited = plan_within(
         graph,
-        _apart(origins),
+        program.apart,
         machine,
         limit_bytes,
         budget,
         candidates=candidates,
-        kept_bytes=_held(program),
-        hosts=_hosts(origins),
+        kept_bytes=program.held_bytes,
+        hosts=program.provided_by(Origin.OUTPUT),
     )
     planned = _synchronised(with_resident(program, limited.resident), limited.device_plan)
     return HostPlan(
@@ -181,19 +177,6 @@ def _within(
     )
 
 
-def _apart(origins: Mapping[str, str]) -> frozenset[str]:
-    return frozenset(name for name, origin in origins.items() if origin in _APART)
-
-
-def _hosts(origins: Mapping[str, str]) -> frozenset[str]:
-    return frozenset(name for name, origin in origins.items() if origin == "output")
-
-
-def _held(program: Program) -> int:
-    """Bytes on the device that the caller keeps, and constants."""
-    return sum(int(s.nbytes) for s in program.storages.values() if s.origin.value in ("input", "constant"))
-
-
 def _partition(
     problem: PartitionProblem, limit_bytes: int, starts: Sequence[Any], options: BackendOptions
 ) -> Partition:
@@ -206,19 +189,16 @@ def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, 
     """``planned`` with independent calls on streams of their own, where that is predicted to be faster."""
     from .passes.streams.critical_path import CriticalPath
 
-    decided = CriticalPath(streams=options.streams).assign(planned, _made(program), budget).device_plan
-    return _judged(program, decided)
+    made = program.provided_by(Origin.CALL)
+    decided = CriticalPath(streams=options.streams).assign(planned, made, budget)
+    return _judged(program, decided.device_plan)
 
 
 def _synchronised(program: Program, planned: DevicePlan) -> DevicePlan:
     """``planned``, whose copies have engines of their own, with the waits that keep its meaning."""
     from .compiler.runtime.device.order import synchronisation
 
-    return _judged(program, replace(planned, waits=synchronisation(planned, _made(program))))
-
-
-def _made(program: Program) -> frozenset[str]:
-    return frozenset(storage.name for storage in program.storages.values() if storage.origin.value == "call")
+    return _judged(program, replace(planned, waits=synchronisation(planned, program.provided_by(Origin.CALL))))
 
 
 def _judged(program: Program, planned: DevicePlan) -> DevicePlan:

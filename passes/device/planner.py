@@ -8,8 +8,8 @@ import msgspec
 
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, confirm
-from ...compiler.plan import PassRecord, Plan, Residence
-from ...compiler.runtime.device.layout import DevicePlan
+from ...compiler.plan import PassRecord, Plan
+from ...compiler.runtime.device.layout import DevicePlan, lifetimes
 from ...errors import OptionError
 from ...hw_models.model import HardwareModel
 from .ordering import ordering
@@ -55,20 +55,7 @@ def plan_for_device(
     note = f"program order has {found.program_bytes:,}"
     record = PassRecord("order/least_peak", time.monotonic() - begin, found.certificate, note)
     ordered = start.with_order(found.order).with_record(record)
-    resident = msgspec.structs.replace(ordered, residences=_residences(ordered))
+    resident = msgspec.structs.replace(ordered, residences=lifetimes(ordered, graph, graph.buffers))
     placed = place(resident, apart, hosts & apart, budget)
     confirm("device", placed.plan, found.certificate)
     return placed
-
-
-def _residences(plan: Plan) -> tuple[Residence, ...]:
-    """One for each buffer that has bytes, from its first use to its last."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for step, op in enumerate(plan.order):
-        for buffer in plan.graph.touches[op]:
-            first.setdefault(buffer, step)
-            last[buffer] = step + 1
-    memory = plan.machine.scratchpad
-    spans = sorted((first[b], b) for b in first if plan.graph.buffers[b].nbytes)
-    return tuple(Residence(buffer, memory, begin, last[buffer]) for begin, buffer in spans)

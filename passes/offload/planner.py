@@ -23,7 +23,7 @@ import msgspec
 from ...compiler.graph import Graph
 from ...compiler.pipeline import Budget, confirm, run_pass
 from ...compiler.plan import Certificate, Load, PassRecord, Plan
-from ...compiler.runtime.device.layout import DevicePlan, allocated_bytes
+from ...compiler.runtime.device.layout import DevicePlan, allocated_bytes, lifetimes, live_bytes
 from ...compiler.runtime.device.order import synchronisation
 from ...compiler.simulate import latency_ns, simulate, timeline_summary
 from ...compiler.verify import verify
@@ -39,7 +39,7 @@ from ..residency.recompute import RecomputeResidency
 from ..residency.workset import least_capacity
 from .around import Around, placed_around
 from .limited import LimitedPlan
-from .reduction import profile, spans, with_residents, without_bytes
+from .reduction import with_residents, without_bytes
 from .residents import LowerBound, choose_residents, lower_bound
 from .stream import Stream
 
@@ -142,7 +142,8 @@ class _Problem:
     def apart_bytes(self) -> tuple[int, ...]:
         """Bytes allocated apart at each position of the order."""
         ordered = Plan.of_order(self.graph, self.machine, self.order)
-        return profile(spans(ordered, self.graph, self.apart), self.graph, self.alignment, len(self.order))
+        resident = lifetimes(ordered, self.graph, self.apart)
+        return live_bytes(msgspec.structs.replace(ordered, residences=resident))
 
     @cached_property
     def needs(self) -> tuple[int, ...]:
@@ -179,7 +180,7 @@ class _Problem:
         op = self.order[position]
         ordered = Plan.of_order(self.graph, self.machine, self.order)
         stays = [
-            r.buffer for r in spans(ordered, self.graph, self.apart) if r.begin <= position < r.end
+            r.buffer for r in lifetimes(ordered, self.graph, self.apart) if r.begin <= position < r.end
         ]  # positions are steps of an order without transfers
         touched = [b for b in self.graph.touches[op] if self.graph.buffers[b].nbytes]
         across = [b for b in stays if b not in touched]
@@ -302,7 +303,7 @@ class _Problem:
         arena, behind = _arena(plan), aligned_bytes(_arena(plan), self.alignment)
         apart = []
         ranges: dict[str, int] = {}
-        for residence in spans(plan, graph, self.apart):
+        for residence in lifetimes(plan, graph, self.apart):
             ranges[residence.buffer] = behind
             apart.append(msgspec.structs.replace(residence, offset=behind))
             behind += aligned_bytes(graph.buffers[residence.buffer].nbytes, self.alignment)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import msgspec
 
 from ...compiler.graph import Graph, Op
-from ...compiler.plan import Plan, Residence
-from ...hw_models.model import aligned_bytes
 
-__all__ = ["profile", "spans", "with_residents", "without_bytes"]
+__all__ = ["with_residents", "without_bytes"]
 
 
 def with_residents(graph: Graph, resident: frozenset[str]) -> Graph:
@@ -45,26 +41,3 @@ def without_bytes(graph: Graph, apart: frozenset[str]) -> Graph:
         nbytes = sum(tensor.nbytes for tensor in operands if tensor.buffer in apart)
         ops.append(msgspec.structs.replace(op, outside_bytes=op.outside_bytes + nbytes))
     return msgspec.structs.replace(graph, tensors=tensors, ops=tuple(ops))
-
-
-def spans(plan: Plan, graph: Graph, buffers: frozenset[str]) -> tuple[Residence, ...]:
-    """One residence for each of ``buffers`` that has bytes, from the first to the last step of ``plan`` with it."""
-    touches = {op.name: touched for op, touched in zip(graph.ops, graph.touches, strict=True)}
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for step, instruction in enumerate(plan.instructions):
-        for buffer in touches[instruction.op] if hasattr(instruction, "op") else ():
-            if buffer in buffers and graph.buffers[buffer].nbytes:
-                first.setdefault(buffer, step)
-                last[buffer] = step + 1
-    return tuple(Residence(buffer, plan.machine.scratchpad, first[buffer], last[buffer]) for buffer in first)
-
-
-def profile(residences: tuple[Residence, ...], graph: Graph, alignment_bytes: int, steps: int) -> tuple[int, ...]:
-    """Bytes of ``residences`` at each of ``steps`` steps, each rounded up as an allocator does."""
-    change = [0] * (steps + 1)
-    for residence in residences:
-        nbytes = aligned_bytes(graph.buffers[residence.buffer].nbytes, alignment_bytes)
-        change[residence.begin] += nbytes
-        change[residence.end] -= nbytes
-    return tuple(accumulate(change[:steps]))

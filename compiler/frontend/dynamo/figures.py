@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
+
+import msgspec
 
 from ...plan import Plan, Run
 from ...runtime.device.host import HostPlan
-from ...runtime.device.layout import DevicePlan, allocated_bytes, live_bytes
-from ...runtime.device.program import Origin, Program
+from ...runtime.device.layout import DevicePlan, allocated_bytes, lifetimes, live_bytes
+from ...runtime.device.program import Program
 from ...simulate import latency_ns
 from .report import GraphReport
 
-__all__ = ["figured", "held_bytes", "predicted_seconds", "program_order_peak"]
+__all__ = ["figured", "predicted_seconds", "program_order_peak"]
 
 
 def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s: float) -> GraphReport:
@@ -36,7 +37,7 @@ def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s:
         bound_bytes=min(live, proven.bound) if proven else 0,
         allocated_bytes=max(allocated_bytes(plan), default=plan.arena_bytes),
         arena_bytes=plan.arena_bytes,
-        held_bytes=held_bytes(program),
+        held_bytes=program.held_bytes,
         streams=max(1, len(engines)),
         predicted_s=predicted_seconds(plan.plan),
         planning_s=planning_s,
@@ -46,11 +47,6 @@ def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s:
         else f"{'optimal' if proven.gap == 0 else f'gap {proven.gap:.1%}'} ({proven.proved_by})",
         plan=plan.plan,
     )
-
-
-def held_bytes(program: Program) -> int:
-    """Bytes on the device that the caller keeps, and constants."""
-    return sum(int(s.nbytes) for s in program.storages.values() if s.origin in (Origin.INPUT, Origin.CONSTANT))
 
 
 def predicted_seconds(plan: Plan) -> float:
@@ -63,14 +59,6 @@ def predicted_seconds(plan: Plan) -> float:
 
 def program_order_peak(plan: Plan) -> int:
     """Bytes live at once when operators run in program order, each buffer from its first to its last use."""
-    span: dict[str, tuple[int, int]] = {}
-    for index, touched in enumerate(plan.graph.touches):
-        for name in touched:
-            span[name] = (span.get(name, (index, index))[0], index)
-    alignment = plan.machine.scratchpad_memory.alignment_bytes
-    change = [0] * (len(plan.graph.ops) + 1)
-    for name, (first, last) in span.items():
-        nbytes = -(-plan.graph.buffers[name].nbytes // alignment) * alignment
-        change[first] += nbytes
-        change[last + 1] -= nbytes
-    return max(itertools.accumulate(change), default=0)
+    start = Plan.of_order(plan.graph, plan.machine)
+    resident = lifetimes(start, plan.graph, plan.graph.buffers)
+    return max(live_bytes(msgspec.structs.replace(start, residences=resident)), default=0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 
-from ...plan import Plan
+from ....hw_models.model import aligned_bytes
+from ...graph import Graph
+from ...plan import Plan, Recompute, Residence, Run
 
-__all__ = ["Allocation", "DevicePlan", "allocated_bytes", "live_bytes"]
+__all__ = ["Allocation", "DevicePlan", "allocated_bytes", "lifetimes", "live_bytes"]
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,25 @@ class DevicePlan:
     @cached_property
     def allocations(self) -> Mapping[str, Allocation]:
         """When the memory of each storage that is allocated apart exists: while anything lies in it."""
-        owners = sorted((first, name) for name, first in self.apart.items())
-        firsts = [first for first, _ in owners]
         spans: dict[str, tuple[int, int]] = {}
         for residence in self.plan.residences or ():
-            if residence.offset is not None and residence.offset >= self.arena_bytes:
-                owner = owners[bisect.bisect_right(firsts, residence.offset) - 1][1]
+            owner = None if residence.offset is None else self.owner(residence.offset)
+            if owner is not None:
                 begin, end = spans.get(owner, (residence.begin, residence.end))
                 spans[owner] = min(begin, residence.begin), max(end, residence.end)
         alignment = self.plan.machine.scratchpad_memory.alignment_bytes
-        nbytes = {name: -(-base.nbytes // alignment) * alignment for name, base in self.plan.graph.buffers.items()}
+        nbytes = {name: aligned_bytes(self.plan.graph.buffers[name].nbytes, alignment) for name in spans}
         return MappingProxyType({name: Allocation(nbytes[name], *span) for name, span in spans.items()})
+
+    def owner(self, offset: int) -> str | None:
+        """The storage, allocated apart, in whose range ``offset`` lies; ``None`` for the arena."""
+        if offset < self.arena_bytes:
+            return None
+        return self._owners[bisect.bisect_right(self._owners, offset, key=lambda owner: owner[0]) - 1][1]
+
+    @cached_property
+    def _owners(self) -> tuple[tuple[int, str], ...]:
+        return tuple(sorted((first, name) for name, first in self.apart.items()))
 
 
 def allocated_bytes(device_plan: DevicePlan) -> tuple[int, ...]:
@@ -71,8 +81,25 @@ def live_bytes(plan: Plan) -> tuple[int, ...]:
     alignment = plan.machine.scratchpad_memory.alignment_bytes
     buffers = plan.graph.buffers
     residences = plan.residences or ()
-    spans = ((r.begin, r.end, -(-buffers[r.buffer].nbytes // alignment) * alignment) for r in residences)
+    spans = ((r.begin, r.end, aligned_bytes(buffers[r.buffer].nbytes, alignment)) for r in residences)
     return _profile(spans, len(plan.instructions))
+
+
+def lifetimes(plan: Plan, graph: Graph, buffers: Collection[str]) -> tuple[Residence, ...]:
+    """A residence from the first to the last use in ``plan`` of each of ``buffers`` that has bytes in ``graph``.
+
+    ``graph`` is the plan's own, or one with the same operators.
+    """
+    touches = {op.name: touched for op, touched in zip(graph.ops, graph.touches, strict=True)}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for step, instruction in enumerate(plan.instructions):
+        for buffer in touches[instruction.op] if isinstance(instruction, Run | Recompute) else ():
+            if buffer in buffers and graph.buffers[buffer].nbytes:
+                first.setdefault(buffer, step)
+                last[buffer] = step + 1
+    spans = sorted((begin, buffer) for buffer, begin in first.items())
+    return tuple(Residence(buffer, plan.machine.scratchpad, begin, last[buffer]) for begin, buffer in spans)
 
 
 def _profile(spans: Iterable[tuple[int, int, int]], steps: int) -> tuple[int, ...]:

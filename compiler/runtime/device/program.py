@@ -146,6 +146,21 @@ class Program:
         """Python source of a module that defines all kernels."""
         return "\n".join((self.prologue, *(kernel.source for kernel in self.kernels.values())))
 
+    def provided_by(self, *origins: Origin) -> frozenset[str]:
+        """Names of the storages of these origins."""
+        return frozenset(name for name, storage in self.storages.items() if storage.origin in origins)
+
+    @property
+    def apart(self) -> frozenset[str]:
+        """Storages that cannot lie in an arena: what the caller gets or hands over, and what calls make."""
+        return self.provided_by(Origin.OUTPUT, Origin.GIVEN, Origin.CALL)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on the device that the caller keeps, and constants, where all sizes are integers."""
+        held = self.provided_by(Origin.INPUT, Origin.CONSTANT)
+        return sum(int(self.storages[name].nbytes) for name in held)
+
     def storage_of(self, ref: Ref) -> Storage:
         """The storage that a tensor lies in."""
         return self.storages[self.views[ref.name].storage]
