@@ -86,8 +86,11 @@ class ArenaPool:
             if block is not None:
                 _free(block)
 
+    def _empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
     def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        block = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+        block = self._empty(nbytes + ALIGNMENT_BYTES, device)
         skip = -block.data_ptr() % ALIGNMENT_BYTES
         return block[skip : skip + nbytes]
 

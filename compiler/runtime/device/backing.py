@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ....hw_models.model import aligned_bytes
 from ...plan import Load, Plan, Store
 from .arena import ALIGNMENT_BYTES, ArenaPool
 from .program import Origin, Program
@@ -17,10 +18,8 @@ __all__ = ["Backing", "SpillPool", "flat"]
 class SpillPool(ArenaPool):
     """Lends host memory, pinned where the device is not the CPU, for work on the device's current stream."""
 
-    def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        block = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=device.type != "cpu")
-        skip = -block.data_ptr() % ALIGNMENT_BYTES
-        return block[skip : skip + nbytes]
+    def _empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
 
 
 class Backing:
@@ -41,7 +40,7 @@ class Backing:
         for name in dict.fromkeys(i.buffer for i in plan.instructions if isinstance(i, Store)):
             if program.storages[name].origin not in (Origin.HOST, Origin.RETURNED):
                 self.places[name] = self.spill_bytes
-                self.spill_bytes += -(-self._nbytes(name) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                self.spill_bytes += aligned_bytes(self._nbytes(name), ALIGNMENT_BYTES)
 
     def receive(self, storage: str, variable: str) -> list[str]:
         """Statements that take in the caller's tensor of a storage in host memory."""
