@@ -180,9 +180,10 @@ def _within(
 def _partition(
     problem: PartitionProblem, limit_bytes: int, starts: Sequence[Any], options: BackendOptions
 ) -> Partition:
+    from .passes.partition._early import offloading_early
     from .passes.partition.ilp import IlpPartition
 
-    return IlpPartition().choose(problem, limit_bytes, _budget(options), starts)
+    return offloading_early(IlpPartition().choose(problem, limit_bytes, _budget(options), starts))
 
 
 def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, budget: Budget) -> DevicePlan:
