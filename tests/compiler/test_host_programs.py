@@ -26,7 +26,7 @@ from opweave.compiler.runtime.device.program import Origin, Program
 from opweave.compiler.verify.races import find_races
 from opweave.passes.offload.planner import LimitedPlan, least_limit, plan_within
 from tests.compiler.frontend.dynamo.poisoned import PoisonedPool
-from tests.support.small_programs import CPU, ProgramBuilder, apart_of, device_machine, evaluated, layered
+from tests.support.small_programs import CPU, ProgramBuilder, device_machine, evaluated, layered
 
 WIDTHS = (32, 64, 48, 96, 32, 64)
 MACHINE = device_machine()
@@ -45,7 +45,7 @@ def planned(limit: int, seconds: float = 5.0) -> LimitedPlan:
     candidates = residents(program, weights)
     return plan_within(
         planning_graph(program),
-        apart_of(program),
+        program.apart,
         MACHINE,
         limit,
         Budget.of_seconds(seconds, deterministic=True, workers=1),
@@ -57,7 +57,7 @@ def planned(limit: int, seconds: float = 5.0) -> LimitedPlan:
 def limits() -> list[int]:
     """``LIMITS`` of them, from all weights down to the least."""
     program, _ = host_program()
-    least = least_limit(planning_graph(program), apart_of(program), MACHINE)
+    least = least_limit(planning_graph(program), program.apart, MACHINE)
     most = planned(1 << 28).occupied_bytes + 64
     return [most, (most * 3 + least) // 4, (most + least) // 2, least + 8192, least]
 
@@ -234,7 +234,7 @@ def test_activations_leave_or_are_computed_again(bandwidth: float, instruction: 
     """A model on the device beyond the limit: a fast link offloads, a slow one recomputes; both as eager."""
     program = wide()
     machine = device_machine(bandwidth, latency_s=1e-8)
-    graph, apart = planning_graph(program), apart_of(program)
+    graph, apart = planning_graph(program), program.apart
     least = least_limit(graph, apart, machine)
     limited = plan_within(graph, apart, machine, least, Budget.of_seconds(10, deterministic=True, workers=1))
     assert any(isinstance(i, instruction) for i in limited.device_plan.plan.instructions)
@@ -268,7 +268,7 @@ def test_what_a_forward_pass_offloads() -> None:
     forward = sent(builder.program(), (1, 2))
     assert forward.storages["saved"].origin is Origin.RETURNED
     assert forward.storages["result"].origin is Origin.OUTPUT
-    limited = plan_within(planning_graph(forward), apart_of(forward), MACHINE, 1 << 20, Budget.of_seconds(2))
+    limited = plan_within(planning_graph(forward), forward.apart, MACHINE, 1 << 20, Budget.of_seconds(2))
     value = torch.randn(8, 8)
     got = Executor(forward, limited.device_plan, device=CPU, kernels={})([value])
     expected = evaluated(builder.program(), [value])
@@ -278,7 +278,7 @@ def test_what_a_forward_pass_offloads() -> None:
     given = backward.input("saved", 8, 8)
     backward.returns(backward.out("aten.neg.out", given, out=backward.tensor("gradient", 8, 8)))
     program = fetched(backward.program(), ("saved",))
-    limited = plan_within(planning_graph(program), apart_of(program), MACHINE, 1 << 20, Budget.of_seconds(2))
+    limited = plan_within(planning_graph(program), program.apart, MACHINE, 1 << 20, Budget.of_seconds(2))
     assert next(type(i) for i in limited.device_plan.plan.instructions) is Load
     assert torch.equal(Executor(program, limited.device_plan, device=CPU, kernels={})([got[1]])[0], -got[1])
 
@@ -291,7 +291,7 @@ def test_storages_without_bytes() -> None:
     z = builder.out("aten.exp.out", y, out=builder.tensor("z", 0, 4))
     builder.returns(z)
     for program in (builder.program(), on_host(builder.program())):
-        limited = plan_within(planning_graph(program), apart_of(program), MACHINE, 1 << 20, Budget.of_seconds(2))
+        limited = plan_within(planning_graph(program), program.apart, MACHINE, 1 << 20, Budget.of_seconds(2))
         run = Executor(program, limited.device_plan, device=CPU, kernels={})
         assert run([torch.empty(0, 4)])[0].shape == (0, 4)
 
@@ -302,7 +302,7 @@ def test_inputs_that_are_outputs() -> None:
     x = builder.input("x", 4, 4)
     builder.returns(builder.view("row", x, 4, offset=4), builder.out("aten.tanh.out", x, out=builder.tensor("y", 4, 4)))
     program = on_host(builder.program())
-    limited = plan_within(planning_graph(program), apart_of(program), MACHINE, 1 << 20, Budget.of_seconds(2))
+    limited = plan_within(planning_graph(program), program.apart, MACHINE, 1 << 20, Budget.of_seconds(2))
     value = torch.randn(4, 4)
     row, _ = Executor(program, limited.device_plan, device=CPU, kernels={})([value])
     assert row.data_ptr() == value[1].data_ptr()

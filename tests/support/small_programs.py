@@ -13,7 +13,7 @@ from opweave.compiler.runtime.device.code import operator, placed
 from opweave.compiler.runtime.device.program import Call, Origin, Program, Ref, Storage, View, references
 from opweave.hw_models.model import Direction, Engine, EngineKind, HardwareModel, Memory
 
-__all__ = ["ProgramBuilder", "apart_of", "device_machine", "evaluated", "layered"]
+__all__ = ["ProgramBuilder", "device_machine", "evaluated", "layered"]
 
 CPU = torch.device("cpu")
 
@@ -128,12 +128,6 @@ def evaluated(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Te
         for name, _ in call.makes:
             memory[name] = result
     return [value(output).clone() for output in program.outputs]
-
-
-def apart_of(program: Program) -> frozenset[str]:
-    """Storages that cannot lie in the arena."""
-    apart = (Origin.OUTPUT, Origin.CALL, Origin.GIVEN)
-    return frozenset(s.name for s in program.storages.values() if s.origin in apart)
 
 
 def layered(

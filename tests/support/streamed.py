@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 import msgspec
 import torch
 
+from opweave.compiler.graph import OpKind
 from opweave.compiler.pipeline import Budget
 from opweave.compiler.plan import Instruction, Load, Plan, Recompute, Run, Store
 from opweave.compiler.runtime.device.graph import planning_graph
@@ -19,11 +21,19 @@ from opweave.hw_models.model import EngineKind
 from opweave.hw_models.registry import load
 from opweave.passes.device.planner import plan_for_device
 
-__all__ = ["ELEMENTS", "example_inputs", "made_by_calls", "on_streams", "planned", "random_program", "reordered"]
+__all__ = [
+    "ELEMENTS",
+    "example_inputs",
+    "made_by_calls",
+    "on_streams",
+    "planned",
+    "random_linear_extension",
+    "random_program",
+    "reordered",
+]
 
 ELEMENTS = 16  # of each tensor; storages are longer, by different lengths
 _CPU = torch.device("cpu")
-_APART = (Origin.OUTPUT, Origin.CALL, Origin.GIVEN)
 
 
 class _Writer:
@@ -117,7 +127,7 @@ def made_by_calls(program: Program) -> frozenset[str]:
 def planned(program: Program, *, hosts: bool = False) -> DevicePlan:
     """The plan for one stream; with ``hosts``, others may lie in the memory of outputs and inputs handed over."""
     graph = planning_graph(program)
-    apart = frozenset(n for n, s in program.storages.items() if s.origin in _APART and n in graph.buffers)
+    apart = program.apart & graph.buffers.keys()
     hosting = apart - made_by_calls(program) if hosts else frozenset[str]()
     machine = load("h100-sxm")
     return plan_for_device(graph, apart, machine, Budget.of_seconds(5, deterministic=True), hosts=hosting)
@@ -158,3 +168,34 @@ def _touched(plan: Plan, instruction: Instruction) -> tuple[str, ...]:
     assert isinstance(instruction, Run | Recompute)
     index = next(i for i, op in enumerate(plan.graph.ops) if op.name == instruction.op)
     return plan.graph.touches[index]
+
+
+def random_linear_extension(plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random) -> tuple[int, ...]:
+    """The plan's steps in an order that its engines and ``waits`` admit, each step that may come next equally likely.
+
+    What receives comes first and what returns last, as the program begins and ends there.
+    """
+    boundary = {op.name: not op.inputs for op in plan.graph.ops if op.kind is OpKind.BOUNDARY}
+    kinds = [boundary.get(i.op) if isinstance(i, Run | Recompute) else None for i in plan.instructions]
+    inner = [step for step, kind in enumerate(kinds) if kind is None]
+    remaining = {step: set(waits[step]) if waits else set() for step in inner}
+    last: dict[str, int] = {}
+    for step in inner:
+        engine = plan.instructions[step].engine
+        remaining[step] |= {last[engine]} if engine in last else set()
+        last[engine] = step
+    followers: dict[int, list[int]] = {}
+    for step, before in remaining.items():
+        for other in before:
+            followers.setdefault(other, []).append(step)
+    ready = [step for step, before in remaining.items() if not before]
+    order: list[int] = []
+    while ready:
+        step = ready.pop(rng.randrange(len(ready)))
+        order.append(step)
+        for follower in followers.get(step, ()):
+            remaining[follower].discard(step)
+            if not remaining[follower]:
+                ready.append(follower)
+    received = [step for step, kind in enumerate(kinds) if kind]
+    return (*received, *order, *(step for step, kind in enumerate(kinds) if kind is False))

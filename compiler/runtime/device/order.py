@@ -9,18 +9,16 @@ program is done when all engines are: a boundary operator, which receives or ret
 from __future__ import annotations
 
 import bisect
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ....errors import PlanError
 from ....hw_models.model import EngineKind
 from ...graph import OpKind
-from ...plan import Plan, Recompute, Run
 from .conflicts import Access, accesses, predecessors
 from .layout import DevicePlan
 
-__all__ = ["random_linear_extension", "recorded", "reduced", "synchronisation"]
+__all__ = ["recorded", "reduced", "synchronisation"]
 
 _Steps = tuple[tuple[int, ...], ...]
 
@@ -146,34 +144,3 @@ def _allocations(device_plan: DevicePlan, made: frozenset[str]) -> Iterator[_All
             end = steps if name in returned else allocation.end
             is_given = name in given
             yield _Allocation(0 if is_given else allocation.begin, end, None if is_given else main, first, last)
-
-
-def random_linear_extension(plan: Plan, waits: Sequence[Sequence[int]], rng: random.Random) -> tuple[int, ...]:
-    """The plan's steps in an order that its engines and ``waits`` admit, each step that may come next equally likely.
-
-    What receives comes first and what returns last, as the program begins and ends there.
-    """
-    boundary = {op.name: not op.inputs for op in plan.graph.ops if op.kind is OpKind.BOUNDARY}
-    kinds = [boundary.get(i.op) if isinstance(i, Run | Recompute) else None for i in plan.instructions]
-    inner = [step for step, kind in enumerate(kinds) if kind is None]
-    remaining = {step: set(waits[step]) if waits else set() for step in inner}
-    last: dict[str, int] = {}
-    for step in inner:
-        engine = plan.instructions[step].engine
-        remaining[step] |= {last[engine]} if engine in last else set()
-        last[engine] = step
-    followers: dict[int, list[int]] = {}
-    for step, before in remaining.items():
-        for other in before:
-            followers.setdefault(other, []).append(step)
-    ready = [step for step, before in remaining.items() if not before]
-    order: list[int] = []
-    while ready:
-        step = ready.pop(rng.randrange(len(ready)))
-        order.append(step)
-        for follower in followers.get(step, ()):
-            remaining[follower].discard(step)
-            if not remaining[follower]:
-                ready.append(follower)
-    received = [step for step, kind in enumerate(kinds) if kind]
-    return (*received, *order, *(step for step, kind in enumerate(kinds) if kind is False))

@@ -16,10 +16,17 @@ from opweave.compiler.runtime.device.arena import ArenaPool
 from opweave.compiler.runtime.device.conflicts import Access, predecessors
 from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.layout import DevicePlan
-from opweave.compiler.runtime.device.order import random_linear_extension, recorded, reduced, synchronisation
+from opweave.compiler.runtime.device.order import recorded, reduced, synchronisation
 from opweave.compiler.runtime.device.program import Program
 from opweave.errors import PlanError
-from tests.support.streamed import example_inputs, on_streams, planned, random_program, reordered
+from tests.support.streamed import (
+    example_inputs,
+    on_streams,
+    planned,
+    random_linear_extension,
+    random_program,
+    reordered,
+)
 
 
 def results(program: Program, device_plan: DevicePlan) -> list[torch.Tensor]:

@@ -15,7 +15,6 @@ from opweave.compiler.plan import Plan
 from opweave.compiler.runtime.device.arena import ArenaPool
 from opweave.compiler.runtime.device.executor import Executor
 from opweave.compiler.runtime.device.layout import DevicePlan
-from opweave.compiler.runtime.device.order import random_linear_extension
 from opweave.compiler.runtime.device.program import Call, Origin, Program, Ref, Storage, View
 from opweave.compiler.verify import verify
 from opweave.compiler.verify.races import find_races
@@ -28,7 +27,14 @@ from opweave.passes.streams.fluid import run
 from opweave.passes.streams.tasks import Task
 from tests.graphs.build import all_graphs
 from tests.graphs.plans import keep_everything, keep_nothing
-from tests.support.streamed import example_inputs, made_by_calls, planned, random_program, reordered
+from tests.support.streamed import (
+    example_inputs,
+    made_by_calls,
+    planned,
+    random_linear_extension,
+    random_program,
+    reordered,
+)
 
 GRAPHS = all_graphs()
 H100 = load("h100-sxm")
