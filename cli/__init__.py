@@ -1,12 +1,14 @@
 """The command line: ``opweave compile | run | explain | verify | fit | export | view | hw | passes``.
 
 Exit codes: 0 done; 1 outputs differ from the reference; 130 stopped by Ctrl-C, with the best plan so far written
-unless standard error says "abandoned"; anything else is the ``exit_code`` of the error (see ``errors.py``): 2 option,
-3 model, 4 machine, 5 infeasible, 6 plan file, 7 verification, 8 execution, 70 internal.
+unless standard error says "abandoned"; 141 nobody reads what is printed any more; anything else is the ``exit_code`` of
+the error (see ``errors.py``): 2 option, 3 model, 4 machine, 5 infeasible, 6 plan file, 7 verification, 8 execution,
+70 internal.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import typer.core
 
 from ..errors import InternalError, OptionError, OpweaveError
 from . import inspecting, planning
-from .shared import INTERRUPTED, print_json
+from .shared import INTERRUPTED, UNREAD, print_json
 
 __all__ = ["app", "main"]
 
@@ -26,14 +28,23 @@ class _Abandoned(Exception):
     """Ctrl-C where nothing was there to keep."""
 
 
+class _Unread(Exception):
+    """Whoever read what is printed has gone, as ``head`` does."""
+
+
 class _Commands(typer.core.TyperGroup):
-    """Typer ends quietly on Ctrl-C, with an exit code that a command may return as well: here it is told apart."""
+    """Typer ends quietly on Ctrl-C and on closed pipes, with exit codes that commands return as well: here told apart.
+
+    A command that prints to a closed pipe has written its files before.
+    """
 
     def invoke(self, ctx: Any) -> Any:  # typer does not export the class of its contexts
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise _Abandoned from interrupt
+        except BrokenPipeError as error:
+            raise _Unread from error
 
 
 app = typer.Typer(
@@ -64,6 +75,9 @@ def main() -> None:
         _fail(error)
     except (KeyboardInterrupt, _Abandoned):
         _abandon()
+    except _Unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        sys.exit(UNREAD)
     except Exception as error:
         if not hasattr(error, "format_message"):
             traceback.print_exc()

@@ -13,10 +13,11 @@ import typer
 from ..errors import OptionError
 from ..hw_models.registry import parse_bytes
 
-__all__ = ["DIFFERENT", "INTERRUPTED", "keywords", "make_folder", "print_json", "refuse", "say"]
+__all__ = ["DIFFERENT", "INTERRUPTED", "UNREAD", "keywords", "make_folder", "print_json", "refuse", "say"]
 
 DIFFERENT = 1
 INTERRUPTED = 130
+UNREAD = 141  # what shells say of a program whose reader has gone
 
 ModelPath = Annotated[Path, typer.Argument(help="An .onnx model, or a plain operator graph .json.")]
 PlanPath = Annotated[Path, typer.Argument(help="A plan written by `opweave compile`.")]
@@ -65,13 +66,22 @@ def keywords(given: dict[str, Any]) -> dict[str, Any]:
     """Keywords of ``api.compile`` from a command's parameters, leaving out what was not given. Raises OptionError."""
     found = {name: given[name] for name in AS_GIVEN if given.get(name) is not None}
     found["fill_seed"] = given.get("fill_seed")
-    found["dims"] = dict(_dim(text) for text in given.get("dim") or ())
+    found["dims"] = _dims(given.get("dim") or ())
     found["pins"] = _pins(given.get("pin") or ())
     if given.get("definitions") is not None:
         from ..compiler.frontend.definitions import load_definitions
 
         found["definitions"] = load_definitions(given["definitions"])
     return found
+
+
+def _dims(texts: list[str] | tuple[str, ...]) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    for text in texts:
+        name, value = _dim(text)
+        if dims.setdefault(name, value) != value:
+            raise OptionError(f"--dim {text!r} contradicts what was said before: {name}={dims[name]}")
+    return dims
 
 
 def _dim(text: str) -> tuple[str, int]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CompiledModel"]
 
 _NO_BODIES = "an operator graph without bodies can be planned, not executed"
+_EXECUTABLE = "an .onnx model, an exported program or an nn.Module has what is needed"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class CompiledModel:
 
         program = self._program()
         if program.flatten is None or program.unflatten is None:
-            raise ExecutionError(_NO_BODIES)
+            raise ExecutionError(_NO_BODIES, hint=_EXECUTABLE)
         as_numpy = any(isinstance(value, numpy.ndarray) for value in pytree.tree_leaves((args, kwargs)))
         if as_numpy:
             args, kwargs = pytree.tree_map_only(numpy.ndarray, tensor_from_numpy, (args, kwargs))
@@ -69,7 +70,7 @@ class CompiledModel:
 
         program = self._program()
         if program.flatten is None:
-            raise ExecutionError(_NO_BODIES)
+            raise ExecutionError(_NO_BODIES, hint=_EXECUTABLE)
         names = program.input_names
         if len(inputs) != len(names):
             raise ExecutionError(f"the model takes {len(names)} tensors ({', '.join(names)}), got {len(inputs)}")

@@ -60,9 +60,16 @@ def read_model(model: Model, inputs: Inputs | None = None, how: Reading | None =
 
 
 def _read_file(path: Path, inputs: Inputs | None, how: Reading) -> tuple[ImportedGraph, Source]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"a plan cannot name {str(path)!r}, which is not Unicode", hint="rename the file") from error
     if path.suffix == ".json":
         from .opgraph import load_opgraph
 
+        ignored = {"dims": how.dims, "fill_seed": how.fill_seed is not None, "definitions": how.definitions}
+        for name in [name for name, is_given in ignored.items() if is_given]:
+            raise OptionError(f"{name} has no effect on an operator graph, which has sizes and names only")
         return load_opgraph(path), Source(path=str(path), sha256=_sha256(path))
     if path.suffix != ".onnx":
         raise ModelError(f"cannot tell what {str(path)!r} is; an .onnx model or an operator graph .json is expected")
