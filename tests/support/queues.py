@@ -1,8 +1,8 @@
 """CUDA's streams and events without a GPU: what host code queues is run at once, and what may race is found.
 
-Every launch gets a vector clock: how far each stream must be when it starts. Two launches that touch the same bytes, one
-writing, must be ordered by their clocks, and so must the users of memory and those of what gets it next from the pool
-of its stream, as PyTorch's caching allocator hands it out: at once, and to the same stream.
+Every launch gets a vector clock: how far each stream must be when it starts. Two launches that touch the same bytes,
+one writing, must be ordered by their clocks, and so must the users of memory and those of what gets it next from the
+pool of its stream, as PyTorch's caching allocator hands it out: at once, and to the same stream.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from opweave.compiler.runtime.device.code import placed
 __all__ = ["Driver", "Event", "Stream", "queues"]
 
 Clock = dict[int, int]
+#: What queues nothing.
+_HOST_WORK = (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.set_)
 
 
 def _joined(*clocks: Clock) -> Clock:
@@ -135,11 +137,11 @@ class Driver:
                 self.races.append(f"{name} on stream {access.stream} races with launch {other.tick} on {other.stream}")
 
 
-class _Launches(TorchDispatchMode):
+class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call] # of a function of torch's
     """Tells a driver of every operator that computes; what operators make comes from its pools."""
 
     def __init__(self, driver: Driver) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.driver = driver
 
     def __torch_dispatch__(
@@ -147,7 +149,7 @@ class _Launches(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.is_view or func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.set_):
+        if func.is_view or func.overloadpacket in _HOST_WORK:
             return result
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}

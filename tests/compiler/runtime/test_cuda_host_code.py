@@ -5,18 +5,24 @@ What `find_races` proves of a plan, this proves of the statements that are writt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from opweave.compiler.pipeline import Budget
 from opweave.compiler.runtime.device.code import HostCode, write_host_code
+from opweave.compiler.runtime.device.graph import planning_graph
+from opweave.compiler.runtime.device.host import on_host, residents, with_resident
 from opweave.compiler.runtime.device.layout import DevicePlan
+from opweave.compiler.runtime.device.order import synchronisation
 from opweave.compiler.runtime.device.program import Origin, Program, Ref
 from opweave.compiler.runtime.device.streams import Streams
+from opweave.passes.offload.planner import least_limit, plan_within
 from tests.support.queues import Driver, queues
+from tests.support.small_programs import device_machine, evaluated, layered
 from tests.support.streamed import example_inputs, on_streams, planned, random_program
 
 CUDA = torch.device("cuda", 0)
@@ -99,6 +105,38 @@ def test_the_driver_finds_what_is_left_out(part: str, monkeypatch: pytest.Monkey
             device_plan = replace(device_plan, waits=((),) * len(device_plan.waits))
         races += run_twice(program, device_plan).races
     assert races
+
+
+@pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
+def test_transfers_race_with_nothing(part: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads and stores go to queues of their own, from the most that they have to do to the least."""
+    program, weights = layered((32, 64, 48, 96, 32, 64))
+    hosted, machine = on_host(program), device_machine()
+    graph, apart = planning_graph(hosted), hosted.apart
+    least, most = least_limit(graph, apart, machine), sum(int(s.nbytes) for s in hosted.storages.values())
+    limit, candidates = round(least + part * (most - least)), residents(hosted, weights)
+    budget = Budget.of_seconds(5, deterministic=True, workers=1)
+    limited = plan_within(graph, apart, machine, limit, budget, candidates=candidates)
+    device_plan = limited.device_plan
+    waits = synchronisation(device_plan, frozenset(n for n, s in hosted.storages.items() if s.origin is Origin.CALL))
+    device_plan = replace(device_plan, waits=waits)
+    resident = with_resident(hosted, limited.resident)
+    empty: Callable[..., torch.Tensor] = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *args, pin_memory, **more: empty(*args, **more))
+    with queues() as (driver, launches):
+        code = written(resident, device_plan, driver)
+        assert code.has_events
+        arena, spill = torch.zeros(device_plan.arena_bytes, dtype=torch.uint8), torch.zeros(1 << 20, dtype=torch.uint8)
+        call = code.bind(arena, spill)
+        ours = [torch.rand(resident.views[item.name].shape) for item in resident.inputs if isinstance(item, Ref)]
+        theirs = [tensor.clone() for tensor in ours]
+        for _ in range(2):
+            with launches():
+                outputs = call(list(ours))
+            for output, wanted in zip(outputs, evaluated(program, theirs), strict=True):
+                torch.testing.assert_close(output, wanted, rtol=0, atol=0)
+    assert driver.races == []
+    assert len(driver.streams) > 1
 
 
 def test_one_engine_needs_no_stream() -> None:
