@@ -26,7 +26,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.sin(self.up(x)))
+        inner: torch.Tensor = self.down(torch.sin(self.up(x)))
+        return x + inner
 
 
 def network() -> nn.Module:
@@ -111,6 +112,7 @@ def skips() -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.parts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(5)])
+            self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             made = [x]
@@ -118,7 +120,7 @@ def skips() -> nn.Module:
                 made.append(part(made[-1]))
             result = made.pop()
             for other in reversed(made):
-                result = result @ self.parts[1].weight + other
+                result = result @ self.matrix + other
             return result
 
     torch.manual_seed(4)
