@@ -30,7 +30,8 @@ def test_a_reader_that_goes_is_not_a_difference_from_the_reference(tmp_path: Pat
     """The plan is there all the same, and Python does not complain at exit."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "opweave.cli", "compile", graph(tmp_path / "g.json"), "-o", tmp_path / "plan.json"]
+    paths = (str(graph(tmp_path / "g.json")), "-o", str(tmp_path / "plan.json"))
+    command = [sys.executable, "-m", "opweave.cli", "compile", *paths]
     with os.fdopen(writing, "wb") as pipe:
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == UNREAD
