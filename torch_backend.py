@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .compiler.frontend.dynamo.backend import Backend, Planners
+from .compiler.frontend.dynamo.backend import Backend
 from .compiler.frontend.dynamo.explain import BackendExplanation
+from .compiler.frontend.dynamo.inner import Planners
 from .compiler.frontend.dynamo.options import BackendOptions
 from .compiler.frontend.dynamo.report import GraphReport
 from .compiler.pipeline import Budget

@@ -6,8 +6,8 @@ limit on what is saved between them; the excess of one attempt is what the next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from ....hw_models.model import HardwareModel
 from ...partition import Partition, PartitionProblem
+from ...runtime.device.offload import fetched, sent
+from ...runtime.device.program import Origin, Program, Ref
 from .joint import Halves, partition
 from .report import GraphReport
 
-__all__ = ["ATTEMPTS", "UNLIMITED", "Partitioner", "step_bytes"]
+__all__ = ["ATTEMPTS", "UNLIMITED", "Partitioner", "half", "saved_figures", "step_bytes"]
 
 ATTEMPTS = 7
 #: More than any device holds: a limit that does not limit.
@@ -69,3 +71,41 @@ def step_bytes(reports: Sequence[GraphReport]) -> int:
     """
     held = max((report.held_bytes for report in reports), default=0)
     return held + max((report.allocated_bytes for report in reports), default=0)
+
+
+def half(program: Program, module: torch.fx.GraphModule, phase: str, halves: Halves | None) -> Program:
+    """``program`` as half of a training step: what it is handed, and what waits in host memory in between.
+
+    ``module`` is the graph it was made of; ``halves`` is how the step was divided, if that was ours to do.
+    """
+    offloaded = {halves.saved[p] for p in halves.offloaded} if halves is not None else set()
+    if phase == "backward":
+        return fetched(_handed_over(program), offloaded)
+    if phase == "forward" and halves is not None and offloaded:
+        returned = torch.utils._pytree.arg_tree_leaves(*module.graph.output_node().args)
+        saved = range(len(returned) - len(halves.saved), len(returned))
+        return sent(program, [p for p in saved if getattr(returned[p], "name", None) in offloaded])
+    return program
+
+
+def _handed_over(program: Program) -> Program:
+    """A backward program whose inputs are the caller's no more: what autograd saved for it, and the gradients it gets.
+
+    Forward inputs that were saved (AOTAutograd names them ``primals``) are still held by whoever passed them.
+    """
+    storages = dict(program.storages)
+    for item in program.inputs:
+        if isinstance(item, Ref) and not item.name.startswith("primals"):
+            storages[item.name] = replace(storages[item.name], origin=Origin.GIVEN)
+    return replace(program, storages=storages)
+
+
+def saved_figures(phase: str, answer: Partition | None) -> Mapping[str, Any]:
+    """What a report says of how a step was divided, in the forward half's."""
+    if answer is None or phase != "forward":
+        return {}
+    return {
+        "saved_bytes": answer.recount.kept_bytes,
+        "offloaded_bytes": sum(answer.problem.values[v].nbytes for v in answer.offloaded),
+        "recomputed_s": answer.recount.again_ps / 1e12,
+    }
