@@ -153,13 +153,14 @@ class _Graph:
             _copy(tensor, inputs[position])
         self.graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.current_stream(device)
+        self.pool = ArenaPool()  # held, so that the allocator counts what replays use
         # Other threads may go on; and cuBLAS takes its workspaces from the graph's memory, where nobody frees them.
         with (
             torch.cuda.device(device),
             _own_workspaces(),
             torch.cuda.graph(self.graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
         ):
-            self.outputs = executor(list(mine))
+            self.outputs = executor(list(mine), self.pool)
         self.passed = {id(tensor): position for position, tensor in zip(copied, self.inputs, strict=True)}
         self.passed |= {id(tensor): position for position, tensor in zip(static, self.kept, strict=True)}
 

@@ -59,15 +59,15 @@ class Executor:
             if storage.device.type == "cuda" and storage.origin is not Origin.HOST
         ]
 
-    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
-        """Run it."""
+    def __call__(self, inputs: list[Any], pool: Pool | None = None) -> tuple[Any, ...]:
+        """Run it, in an arena of another ``pool`` if one is given."""
         if self.device.type != "cuda":
-            return self._call(inputs, self.pool, SPILL_POOL)
+            return self._call(inputs, pool or self.pool, SPILL_POOL)
         stream = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(stream), self._one_at_a_time:
-            pool, spills = self._pools()
+            arenas, spills = self._pools()
             copies = [(inputs[p], _realigned(inputs, p), written) for p, written in self._aligned if _is_off(inputs[p])]
-            outputs = self._call(inputs, pool, spills)
+            outputs = self._call(inputs, pool or arenas, spills)
             for original, copy, written in copies:
                 if written:
                     original.copy_(copy)

@@ -113,7 +113,7 @@ def wrapped(graphs: Graphs) -> CapturedExecutor:
     class Runs:
         kernels, code, pool, device = {}, None, None, torch.device("cpu")  # type: ignore[var-annotated]
 
-        def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        def __call__(self, inputs: list[Any], pool: object = None) -> tuple[Any, ...]:
             return graphs.run(inputs)
 
     return CapturedExecutor(cast(Executor, Runs()), program(), [1])
