@@ -52,7 +52,8 @@ class BackendExplanation:
         for graph in self.graphs:
             if graph.plan is not None:
                 name = graph.name.replace(" ", "-")
-                plan = replace(graph.plan, graph=replace(graph.plan.graph, name=graph.name))
+                title = f"{graph.name} (arena up to {format_bytes(graph.arena_bytes)}, memory of their own above)"
+                plan = replace(graph.plan, graph=replace(graph.plan.graph, name=title))
                 written = write_report(plan if graph.waits else simulate(plan), target / name)
                 paths |= {f"{name}/{key}": path for key, path in written.items()}
         return paths
@@ -102,9 +103,10 @@ def _memory(graph: GraphReport) -> Iterator[str]:
     yield _row("held", f"{format_bytes(graph.held_bytes)} that the caller keeps: weights and inputs")
     if graph.limit_bytes is not None:
         yield _row("limit", format_bytes(graph.limit_bytes))
-    if graph.resident_bytes or graph.loaded_bytes:
-        loaded = f"each call loads {format_bytes(graph.loaded_bytes)} from the host"
-        yield _row("weights", f"{format_bytes(graph.resident_bytes)} stay on the device, {loaded}")
+    if graph.loaded_bytes:
+        yield _row("loaded", f"{format_bytes(graph.loaded_bytes)} from the host in each call")
+    if graph.resident_bytes:
+        yield _row("resident", f"{format_bytes(graph.resident_bytes)} of weights stay on the device")
     if graph.saved_bytes or graph.offloaded_bytes:
         offloaded = f"{format_bytes(graph.offloaded_bytes)} offloaded to the host"
         again = f"{format_seconds(graph.recomputed_s)} of recomputation"
