@@ -166,10 +166,14 @@ class PlannedGraph(OutputCode):
         """The program for these values of its symbols."""
         return self.program.at(dict(zip(self.program.free_symbols, values, strict=True)))
 
+    def bucket(self, values: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes to plan for ``values``: the largest of their bucket, or their own if those cannot be."""
+        largest = tuple(map(bucket_of, values))
+        return largest if largest in self.plans or not self.sized(largest).has_negative_sizes else values
+
     def _plan_for(self, program: Program, values: tuple[int, ...]) -> DevicePlan:
         """The plan of the bucket that ``values`` lie in, if no storage is larger than in it, or one of their own."""
-        bucket = tuple(map(bucket_of, values))
-        for size in dict.fromkeys((bucket, values)):
+        for size in dict.fromkeys((self.bucket(values), values)):
             plan = self.plans.get(size)
             if plan is None:
                 assert self.replan is not None  # set by the backend wherever a graph comes from

@@ -40,6 +40,11 @@ class Tensors:
             if isinstance(item, Ref):
                 self._symbols_of(self.views[item.name], given)
         self._symbol_named = {str(symbol): symbol for symbol in (*given, *self.symbols)}
+        needed = {symbol for node in nodes.values() if isinstance(node, sympy.Expr) for symbol in node.free_symbols}
+        needed |= {symbol for view in self.views.values() for symbol in _symbols(view)}
+        for symbol in sorted(map(str, needed)):
+            if symbol not in self._symbol_named:
+                raise Unrecorded(f"a size {symbol} that no input says")
         return inputs
 
     def _input(self, name: str, node: Any) -> Ref | sympy.Symbol | None:
@@ -47,6 +52,8 @@ class Tensors:
             return None
         if isinstance(node, sympy.Symbol):
             return node
+        if isinstance(node, sympy.Expr):
+            return None  # what it says follows from its symbols, which come as well
         if not isinstance(node, ir.TensorBox):
             raise Unrecorded(f"an input of type {type(node).__name__}")
         self.own(name, node.get_layout(), Origin.INPUT)
@@ -146,6 +153,12 @@ class Tensors:
         if isinstance(value, int | float | bool | sympy.Expr | torch.dtype | type(None)):
             return _size(value)
         raise Unrecorded(f"a kernel argument of type {type(value).__name__}")
+
+
+def _symbols(view: View) -> set[sympy.Symbol]:
+    """Symbols that the shape and the strides of a tensor depend on."""
+    sizes = (*view.shape, *view.strides)
+    return {symbol for size in sizes if isinstance(size, sympy.Expr) for symbol in size.free_symbols}
 
 
 def _size(value: Any) -> Any:

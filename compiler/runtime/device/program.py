@@ -135,11 +135,17 @@ class Program:
         known = _Substitution(values)
         return replace(
             self,
-            storages={k: replace(s, nbytes=known(s.nbytes)) for k, s in self.storages.items()},
+            # Without elements, the bytes from the first to the last of padded rows would be negative.
+            storages={k: replace(s, nbytes=max(0, known(s.nbytes))) for k, s in self.storages.items()},
             views={k: _view_at(v, known) for k, v in self.views.items()},
             calls=tuple(_call_at(c, known) for c in self.calls),
             outputs=tuple(known(o) for o in self.outputs),
         )
+
+    @property
+    def has_negative_sizes(self) -> bool:
+        """Whether the values that were put in the place of symbols are none that they can have."""
+        return any(extent < 0 for view in self.views.values() for extent in view.shape)
 
     @property
     def source(self) -> str:

@@ -66,6 +66,37 @@ def test_sizes_that_are_dynamic_from_the_first_call() -> None:
     assert tiers() == {"T1"}
 
 
+def test_sizes_that_shrink_as_others_grow() -> None:
+    """The largest size of a bucket may be one that others cannot have: 195 rows leave 5 of 200, 208 leave none."""
+    weights = torch.linspace(-1, 1, 16).reshape(4, 4)
+
+    def function(x: torch.Tensor) -> Any:
+        rest = torch.full((200 - x.shape[0], 4), 0.5) @ weights
+        return torch.sort(rest @ weights)[0], x @ weights
+
+    compile_once = compiled(function, dynamic=True)
+    for rows in (195, 150, 198, 7):
+        compare(compile_once, function, partial(_batches, rows))
+    assert tiers() == {"T1"}
+
+
+def _learning(rows: int) -> tuple[torch.Tensor, ...]:
+    return _batch(rows).requires_grad_(), torch.ones(4, 4)
+
+
+def test_numbers_computed_from_sizes_are_saved_for_the_backward_pass() -> None:
+    """Their symbols are saved beside them."""
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> Any:
+        both = torch.cat([x @ y, x])
+        return both[: x.shape[0] // 2] @ y, both[: x.shape[0] * 3 // 2].exp()
+
+    step = compiled(function, dynamic=True)
+    for rows in (6, 9, 12):
+        compare(step, function, partial(_learning, rows), gradients=True)
+    assert tiers() == {"T1"}
+
+
 def test_strides_that_change() -> None:
     """Rows of a wider tensor: the stride is a symbol that no size tells."""
     function = compiled(lambda x: (x * 2).sum(1), dynamic=True)
