@@ -10,7 +10,7 @@ import msgspec
 
 from ...compiler.graph import Graph, OpKind
 from ...compiler.pipeline import Budget, run_pass
-from ...compiler.plan import Instruction, Pin, Plan, Recompute, Residence, Run
+from ...compiler.plan import Pin, Plan, Residence
 from ...compiler.runtime.device.layout import DevicePlan, allocated_bytes
 from ...compiler.simulate import simulate
 from ...compiler.verify import verify
@@ -90,15 +90,9 @@ def _is_unique(placed: DevicePlan) -> bool:
 
 def _framed(plan: Plan) -> Plan:
     """``plan`` with what receives first and what returns last: transfers between them, where memory is as they say."""
-    kinds = {op.name: not op.inputs for op in plan.graph.ops if op.kind is OpKind.BOUNDARY}
-
-    def place_of(step: int) -> int:
-        instruction: Instruction = plan.instructions[step]
-        kind = kinds.get(instruction.op) if isinstance(instruction, Run | Recompute) else None
-        return 0 if kind is None else -1 if kind else 1
-
-    kinds_of = [place_of(step) for step in range(len(plan.instructions))]
-    steps = sorted(range(len(kinds_of)), key=lambda step: (kinds_of[step], step))
+    boundary = {op.name: -1 if not op.inputs else 1 for op in plan.graph.ops if op.kind is OpKind.BOUNDARY}
+    sides = [boundary.get(getattr(instruction, "op", ""), 0) for instruction in plan.instructions]  # 0: in between
+    steps = sorted(range(len(sides)), key=lambda step: (sides[step], step))
     number = {step: position for position, step in enumerate(steps)}
     touched = {op.name: set(touches) for op, touches in zip(plan.graph.ops, plan.graph.touches, strict=True)}
     moved = []
@@ -106,7 +100,7 @@ def _framed(plan: Plan) -> Plan:
         inside = [
             number[step]
             for step in range(residence.begin, residence.end)
-            if not kinds_of[step] or residence.buffer in touched[getattr(plan.instructions[step], "op", "")]
+            if not sides[step] or residence.buffer in touched[getattr(plan.instructions[step], "op", "")]
         ]
         moved.append(Residence(residence.buffer, residence.memory, min(inside), max(inside) + 1))
     moved.sort(key=lambda residence: (residence.begin, residence.buffer))
