@@ -62,8 +62,10 @@ class Step:
         return [*command, *(("--models", *models) if models else ())]
 
 
+#: Where the tests are that need a GPU: to collect all others takes time.
+TESTS = ("tests/kernels", "tests/compiler/frontend/dynamo/test_gpu.py")
 STEPS = (
-    Step("tests", "pytest", 1.5, measures=False, arguments=("-m", "gpu", "-q", "-p", "no:cacheprovider")),
+    Step("tests", "pytest", 2.0, measures=False, arguments=("-m", "gpu", "-q", "-p", "no:cacheprovider", *TESTS)),
     Step("backend", "benchmarks.bench_backend", 4.5),
     Step("memory_limit", "benchmarks.bench_memory_limit", 3.0),
 )

@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,7 +139,9 @@ class HostMemory:
                 return
             self._seen.add(address)
             refusal = _register(storage)
-            if not refusal:
+            if refusal:
+                _forget_error(self.device)
+            else:
                 self._registered[address] = storage
         if refusal:
             warnings.warn(f"host memory of a weight cannot be pinned ({refusal}): it is copied slower", stacklevel=2)
@@ -176,6 +179,12 @@ def _register(storage: torch.UntypedStorage) -> str:
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return f"CUDA error {code}" if code else ""
+
+
+def _forget_error(device: torch.device) -> None:
+    """Let a launch find the error that a refusal leaves behind, which the next one would be blamed for."""
+    with suppress(RuntimeError):
+        torch.empty(1, device=device).fill_(1)
 
 
 def _unregister(registered: Mapping[int, torch.UntypedStorage]) -> None:

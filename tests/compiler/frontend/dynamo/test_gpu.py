@@ -109,8 +109,7 @@ def count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize(("name", "captures"), [*((name, True) for name in MODELS), ("experts", False)])
 def test_inference_is_captured_once_warm(name: str, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """New inputs in each call, weights changed in place, and results that later calls leave alone."""
     replays = count(monkeypatch, torch.cuda.CUDAGraph, "replay")
@@ -129,9 +128,10 @@ def test_inference_is_captured_once_warm(name: str, captures: bool, monkeypatch:
     assert len(replays) == (4 if captures else 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("streams", [1, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "streams", "dtype"),
+    [*((name, 1, torch.float32) for name in MODELS), *((name, 4, torch.bfloat16) for name in ("experts", "attention"))],
+)
 def test_training(name: str, streams: int, dtype: torch.dtype) -> None:
     model, twin = made(name, dtype)
     function = compiled(model, streams=streams)
