@@ -206,12 +206,16 @@ def test_each_storage_is_pinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused_pinning_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the error left for whoever asks the driver next."""
+    forgotten: list[torch.device] = []
     monkeypatch.setattr(host, "_cudart", lambda: Driver(refused=256))
+    monkeypatch.setattr(host, "_forget_error", forgotten.append)
     memory = HostMemory(torch.device("cuda"))
     tensor = torch.zeros(8, 8)
     with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 1\)"):
         memory.pin(tensor)
     memory.pin(tensor)
+    assert forgotten == [memory.device]
 
 
 def wide(rows: int = 256) -> Program:

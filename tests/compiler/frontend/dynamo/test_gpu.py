@@ -18,7 +18,10 @@ from torch import nn
 from opweave import torch_backend
 from opweave.compiler.frontend.dynamo import planned
 from opweave.compiler.runtime.device.executor import POOL, Executor
-from opweave.passes.streams.critical_path import CriticalPath
+from opweave.compiler.runtime.device.layout import DevicePlan
+from opweave.compiler.runtime.device.program import Program
+from opweave.compiler.verify.races import find_races
+from tests.support.streamed import on_streams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -153,8 +156,13 @@ def test_training(name: str, streams: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("captures", [True, False])
 def test_streams_of_our_own_compute_the_same(captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many calls without a pause, each on the results of the one before, so that a missing wait would show."""
-    wished = CriticalPath(streams=4, margin=-1e9)  # whatever the gain is predicted to be
-    monkeypatch.setattr("opweave.passes.streams.critical_path.CriticalPath", lambda **_: wished)
+
+    def drawn_streams(program: Program, device_plan: DevicePlan, *_: Any) -> DevicePlan:
+        decided = on_streams(program, device_plan, 4, 0)  # whether that is faster or not
+        assert find_races(program, decided) == ()
+        return decided
+
+    monkeypatch.setattr(torch_backend, "_on_streams", drawn_streams)
     model, twin = made("experts")
     function = compiled(model, streams=4, cuda_graph=captures)
     with torch.no_grad():
