@@ -22,11 +22,14 @@ def copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def device_of(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.device:
-    """The device a graph runs on: that of its tensors, an accelerator before the host."""
+    """The device a graph runs on: that of its tensors, an accelerator before the host.
+
+    The seeds that attention saves are traced on ``meta``: only a call knows where they are.
+    """
     tensors = [item for item in inputs if isinstance(item, torch.Tensor)]
     tensors += [n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     devices = [tensor.device for tensor in tensors]
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def sized_example(item: Any) -> Any:
