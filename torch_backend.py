@@ -17,7 +17,7 @@ from .compiler.frontend.dynamo.options import BackendOptions
 from .compiler.frontend.dynamo.report import GraphReport
 from .compiler.pipeline import Budget
 from .compiler.runtime.device.program import Origin
-from .errors import InternalError, MachineError
+from .errors import InternalError, MachineError, OptionError
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
 
@@ -44,7 +44,7 @@ def backend(
         Infeasible: no plan holds the memory limit; says the least that works.
         ExecutionError: a fallback would be needed, and ``strict`` is set.
     """
-    return _backend()(module, example_inputs, BackendOptions.of(options, mode))
+    return _backend()(module, example_inputs, _chosen(options, mode))
 
 
 def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> BackendExplanation:
@@ -57,8 +57,10 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
     from torch._dynamo.utils import counters
 
     own = Backend(_backend().planners, _backend().version)
-    chosen = BackendOptions.of(options)
-    original = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    chosen = _chosen(options)
+    original: Any = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    if getattr(original, "_compiled_call_impl", None) is not None:  # by Module.compile
+        original = original._call_impl
     region, limits = _own_region()
     compiled = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen), **region)
     before = dict(counters["graph_break"])
@@ -70,6 +72,20 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
         raise error.inner_exception from error
     breaks = tuple(reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
     return BackendExplanation(own.reports.all, own.fallbacks.counts, breaks)
+
+
+def _chosen(options: Mapping[str, Any] | None, mode: str | None = None) -> BackendOptions:
+    """The options, whose device is there. Raises OptionError."""
+    chosen = BackendOptions.of(options, mode)
+    device = torch.device(chosen.device or "cpu")
+    there = torch.accelerator.current_accelerator(check_available=True)
+    is_there = (
+        there is not None and there.type == device.type and (device.index or 0) < torch.accelerator.device_count()
+    )
+    if device.type != "cpu" and not is_there:
+        count = "no accelerator" if there is None else f"{torch.accelerator.device_count()} of {there.type!r}"
+        raise OptionError(f"option 'device' of backend 'opweave' is {chosen.device!r}; torch finds {count} here")
+    return chosen
 
 
 def _own_region() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -42,6 +42,23 @@ def test_a_machine_of_a_function_is_the_backends() -> None:
     with torch.no_grad():
         planned = opweave.explain(torch.nn.Tanh(), (X,), machine="edge-npu")
     assert not isinstance(planned, BackendExplanation)
+    limited = opweave.explain(torch.nn.Tanh(), X, machine="h100-sxm", memory_limit=0.5)
+    assert isinstance(limited, BackendExplanation)
+    assert limited.graphs[0].limit_bytes == 40 * 1000**3
+
+
+class _Module(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _function(x)
+
+
+def test_a_module_that_compiles_itself_is_explained() -> None:
+    model = _Module()
+    model.compile(backend="eager")
+    model(X)
+    found = opweave.explain(model, X)
+    assert isinstance(found, BackendExplanation)
+    assert len(found.graphs) == 1
 
 
 def test_an_exported_program_is_explained_for_a_scratchpad() -> None:
@@ -71,6 +88,12 @@ def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(OptionError, match=r"cannot write a report to .*file"):
         _explained().report(file)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(OptionError, match=f"'device' of backend 'opweave' is '{device}'; torch finds"):
+        _explained(device=device)
 
 
 def test_a_limit_beyond_every_memory_is_no_limit() -> None:
