@@ -7,6 +7,7 @@ it, and returns what runs it (tier T1). Where a graph cannot be recorded, stock 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import weakref
@@ -15,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch._inductor.compile_fx import compile_fx
 
@@ -101,7 +103,7 @@ class Backend:
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: Inner, tag: str = ""
     ) -> Callable[..., Any]:
         with ExitStack() as stack:
-            stack.enter_context(_compiler_config.patch(cache_key_tag=_cache_tag(inner.options, self.version) + tag))
+            stack.enter_context(_compiler_config.patch(cache_key_tag=_cache_tag(inner, self.version) + tag))
             stack.enter_context(_functorch_settings(inner.options))
             token = LOADING.set(inner)
             stack.callback(LOADING.reset, token)
@@ -149,8 +151,10 @@ class Backend:
         )
 
 
-def _cache_tag(options: BackendOptions, version: str) -> str:
-    return f"{torch.compiler.config.cache_key_tag} opweave {version} format {FORMAT} options {options.key}"
+def _cache_tag(inner: Inner, version: str) -> str:
+    machine = hashlib.sha256(msgspec.json.encode(inner.machine)).hexdigest()[:16]  # a file of it may have changed
+    own = f"opweave {version} format {FORMAT} options {inner.options.key} machine {machine}"
+    return f"{torch.compiler.config.cache_key_tag} {own}"
 
 
 def _functorch_settings(options: BackendOptions) -> Any:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def test_other_options_are_compiled(directory: Path, values: list[torch.Tensor],
     again, found = _again(**options)
     assert again == [False, False]
     same(found, values)
+
+
+def test_a_machine_file_that_changed_is_compiled(directory: Path, values: list[torch.Tensor], tmp_path: Path) -> None:
+    """What a plan is made for is in the file, not in its name."""
+    text = (resources.files("opweave") / "hw_models" / "data" / "cpu-server.toml").read_text()
+    machine = tmp_path / "machine.toml"
+    for name, compiled in (("one", True), ("one", False), ("another", True)):
+        machine.write_text(text.replace('name = "cpu-server"', f'name = "{name}"'))
+        again, found = _again(machine=str(machine))
+        assert again == [not compiled] * 2
+        same(found, values)
 
 
 def test_another_format_is_compiled(
