@@ -62,12 +62,11 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
     if getattr(original, "_compiled_call_impl", None) is not None:  # by Module.compile
         original = original._call_impl
     region, limits = _own_region()
-    settings: Any = torch._dynamo.config
-    compiled = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen), **region)
+    compiled: Any = torch.compile(original, backend=lambda module, examples: own(module, examples, chosen), **region)
     before = dict(counters["graph_break"])
     arguments, named = _arguments(inputs)
     try:
-        with settings.patch(limits):
+        with torch._dynamo.config.patch(limits):
             compiled(*arguments, **named)
     except BackendCompilerFailed as error:
         raise error.inner_exception from error
