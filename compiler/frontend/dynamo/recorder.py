@@ -21,6 +21,7 @@ from torch._inductor.codegen.common import FileBackedGraphModule
 from torch._inductor.codegen.wrapper_fxir import WrapperFxCodegen
 from torch._inductor.utils import LineContext
 from torch._inductor.virtualized import V
+from torch.utils import _pytree as pytree
 
 from ...runtime.device.program import Call, Item, Kernel, Origin, Program, Ref
 from .effects import has_effect
@@ -97,6 +98,7 @@ class _Recorder:
         self.tensors = Tensors()
         self.calls: list[Call] = []
         self.same_bytes: dict[str, str] = {}  # views, by the name of what reads them as other elements
+        self.fallbacks: dict[str, Any] = {}  # nodes of calls with several results, by name
         self.made: dict[str, int] = {}  # calls by the name of what they return, for the parts of a tuple
         self.kernels: dict[str, Kernel] = {}
         self.written: set[str] = set()
@@ -116,6 +118,7 @@ class _Recorder:
                 raise Unrecorded(f"the statement {str(line)!r}")
             visitor: Any = self
             line.codegen_fx(visitor)(line)
+        self._results_nobody_reads()
         outputs = tensors.outputs(self.wrapper.get_graph_outputs())
         prologue = "\n".join((self.wrapper.imports.getvalue(), self.wrapper.header.getvalue()))
         return Program(
@@ -297,6 +300,8 @@ class _Recorder:
         self._record(target, args, kwargs, tuple(map(self.tensors.storage_of, changed)))
         name = node.get_name()
         self.made[name] = len(self.calls) - 1
+        if isinstance(node.layout, ir.MultiOutputLayout):
+            self.fallbacks[name] = node
         if isinstance(node.layout, ir.MultiOutputLayout | ir.NoneLayout):
             return
         if not isinstance(node.layout, ir.Layout):
@@ -310,6 +315,17 @@ class _Recorder:
         index = self.made[call]
         made = self.calls[index]
         self.calls[index] = replace(made, makes=(*made.makes, (name, path)), writes=(*made.writes, name))
+
+    def _results_nobody_reads(self) -> None:
+        """Results that Inductor has dropped: the call allocates them all the same."""
+        for name, node in self.fallbacks.items():
+            read = {path for _, path in self.calls[self.made[name]].makes}
+            for number, result in enumerate(pytree.tree_leaves(getattr(node, "outputs", ()))):
+                if not isinstance(result, ir.MultiOutput) or not isinstance(result.layout, ir.Layout):
+                    continue
+                path = tuple(int(index) for _, index in result.indices)
+                if path not in read and () not in read and result.layout.device == node.get_device():
+                    self._made(name, f"{name}_unread_{number}", result.layout, path)
 
     def _generate_multi_output(self, line: Any) -> None:
         if line.arg_name in self.same_bytes:

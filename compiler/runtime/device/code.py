@@ -65,6 +65,8 @@ class _Writer:
         }
         self.bound: list[str] = []  # statements that run once for an arena
         self.body: list[str] = []  # statements of each call
+        self.read = {name for call in program.calls for name in call.reads}
+        self.read |= {program.views[name].storage for name in references(program.outputs)}
         self.variables: dict[str, str] = {}  # of views that have a variable now
         self.by_storage: dict[str, list[str]] = {}  # views, by storage, that calls or outputs use
         for name in self._used_views():
@@ -246,8 +248,9 @@ class _Writer:
             self.body.append(f"{name} = made{''.join(f'[{index}]' for index in path)}")
             self.variables[name] = name
             view = self.program.views[name]
-            # Kernels that read it were generated for these strides; a library may choose others than were traced.
-            self.body.append(f"assert_size_stride({name}, {view.shape}, {view.strides}, {call.target!r})")
+            if view.storage in self.read:
+                # Kernels were generated for these strides; a library may choose others than were traced.
+                self.body.append(f"assert_size_stride({name}, {view.shape}, {view.strides}, {call.target!r})")
         self.body.append("del made")
         for name, _ in call.makes:
             self._views_of(name, self.body)

@@ -32,7 +32,9 @@ def sent(program: Program, positions: Collection[int]) -> Program:
             base = views[storage.name]
             views[name] = replace(base, name=name, storage=name)
             target = "aten.copy_.default"
-            copied = Call(f"{len(calls)}_{target}", target, (Ref(name), Ref(storage.name)), {}, (storage.name,), (name,))
+            copied = Call(
+                f"{len(calls)}_{target}", target, (Ref(name), Ref(storage.name)), {}, (storage.name,), (name,)
+            )
             calls.append(copied)
             views[f"{name}_view"] = replace(view, name=f"{name}_view", storage=name)
             outputs[position] = Ref(f"{name}_view")
