@@ -16,6 +16,7 @@ from .compiler.frontend.dynamo.inner import Planners
 from .compiler.frontend.dynamo.options import BackendOptions
 from .compiler.frontend.dynamo.report import GraphReport
 from .compiler.pipeline import Budget
+from .compiler.runtime.device.arena import ALIGNMENT_BYTES
 from .compiler.runtime.device.program import Origin
 from .errors import InternalError, MachineError, OptionError
 from .hw_models.model import HardwareModel
@@ -251,7 +252,8 @@ def _machine(device: torch.device, options: BackendOptions) -> HardwareModel:
     name = torch.cuda.get_device_name(device)
     for part, model in _GPUS:
         if part in name:
-            return hardware(model)
+            total = torch.cuda.get_device_properties(device).total_memory
+            return hardware(model).with_scratchpad(total // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
     raise MachineError(
         f"there is no hardware model of the GPU {name!r}",
         hint="name the nearest one that `opweave hw` lists, as options={'machine': 'a100'}, or write a machine file",

@@ -131,12 +131,12 @@ class Backend:
                 needed, saved, reason = error.required_bytes, answer.recount.kept_bytes, f": {error.message}"
             else:
                 needed = step_bytes(attempt.reports) if any(r.phase == "backward" for r in attempt.reports) else 0
+                least = min(least, needed)
                 if needed <= inner.limit:
                     attempt.settle()
                     return compiled
                 saved = max(report.saved_bytes for report in attempt.reports)
             log.info("saving %d bytes between forward and backward, a step needs %d", saved, needed)
-            least = min(least, needed)
             if min(saved, saved_limit) <= lowest:
                 break
             saved_limit = min(saved, saved_limit) - (needed - inner.limit)
@@ -144,7 +144,7 @@ class Backend:
                 saved_limit = lowest
             saved_limit = max(saved_limit, lowest)
         raise Infeasible(
-            f"a training step within {inner.limit:,} bytes was not found; the least found needs {least:,}{reason}",
+            f"a training step within {inner.limit:,} bytes was not found; an attempt without it, or near it, needed {least:,}{reason}",
             required_bytes=least,
             available_bytes=inner.limit,
             hint="parameters, inputs and outputs stay on the device: a smaller batch, or a larger limit",

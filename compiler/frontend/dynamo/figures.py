@@ -35,6 +35,7 @@ def figured(report: GraphReport, program: Program, plan: DevicePlan, planning_s:
         peak_before_bytes=program_order_peak(plan.plan),
         peak_bytes=live,
         bound_bytes=min(live, proven.bound) if proven else 0,
+        rounding_bytes=live - proven.value if proven else 0,
         allocated_bytes=max(allocated_bytes(plan), default=plan.arena_bytes),
         arena_bytes=plan.arena_bytes,
         held_bytes=program.held_bytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -123,7 +122,9 @@ def _in_range(name: str, value: Any) -> bool:
     if name == "tier":
         return value in TIERS
     if name == "memory_limit":
-        return _is_size(value) if isinstance(value, str) else 0 < value < math.inf
+        if isinstance(value, float):
+            return 0 < value <= 1.0
+        return _is_size(value) if isinstance(value, str) else value > 0
     if name == "device":
         return _is_device(value)
     return value > 0 if name in ("streams", "time_limit") else True

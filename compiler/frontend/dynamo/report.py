@@ -20,8 +20,8 @@ class GraphReport:
     ``phase`` is ``"inference"``, ``"forward"`` or ``"backward"``. ``kernels`` and ``operators`` count the calls to each
     generated kernel and to each library operator. Bytes are of what comes and goes while the graph runs, without
     ``held_bytes``, which the caller keeps (weights, inputs): ``peak_before_bytes`` live at once in Inductor's order,
-    ``peak_bytes`` in ours, ``bound_bytes`` in any order, ``allocated_bytes`` what the process really allocates with an
-    arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
+    ``peak_bytes`` in ours, of which ``rounding_bytes`` are what rounding sizes up adds, ``bound_bytes`` in any order,
+    sizes not rounded, ``allocated_bytes`` what the process really allocates with an arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
     planning took, ``status`` what the solver proved. Under a limit of ``limit_bytes``, ``saved_bytes`` stay on the
     device from the forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the
     predicted time of what runs again. Of a model in host memory ``resident_bytes`` of weights stay on the device, and a
@@ -38,6 +38,7 @@ class GraphReport:
     peak_before_bytes: int = 0
     peak_bytes: int = 0
     bound_bytes: int = 0
+    rounding_bytes: int = 0
     allocated_bytes: int = 0
     arena_bytes: int = 0
     held_bytes: int = 0
@@ -59,8 +60,8 @@ class GraphReport:
 
     @property
     def gap(self) -> float:
-        """Relative distance of what is allocated from the bound over all orders."""
-        return relative_gap(self.allocated_bytes, self.bound_bytes)
+        """Relative distance of what is allocated from the bound over all orders, but for what alignment adds."""
+        return relative_gap(max(0, self.allocated_bytes - self.rounding_bytes), self.bound_bytes)
 
 
 class Reports:

@@ -54,6 +54,7 @@ def test_it_is_found_by_name() -> None:
         ({"memory_limit": []}, "'memory_limit'.*8GiB"),
         ({"memory_limit": "8 apples"}, "apples"),
         ({"memory_limit": 0}, "'memory_limit'.*8GiB"),
+        ({"memory_limit": 1.5}, "'memory_limit'.*8GiB"),
         ({"memory_limit": float("nan")}, "'memory_limit'.*8GiB"),
         ({"memory_limit": float("inf")}, "'memory_limit'.*8GiB"),
         ({"memory_limit": "50%"}, "'memory_limit' of backend 'opweave' is '50%'"),
