@@ -144,7 +144,8 @@ class Backend:
                 saved_limit = lowest
             saved_limit = max(saved_limit, lowest)
         raise Infeasible(
-            f"a training step within {inner.limit:,} bytes was not found; an attempt without it, or near it, needed {least:,}{reason}",
+            f"a training step within {inner.limit:,} bytes was not found; the least that an attempt needed is "
+            f"{least:,}{reason}",
             required_bytes=least,
             available_bytes=inner.limit,
             hint="parameters, inputs and outputs stay on the device: a smaller batch, or a larger limit",

@@ -21,11 +21,12 @@ class GraphReport:
     generated kernel and to each library operator. Bytes are of what comes and goes while the graph runs, without
     ``held_bytes``, which the caller keeps (weights, inputs): ``peak_before_bytes`` live at once in Inductor's order,
     ``peak_bytes`` in ours, of which ``rounding_bytes`` are what rounding sizes up adds, ``bound_bytes`` in any order,
-    sizes not rounded, ``allocated_bytes`` what the process really allocates with an arena of ``arena_bytes``. ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and
-    planning took, ``status`` what the solver proved. Under a limit of ``limit_bytes``, ``saved_bytes`` stay on the
-    device from the forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the
-    predicted time of what runs again. Of a model in host memory ``resident_bytes`` of weights stay on the device, and a
-    call loads ``loaded_bytes``; ``bound_s`` is what it takes at least in this order within the limit.
+    sizes not rounded, ``allocated_bytes`` what the process really allocates with an arena of ``arena_bytes``.
+    ``predicted_s`` is the simulated time on the hardware model, ``seconds`` what lowering and planning took,
+    ``status`` what the solver proved. Under a limit of ``limit_bytes``, ``saved_bytes`` stay on the device from the
+    forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the predicted time
+    of what runs again. Of a model in host memory ``resident_bytes`` of weights stay on the device, and a call loads
+    ``loaded_bytes``; ``bound_s`` is what it takes at least in this order within the limit.
     """
 
     name: str
