@@ -107,7 +107,8 @@ class Inner:
             log.info("%s", "\n".join(described(report)))
 
     def found(self, report: GraphReport) -> None:
-        """Keep the report of a graph that was made, or that the cache had."""
+        """Keep the report of a graph that was made, or that the cache had, by the number that it has here."""
+        report = dataclasses.replace(report, name=f"graph {self.number} {report.phase}")
         self.reports.append(report)
         if self.is_settled:  # compiled lazily
             self.published.add(report)
