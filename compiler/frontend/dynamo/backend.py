@@ -7,6 +7,7 @@ it, and returns what runs it (tier T1). Where a graph cannot be recorded, stock 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -143,13 +144,25 @@ class Backend:
             if number >= ATTEMPTS - 3:  # small steps have not led there: the last ones save as little as can be
                 saved_limit = lowest
             saved_limit = max(saved_limit, lowest)
+        least = min(least, self._least_step(module, inputs, inner, lowest))
         raise Infeasible(
-            f"a training step within {inner.limit:,} bytes was not found; the least that an attempt needed is "
-            f"{least:,}{reason}",
+            f"a training step within {inner.limit:,} bytes was not found; the least found needs {least:,}{reason}",
             required_bytes=least,
             available_bytes=inner.limit,
             hint="parameters, inputs and outputs stay on the device: a smaller batch, or a larger limit",
         )
+
+    def _least_step(self, module: torch.fx.GraphModule, inputs: Sequence[Any], inner: Inner, lowest: int) -> int:
+        """Bytes of a step with no limit but the device's, everything saved or as little as can be: so much works."""
+        capacity, least = inner.machine.scratchpad_memory.capacity_bytes, UNLIMITED
+        for saved in (UNLIMITED, lowest):
+            attempt = dataclasses.replace(inner.saving(saved), limit=capacity)
+            try:
+                self._compiled(copied(module), inputs, attempt, f" least {saved}")
+            except Infeasible:  # more has to be saved, or the device is too small
+                continue
+            least = min(least, step_bytes(attempt.reports))
+        return least
 
 
 def _cache_tag(inner: Inner, version: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import opweave
 from opweave.compiler.frontend.dynamo.report import GraphReport
 from opweave.compiler.frontend.dynamo.training import step_bytes
 from opweave.errors import Infeasible, OpweaveError
@@ -130,3 +131,22 @@ def skips() -> nn.Module:
 def test_stock_inductor_cannot_hold_a_limit(batch: torch.Tensor) -> None:
     with pytest.raises(OpweaveError, match="cannot hold a memory limit, which only tier T1 does"):
         trained(network(), batch, memory_limit=1 << 30, tier="T0")
+
+
+def test_the_least_that_a_refusal_names_works() -> None:
+    """A training step within one byte is refused with a figure that, as the limit, is held."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
+    x = torch.randn(16, 32)
+
+    def step(limit: int) -> None:
+        torch._dynamo.reset()
+        options: Any = {"memory_limit": limit}
+        loss: torch.Tensor = torch.compile(model, backend=opweave.backend, options=options)(x).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as refused:
+        step(1)
+    infeasible = refused.value.inner_exception
+    assert isinstance(infeasible, Infeasible)
+    step(infeasible.required_bytes)
+    assert step_bytes(opweave.backend_reports()[-2:]) <= infeasible.required_bytes
