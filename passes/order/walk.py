@@ -218,13 +218,14 @@ def walk(  # noqa: C901 - the loop over steps is one function: handing two dozen
             break
         op = track.order[step]
         begin, end = arrays.touch_begin[op], arrays.touch_begin[op + 1]
-        if count + end - begin > len(track.resident):
-            total = IMPOSSIBLE
-            break
-        need, moved = used, 0
+        need, moved, fresh = used, 0, 0
         for t in range(begin, end):
             if track.slot[arrays.touch[t]] < 0:
                 need += arrays.footprint[arrays.touch[t]]
+                fresh += 1
+        if count + fresh > len(track.resident):
+            total = IMPOSSIBLE
+            break
         if record:
             _remember(track, step, state, count)
             track.again[step] = -1

@@ -45,6 +45,7 @@ def legal_order(problem: OrderProblem, seed: int) -> list[int]:
 
 @given(st.integers(0, 1 << 40), st.integers(1, 30), st.sampled_from((1, 4)))
 @settings(max_examples=60, deadline=None)
+@example(1, 2, 1)  # an operator that touches every buffer there is, two of them resident
 @example(7778, 20, 1)  # several victims are cheaper than one only without what the last of them makes superfluous
 def test_walk_equals_its_twin(seed: int, operators: int, alignment: int) -> None:
     """Compiled and plain eviction move the same bytes under both rules."""
