@@ -40,7 +40,7 @@ def test_tiny_models_train_alike_twice(entry: ZooModel) -> None:
     assert torch.equal(before, torch.get_rng_state())
     runs = [result(model, inputs, entry.loss) for model in (first, second)]
     assert all(tensor.isfinite().all() for tensor in runs[0].values())
-    assert compare(runs[1], runs[0]).error == 0
+    assert compare(runs[1], runs[0]).error < 1e-6  # with several threads sums of scattered values differ
     used = [name for name in runs[0] if name.startswith("gradient.")]
     assert len(used) > len(list(first.parameters())) / 3, "most parameters take part"
     assert any(runs[0][name].abs().max() > 1e-3 for name in used), "a step with gradients worth comparing"
