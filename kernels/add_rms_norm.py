@@ -11,60 +11,23 @@ it; all arithmetic is in float32 and ``out`` is rounded once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..compiler.graph import DTYPE_BYTES, Graph, Op
-from ..errors import ExecutionError
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name
+from ._configs import Config, Configs
+from ._kernel import Kernel, Workload, normal
 from ._match import Cost, Match, Walk, is_row_major, operands, replaceable
 from ._rms_norm import RmsNorm, rms_norms
 
-__all__ = [
-    "CONFIGS",
-    "DTYPES",
-    "WIDE_ROWS",
-    "Config",
-    "add_rms_norm_kernel",
-    "config_for",
-    "cost",
-    "launch",
-    "matches",
-    "operator",
-    "reference",
-]
+__all__ = ["KERNEL"]
 
-#: Of all tensors but the weight, which may have another of these.
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Config:
-    """How one row is computed: ``block`` columns at a time, by one program of ``num_warps`` warps."""
-
-    block: int
-    num_warps: int
-
-
-#: For a row that one block covers, narrowest first. Chosen for sm_90 by registers (the test compiles each and finds no
-#: spills), not by timing; other architectures take the same.
-CONFIGS = (
-    Config(256, 1),
-    Config(1024, 4),
-    Config(2048, 4),
-    Config(4096, 8),
-    Config(8192, 8),
-    Config(16384, 16),
-)
-#: For wider rows, walked block by block. The compiler keeps addresses of both walks: wider blocks spill.
-WIDE_ROWS = Config(4096, 16)
-
-
-def config_for(columns: int) -> Config:
-    """The narrowest configuration whose block covers a row, else that for wide rows."""
-    return next((config for config in CONFIGS if columns <= config.block), WIDE_ROWS)
+NAME = "add_rms_norm"
+CONFIGS = Configs.beside(__file__)
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -122,6 +85,7 @@ def launch(
     *,
     hidden: torch.Tensor,
     out: torch.Tensor,
+    config: Config | None = None,
 ) -> None:
     """Write ``x + residual`` into ``hidden`` and its normalisation into ``out``, on the current stream.
 
@@ -132,94 +96,38 @@ def launch(
         epsilon: added to the mean of squares.
         hidden: as ``x``; written, shares no memory with any other argument.
         out: as ``x``; written, shares no memory with any other argument.
+        config: how to launch; chosen by ``columns`` if not given.
 
     Raises:
         ExecutionError: a tensor has another shape, dtype, layout or device, or an output overlaps something.
     """
-    _check(x, residual, weight, hidden, out)
-    _check_overlap({"x": x, "residual": residual, "weight": weight, "hidden": hidden, "out": out})
-    if not x.is_cuda and isinstance(add_rms_norm_kernel, triton.JITFunction):
-        raise ExecutionError(
-            f"kernel add_rms_norm needs tensors on a CUDA device; they are on {x.device}",
-            hint="without a GPU, use `reference`, or Triton's interpreter as the tests do",
-        )
+    _check(x, residual, weight)
+    for name, tensor in {"hidden": hidden, "out": out}.items():
+        check_tensor(NAME, name, tensor, x.shape, x.dtype, x.device)
+    check_apart(NAME, {"hidden": hidden, "out": out}, {"x": x, "residual": residual, "weight": weight})
+    check_device(NAME, add_rms_norm_kernel, x)
     if x.numel() == 0:
         return
     columns = x.shape[-1]
-    config = config_for(columns)
+    config = config or CONFIGS.choose(x.device, columns=columns)
     with torch.accelerator.device_index(x.device.index):
         add_rms_norm_kernel[(x.numel() // columns,)](
-            x,
-            residual,
-            weight,
-            hidden,
-            out,
-            epsilon,
-            columns=columns,
-            block=config.block,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,  # Triton's default is about to change
+            x, residual, weight, hidden, out, epsilon, columns=columns, **config.options
         )
 
 
-def _check(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor
-) -> None:
-    names = [str(dtype).removeprefix("torch.") for dtype in (x.dtype, weight.dtype)]
-    if x.dim() == 0 or not set(names) <= set(DTYPES):
-        raise ExecutionError(
-            f"kernel add_rms_norm takes x [..., columns] and weight of {', '.join(DTYPES)}; "
-            f"got {x.dim()} dimensions of {names[0]}, weight {names[1]}"
-        )
-    wanted = {"residual": (residual, x.shape, x.dtype), "weight": (weight, x.shape[-1:], weight.dtype)}
-    wanted |= {"hidden": (hidden, x.shape, x.dtype), "out": (out, x.shape, x.dtype)}
-    for name, (tensor, shape, dtype) in wanted.items():
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
-            raise ExecutionError(
-                f"kernel add_rms_norm needs {name} {list(shape)} {dtype} on {x.device}; "
-                f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
-    for name, tensor in {"x": x, **{name: tensor for name, (tensor, _, _) in wanted.items()}}.items():
-        if not tensor.is_contiguous():
-            raise ExecutionError(
-                f"kernel add_rms_norm needs row-major tensors; {name} {list(tensor.shape)} has strides "
-                f"{list(tensor.stride())}",
-                hint="call .contiguous() on inputs; outputs must be allocated row-major",
-            )
+def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    check_tensor(NAME, "x", x, (*[None] * max(x.dim(), 1),), FLOATS, x.device)
+    check_tensor(NAME, "residual", residual, x.shape, x.dtype, x.device)
+    check_tensor(NAME, "weight", weight, x.shape[-1:], FLOATS, x.device)
 
 
-def _check_overlap(tensors: dict[str, torch.Tensor]) -> None:
-    spans = {name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for name, t in tensors.items()}
-    for output in ("hidden", "out"):
-        begin, end = spans[output]
-        for name, (other_begin, other_end) in spans.items():
-            if name != output and max(begin, other_begin) < min(end, other_end):
-                raise ExecutionError(f"kernel add_rms_norm needs {output} in memory of its own; it overlaps {name}")
-
-
-@torch.library.custom_op("opweave::add_rms_norm_out", mutates_args=("hidden", "out"))
-def operator(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    epsilon: float,
-    hidden: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """``launch`` as the PyTorch operator ``opweave::add_rms_norm_out``, so that compiled graphs can hold it."""
-    launch(x, residual, weight, epsilon, hidden=hidden, out=out)
-
-
-@operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    epsilon: float,
-    hidden: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    _check(x, residual, weight, hidden, out)
+def allocate(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New ``(hidden, out)``, not filled. Raises ExecutionError as ``launch`` does."""
+    _check(x, residual, weight)
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 def reference(
@@ -232,7 +140,13 @@ def reference(
     return hidden, (wide * scale * weight.to(torch.float32)).to(x.dtype)
 
 
-def cost(rows: int, columns: int, dtype: str, weight_dtype: str | None = None) -> Cost:
+def eager(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> Any:
+    """What a model says: an addition and a normalisation."""
+    hidden = x + residual
+    return hidden, torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
+
+
+def cost(dtype: str, rows: int, columns: int, weight_dtype: str | None = None) -> Cost:
     """Flops and bytes of one launch over ``rows`` x ``columns`` elements.
 
     Bytes are compulsory: two matrices and the weight read, two matrices written, each once. A row wider than every
@@ -241,6 +155,26 @@ def cost(rows: int, columns: int, dtype: str, weight_dtype: str | None = None) -
     matrix = rows * columns * DTYPE_BYTES[dtype]
     flops = rows * (5 * columns + 2)  # add, square, sum (one less), two products; the row's mean, epsilon and rsqrt
     return Cost(flops, 4 * matrix + columns * DTYPE_BYTES[weight_dtype or dtype])
+
+
+def arguments(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    rows: int,
+    columns: int,
+    weight_dtype: str | None = None,
+) -> dict[str, Any]:
+    """Random inputs of ``launch`` for such sizes, by name."""
+    random = normal(device, seed)
+    weight = (1 + random(columns) / 8).to(getattr(torch, weight_dtype) if weight_dtype else dtype)
+    return {
+        "x": random(rows, columns).to(dtype),
+        "residual": random(rows, columns).to(dtype),
+        "weight": weight,
+        "epsilon": 1e-5,
+    }
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
@@ -271,7 +205,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
 def _match(graph: Graph, names: set[str], inputs: tuple[str, ...], hidden: str, norm: RmsNorm) -> Match:
     shape, dtype = graph.tensor[hidden].shape, graph.tensor[hidden].dtype
     in_order = tuple(op.name for op in graph.ops if op.name in names)
-    launch_cost = cost(math.prod(shape[:-1]), shape[-1], dtype)
+    launch_cost = cost(dtype, math.prod(shape[:-1]), shape[-1])
     return Match(in_order, inputs, (hidden, norm.out), {"epsilon": norm.epsilon}, launch_cost)
 
 
@@ -281,7 +215,7 @@ def _addends(graph: Graph, op: Op) -> tuple[str, ...] | None:
     if addends is None:
         return None
     total = graph.tensor[op.outputs[0]]
-    fits = total.dtype in DTYPES and total.shape and len(addends) == 2
+    fits = total.dtype in map(dtype_name, FLOATS) and total.shape and len(addends) == 2
     same = all((graph.tensor[a].shape, graph.tensor[a].dtype) == (total.shape, total.dtype) for a in addends)
     return addends if fits and same and all(is_row_major(graph.tensor[a]) for a in addends) else None
 
@@ -294,3 +228,22 @@ def _fits(graph: Graph, norm: RmsNorm, hidden: str) -> bool:
         and is_row_major(weight)
         and (out.shape, out.dtype) == (source.shape, source.dtype)
     )
+
+
+KERNEL = Kernel(
+    name=NAME,
+    launch=launch,
+    allocate=allocate,
+    reference=reference,
+    eager=eager,
+    cost=cost,
+    matches=matches,
+    arguments=arguments,
+    workloads=(
+        Workload("Llama-3 8B, decoding 16 sequences", {"rows": 16, "columns": 4096}),
+        Workload("Llama-3 8B, 4096 tokens", {"rows": 4096, "columns": 4096}),
+        Workload("Llama-3 70B, 8192 tokens", {"rows": 8192, "columns": 8192}),
+    ),
+    dtypes=FLOATS,
+    configs=CONFIGS,
+)
