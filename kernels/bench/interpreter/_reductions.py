@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import pytest
 from triton.runtime.interpreter import ReduceOps, ScanOps
+
+from ._patch import Patch
 
 __all__ = ["correct_reductions"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-def correct_reductions(patch: pytest.MonkeyPatch) -> None:
+def correct_reductions(patch: Patch) -> None:
     """Replace ``tl.reduce`` and ``tl.associative_scan`` under the interpreter until ``patch`` is undone."""
     patch.setattr(ReduceOps, "apply_impl", _reduce)
     patch.setattr(ScanOps, "apply_impl", _scan)

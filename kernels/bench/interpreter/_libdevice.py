@@ -11,13 +11,14 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
-import pytest
 import torch
 import triton.language as tl
 from triton.language.extra import libdevice as generic
 from triton.language.extra.cuda import libdevice as nvidia
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from ._patch import Patch
 
 __all__ = ["correct_libdevice"]
 
@@ -89,12 +90,12 @@ _FUNCTIONS: Mapping[str, Function] = MappingProxyType(
 )
 
 
-def correct_libdevice(patch: pytest.MonkeyPatch) -> None:
+def correct_libdevice(patch: Patch) -> None:
     """Make ``libdevice.*`` usable under the interpreter until ``patch`` is undone."""
     for name, function in vars(nvidia).copy().items():
         if tl.core.is_builtin(function):
             for module in (generic, nvidia):
-                patch.setattr(module, name, _called(function), raising=False)
+                patch.setattr(module, name, _called(function), False)
     patch.setattr(InterpreterBuilder, "create_extern_elementwise", _elementwise)
     patch.setattr(InterpreterBuilder, "create_erf", lambda self, x: _apply(torch.erf, [x], x.dtype.scalar))
 

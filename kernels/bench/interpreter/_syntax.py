@@ -10,20 +10,21 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import ASTTransformer, FunctionRewriter, InterpretedFunction
+
+from ._patch import Patch
 
 __all__ = ["correct_syntax"]
 
 _AND, _OR, _NOT = "_elementwise_and", "_elementwise_or", "_elementwise_not"
 
 
-def correct_syntax(patch: pytest.MonkeyPatch) -> None:
+def correct_syntax(patch: Patch) -> None:
     """Make ``and``, ``or`` and ``not`` elementwise under the interpreter until ``patch`` is undone."""
     for name, function in ((_AND, _elementwise_and), (_OR, _elementwise_or), (_NOT, _elementwise_not)):
-        patch.setattr(interpreter, name, function, raising=False)  # what a rewritten kernel sees besides its own names
+        patch.setattr(interpreter, name, function, False)  # what a rewritten kernel sees besides its own names
     patch.setattr(FunctionRewriter, "ast_transformer", _Elementwise())
     patch.setattr(InterpretedFunction, "rewritten_fn", {})
 
