@@ -13,6 +13,7 @@ Rows are tried from the first to the last. An architecture without rows takes th
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,10 +58,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Configs:
-    """The configurations of one kernel, by architecture: 90 is ``sm_90``."""
+    """The configurations of one kernel, by architecture: 90 is ``sm_90``.
+
+    ``fingerprint`` tells one version of the kernel and its rows from others; results of tuning hold for one.
+    """
 
     kernel: str
     rows: Mapping[int, tuple[Config, ...]]
+    fingerprint: str = ""
 
     @classmethod
     def beside(cls, module_file: str) -> Configs:
@@ -72,28 +77,33 @@ class Configs:
         module = Path(module_file)
         path = module.parent / "configs" / f"{module.stem}.toml"
         try:
-            data = tomllib.loads(path.read_text())
+            text = path.read_bytes()
+            data = tomllib.loads(text.decode())
             rows = {int(name.removeprefix("sm_")): tuple(Config(**row) for row in rows) for name, rows in data.items()}
         except (OSError, TypeError, ValueError) as error:
             raise OptionError(f"launch configurations {path} cannot be read: {error}") from error
         if not rows or not all(rows.values()):
             raise OptionError(f"launch configurations {path} hold no row")
-        return cls(module.stem, MappingProxyType(rows))
+        source = module.read_bytes() if module.is_file() else b""
+        return cls(module.stem, MappingProxyType(rows), hashlib.sha256(source + text).hexdigest()[:16])
 
     def of_architecture(self, architecture: int) -> tuple[Config, ...]:
         """The rows of an architecture, or of the nearest older one, or of the oldest."""
         known = sorted(self.rows)
         return self.rows[max((a for a in known if a <= architecture), default=known[0])]
 
-    def choose(self, device: torch.device, /, **sizes: int) -> Config:
-        """The stored result of tuning for such sizes on this device, else the first row that holds for ``sizes``.
+    def choose(self, device: torch.device, dtype: torch.dtype | None = None, /, **sizes: int) -> Config:
+        """The stored result of tuning for such sizes and dtype on this device, else the first row that holds.
+
+        Without ``dtype``, that of the operand the kernel moves most of, no stored result is used: what is fastest in a
+        narrow dtype may need more shared memory in a wide one than there is.
 
         Raises:
             OptionError: no row holds; the last row of a file should hold for all.
         """
         from .tuning import tuned
 
-        found = tuned(self.kernel, device, sizes)
+        found = tuned(self, device, dtype, sizes)
         if found is not None:
             return found
         for row in self.of_architecture(architecture_of(device)):

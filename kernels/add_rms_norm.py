@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph, Op
+from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match, Walk, is_row_major, operands, replaceable
-from ._rms_norm import RmsNorm, rms_norms
+from ._match import Cost, Match, Walk, any_tensor, call, reshaped
+from ._patterns import norms
 
 __all__ = ["KERNEL"]
 
@@ -109,7 +109,7 @@ def launch(
     if x.numel() == 0:
         return
     columns = x.shape[-1]
-    config = config or CONFIGS.choose(x.device, columns=columns)
+    config = config or CONFIGS.choose(x.device, x.dtype, columns=columns)
     with torch.accelerator.device_index(x.device.index):
         add_rms_norm_kernel[(x.numel() // columns,)](
             x, residual, weight, hidden, out, epsilon, columns=columns, **config.options
@@ -178,56 +178,28 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    """Where a graph adds two tensors and normalises the sum, in program order; no operator is in two matches.
+    """Where a graph adds two tensors and normalises the sum.
 
-    The addition is ``aten.add.Tensor`` without broadcasting or scaling; `rms_norms` says which normalisations are
-    known. Where a model rounds before it multiplies by the weight, as Llama does, the kernel rounds once less. The
-    sum may have other readers: the kernel writes it.
+    The addition is ``aten.add`` of equal shapes. Where a model rounds before it multiplies by the weight, as Llama
+    does, the kernel rounds once less. The sum may have other readers: the kernel writes it.
     """
     walk = Walk(graph)
-    found: list[Match] = []
-    taken: set[str] = set()
-    for add in graph.ops:
-        addends = _addends(graph, add)
-        if addends is None:
+    found = []
+    for out in walk.results("mul", "rms_norm", "_fused_rms_norm", "_to_copy", "to", "convert_element_type"):
+        if out.dtype not in map(dtype_name, FLOATS) or not out.shape:
             continue
-        hidden = add.outputs[0]
-        for norm in rms_norms(walk, hidden):
-            ops = (add, *norm.ops)
-            names = {op.name for op in ops}
-            if names & taken or not _fits(graph, norm, hidden) or not replaceable(graph, ops, (hidden, norm.out)):
-                continue
-            taken |= names
-            found.append(_match(graph, names, (*addends, norm.weight), hidden, norm))
+        for norm in norms(walk, out, "rms"):
+            for sum_of in walk.find(call("add", any_tensor("a"), any_tensor("b")), norm.x):
+                x, residual = (reshaped(sum_of[name], out.shape) for name in ("a", "b"))
+                hidden = graph.tensor[norm.x.buffer]
+                if x is None or residual is None or {x.dtype, residual.dtype, norm.weight.dtype} != {out.dtype}:
+                    continue
+                launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), out.shape[-1])
+                arguments = {"x": x, "residual": residual, "weight": norm.weight, "epsilon": norm.epsilon}
+                match = walk.match(NAME, arguments, (hidden, out), launch_cost)
+                if match is not None and hidden.shape == out.shape:
+                    found.append(match)
     return tuple(found)
-
-
-def _match(graph: Graph, names: set[str], inputs: tuple[str, ...], hidden: str, norm: RmsNorm) -> Match:
-    shape, dtype = graph.tensor[hidden].shape, graph.tensor[hidden].dtype
-    in_order = tuple(op.name for op in graph.ops if op.name in names)
-    launch_cost = cost(dtype, math.prod(shape[:-1]), shape[-1])
-    return Match(in_order, inputs, (hidden, norm.out), {"epsilon": norm.epsilon}, launch_cost)
-
-
-def _addends(graph: Graph, op: Op) -> tuple[str, ...] | None:
-    """The two operands of an addition that the kernel can do."""
-    addends = operands(op) if op.target == "aten.add.Tensor" and len(op.outputs) == 1 else None
-    if addends is None:
-        return None
-    total = graph.tensor[op.outputs[0]]
-    fits = total.dtype in map(dtype_name, FLOATS) and total.shape and len(addends) == 2
-    same = all((graph.tensor[a].shape, graph.tensor[a].dtype) == (total.shape, total.dtype) for a in addends)
-    return addends if fits and same and all(is_row_major(graph.tensor[a]) for a in addends) else None
-
-
-def _fits(graph: Graph, norm: RmsNorm, hidden: str) -> bool:
-    """Whether the normalisation has the shapes, dtypes and layouts that the kernel computes."""
-    source, weight, out = (graph.tensor[name] for name in (hidden, norm.weight, norm.out))
-    return (
-        (weight.shape, weight.dtype) == (source.shape[-1:], source.dtype)
-        and is_row_major(weight)
-        and (out.shape, out.dtype) == (source.shape, source.dtype)
-    )
 
 
 KERNEL = Kernel(

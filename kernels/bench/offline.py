@@ -86,7 +86,7 @@ def _compiling(architecture: int) -> Iterator[list[Any]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _OfflineDriver(architecture)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(_checks, "_is_gpu", lambda _: True),
+        mock.patch.object(_checks, "_is_gpu", return_value=True),
     ):
         yield done
 
