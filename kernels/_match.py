@@ -1,98 +1,312 @@
-"""What a kernel's match rule returns, and the steps that every rule takes through a graph."""
+"""Patterns of operators, and the walk that finds them in a graph from their result backwards.
+
+A pattern says what computed a tensor: ``call("mul", a, call("sigmoid", a))`` is the product of a tensor and its
+sigmoid, in either order. `any_tensor` binds an operand by name, `number` and `literal` other arguments, ``either``
+tries alternatives. Models that compute partly in float32 need no patterns of their own: casts between a kernel's
+floating-point dtypes are looked through. Nor do views that only regroup dimensions: an operand is known by its
+elements in row-major order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from functools import cached_property
-from itertools import chain
+from typing import Any
 
-from ..compiler.graph import Graph, Op, Tensor, contiguous_strides
+import torch
+from msgspec.structs import replace
+
+from ..compiler.fusion import Cost, Match, Scalar, Uses, is_row_major
+from ..compiler.graph import DTYPE_BYTES, Graph, Op, Tensor
 from ..compiler.runtime.calls import InputRef, parse_call
 
-__all__ = ["Cost", "Match", "Walk", "is_row_major", "operands", "replaceable"]
+__all__ = [
+    "Cost",
+    "Found",
+    "Match",
+    "Pattern",
+    "Walk",
+    "any_tensor",
+    "bytes_of",
+    "call",
+    "either",
+    "is_row_major",
+    "literal",
+    "number",
+    "reshaped",
+    "transposed",
+]
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_CASTS = ("aten._to_copy.default", "aten.to.dtype", "prims.convert_element_type.default")
+_NEUTRAL = (("alpha", 1), ("dtype", torch.float32))  # computing in float32 is what kernels do anyway
+_COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one launch does: ``flops`` counts as ``Op.flops`` does, ``traffic_bytes`` each operand moved once."""
+class Pattern:
+    """What may have computed a tensor; made by ``call``, ``either``, ``any_tensor`` and ``number``."""
 
-    flops: int
-    traffic_bytes: int
+    kind: str
+    name: str = ""
+    parts: tuple[Any, ...] = ()
+    keywords: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class Match:
-    """Operators that one kernel launch replaces.
+def any_tensor(name: str) -> Pattern:
+    """Any tensor, bound to ``name``; where the name comes again, it must be the same elements."""
+    return Pattern("tensor", name)
 
-    ``ops`` are their names in program order; the launch belongs where the first of them stands. ``inputs`` and
-    ``outputs`` are tensor names in the order of the launcher's parameters, ``attributes`` its scalars by name.
+
+def literal(name: str) -> Pattern:
+    """Anything that is no tensor: a number, a list, ``None``; bound to ``name``."""
+    return Pattern("literal", name)
+
+
+def number(name: str) -> Pattern:
+    """A number in the call itself, bound to ``name``."""
+    return Pattern("number", name)
+
+
+def either(*options: Pattern) -> Pattern:
+    """The first of ``options`` that fits, then the others."""
+    return Pattern("either", parts=options)
+
+
+def call(name: str, *arguments: Any, **keywords: Any) -> Pattern:
+    """The first result of a call of ``aten.<name>``, whatever its overload, or of ``prims.<name>``.
+
+    Arguments are patterns, or literals to equal (lists, numbers, ``None``); numbers are equal within float32. Sums and
+    products match in either order. The call may have no other arguments, but for ``alpha=1`` and, at the end,
+    ``None``, ``False`` and empty lists. Results in another place than the first: ``call("var_mean", ...)`` takes
+    ``result=1`` as a keyword.
     """
-
-    ops: tuple[str, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, float]
-    cost: Cost
-
-
-def is_row_major(tensor: Tensor) -> bool:
-    """Whether the elements lie one behind the other in row-major order."""
-    return tensor.element_strides == contiguous_strides(tensor.shape)
-
-
-def operands(op: Op) -> tuple[str, ...] | None:
-    """The tensors that a call takes, in order; ``None`` if it takes anything else but ``alpha=1``."""
-    call = parse_call(op.body)
-    names = tuple(op.inputs[value.index] for value in call.arguments if isinstance(value, InputRef))
-    plain = len(names) == len(call.arguments) and call.keywords in ((), (("alpha", 1),))
-    return names if plain else None
+    return Pattern("call", name, arguments, tuple(keywords.items()))
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Follows a graph from a tensor to the operators that read it."""
+class Found:
+    """One way in which a pattern fits: what its names are bound to; ``found["x"]`` is the tensor ``x``."""
 
-    graph: Graph
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    literals: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class Walk:
+    """Finds patterns in one graph, and makes matches."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._uses = Uses(graph)
 
     @cached_property
-    def _readers(self) -> Mapping[str, tuple[Op, ...]]:
-        readers: dict[str, list[Op]] = {}
+    def _written(self) -> Mapping[str, Op]:
+        """The operator that wrote each tensor."""
+        return {name: op for op in self.graph.ops for name in op.outputs}
+
+    def results(self, *names: str) -> Iterator[Tensor]:
+        """First results of all calls of ``aten.<name>`` for one of ``names``, in program order."""
         for op in self.graph.ops:
-            for name in dict.fromkeys(op.inputs if op.outputs else ()):
-                readers.setdefault(name, []).append(op)
-        return {name: tuple(ops) for name, ops in readers.items()}
+            if op.outputs and _called(op) in names:
+                yield self.graph.tensor[op.outputs[0]]
 
-    def readers(self, tensor: str, *targets: str) -> tuple[Op, ...]:
-        """Operators with a result that read ``tensor`` and call one of ``targets``, in program order."""
-        return tuple(op for op in self._readers.get(tensor, ()) if op.target in targets)
+    def writer(self, tensor: Tensor) -> tuple[Op, int] | None:
+        """The operator whose result ``tensor`` is, and which result; dimensions may have been regrouped since."""
+        found = self._written.get(tensor.name)
+        if found is not None:
+            return found, found.outputs.index(tensor.name)
+        base = self.graph.buffers.get(tensor.buffer)
+        if base is None or not _same_elements(tensor, base) or len(self._uses.writers(tensor.buffer)) != 1:
+            return None
+        found = self._written.get(base.name)
+        return None if found is None else (found, found.outputs.index(base.name))
 
-    def sole_reader(self, op: Op | None, *targets: str) -> Op | None:
-        """The one operator that reads the first result of ``op``, if it calls one of ``targets``.
+    def uncast(self, tensor: Tensor, result: str) -> Tensor:
+        """What ``tensor`` was cast from, as long as that is a float32 or a ``result``: no digit was lost there."""
+        made = self.writer(tensor)
+        while made is not None and made[0].target in _CASTS:
+            source = self.graph.tensor[made[0].inputs[0]]
+            allowed = {"float32", result}
+            if not {source.dtype, self.graph.tensor[made[0].outputs[0]].dtype} <= allowed or result not in _FLOATS:
+                break
+            tensor = reshaped(source, tensor.shape) or source
+            made = self.writer(tensor)
+        return tensor
 
-        ``None`` gives ``None``, so that the steps of a rule can be written one under the other.
+    def find(self, pattern: Pattern, tensor: Tensor, bound: Found | None = None) -> Iterator[Found]:
+        """Each way in which ``pattern`` computed ``tensor``, given what is ``bound`` already."""
+        yield from self._find(pattern, tensor, bound or Found(), tensor.dtype)
+
+    def _find(self, pattern: Any, value: Any, bound: Found, result: str) -> Iterator[Found]:
+        if not isinstance(pattern, Pattern):
+            if not isinstance(value, Tensor) and _equal(pattern, value):
+                yield bound
+        elif pattern.kind == "either":
+            for option in pattern.parts:
+                yield from self._find(option, value, bound, result)
+        elif pattern.kind in ("literal", "number"):
+            fits = not isinstance(value, Tensor) if pattern.kind == "literal" else type(value) in (int, float)
+            if fits and _equal(bound.literals.get(pattern.name, value), value):
+                yield changed(bound, literals={**bound.literals, pattern.name: value})
+        elif isinstance(value, Tensor):
+            yield from self._tensor(pattern, self.uncast(value, result), bound, result)
+
+    def _tensor(self, pattern: Pattern, value: Tensor, bound: Found, result: str) -> Iterator[Found]:
+        if pattern.kind == "call":
+            yield from self._call(pattern, value, bound, result)
+        elif pattern.name not in bound.tensors:
+            yield changed(bound, tensors={**bound.tensors, pattern.name: value})
+        elif _same_elements(value, bound[pattern.name]):
+            yield bound
+
+    def _call(self, pattern: Pattern, tensor: Tensor, bound: Found, result: str) -> Iterator[Found]:
+        made = self.writer(tensor)
+        keywords = dict(pattern.keywords)
+        if made is None or made[1] != keywords.pop("result", 0) or _called(made[0]) != pattern.name:
+            return
+        arguments, given = self.arguments(made[0])
+        given = {key: value for key, value in given.items() if (key, value) not in _NEUTRAL}
+        if given.keys() != keywords.keys() or not all(_equal(keywords[key], given[key]) for key in given):
+            return
+        extra = arguments[len(pattern.parts) :]
+        if len(arguments) < len(pattern.parts) or any(item not in (None, False, []) for item in extra):
+            return
+        parts = pattern.parts
+        orders = [parts, parts[::-1]] if pattern.name in _COMMUTATIVE and len(parts) == 2 else [parts]
+        for order in orders:
+            yield from self._all(order, arguments, bound, result)
+
+    def _all(self, patterns: Sequence[Any], values: Sequence[Any], bound: Found, result: str) -> Iterator[Found]:
+        if not patterns:
+            yield bound
+            return
+        for found in self._find(patterns[0], values[0], bound, result):
+            yield from self._all(patterns[1:], values[1:], found, result)
+
+    def arguments(self, op: Op) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keywords of a call, operands as tensors."""
+        parsed = parse_call(op.body)
+
+        def value(item: Any) -> Any:
+            if isinstance(item, list | tuple):
+                return [value(one) for one in item]
+            return self.graph.tensor[op.inputs[item.index]] if isinstance(item, InputRef) else item
+
+        return [value(item) for item in parsed.arguments], {key: value(item) for key, item in parsed.keywords}
+
+    def readers(self, tensor: Tensor, *names: str) -> list[Op]:
+        """Calls of ``aten.<name>``, for one of ``names``, that read the tensor's buffer, in program order."""
+        return [
+            op
+            for op, read in zip(self.graph.ops, self.graph.reads, strict=True)
+            if tensor.buffer in read and _called(op) in names
+        ]
+
+    def match(
+        self,
+        kernel: str,
+        arguments: Mapping[str, Tensor | Scalar],
+        outputs: Sequence[Tensor],
+        cost: Cost,
+    ) -> Match | None:
+        """A launch of ``kernel`` that computes ``outputs``; ``None`` where the graph does not allow it.
+
+        Views among the arguments that the graph does not have are named here. An output that nobody needs may be a new
+        tensor; ``Walk.fresh`` makes one.
         """
-        readers = self._readers.get(op.outputs[0], ()) if op is not None else ()
-        return readers[0] if len(readers) == 1 and readers[0].target in targets else None
+        named = {key: self._named(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+        gone = self._uses.replaced(outputs)
+        operands = [value for value in named.values() if isinstance(value, Tensor)]
+        if not gone or any(name in {t.name for t in operands} for i in gone for name in self.graph.ops[i].outputs):
+            return None
+        before = self._uses.place(gone, operands, outputs)
+        if before is None:
+            return None
+        return Match(kernel, tuple(self.graph.ops[i].name for i in gone), before, named, tuple(outputs), cost)
+
+    def _named(self, tensor: Tensor) -> Tensor:
+        """The tensor of the graph with this layout, or ``tensor`` under a name that says how it lies."""
+        for known in self._by_buffer.get(tensor.buffer, ()):
+            if replace(tensor, name=known.name, strides=tensor.element_strides, role=known.role) == replace(
+                known, strides=known.element_strides
+            ):
+                return known
+        shape, strides = ("x".join(map(str, sizes)) for sizes in (tensor.shape, tensor.element_strides))
+        return replace(tensor, name=f"{tensor.buffer}_{shape}_by_{strides}_at_{tensor.offset_bytes}")
+
+    @cached_property
+    def _by_buffer(self) -> Mapping[str, Sequence[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for tensor in self.graph.tensors:
+            if tensor.name == tensor.buffer or len(self._uses.writers(tensor.buffer)) < 2:
+                found.setdefault(tensor.buffer, []).append(tensor)
+        return found
+
+    def fresh(self, near: Tensor, suffix: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A new tensor for a result of a kernel that nobody reads; named after ``near``."""
+        return Tensor(f"{near.name}_{suffix}", shape, dtype)
 
 
-def replaceable(graph: Graph, ops: Sequence[Op], results: Collection[str]) -> bool:
-    """Whether one operator, placed where the first of ``ops`` stands, can take the place of all of them.
+def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """A view with the same elements in row-major order in another shape; ``None`` where strides do not allow it.
 
-    It computes the tensors ``results`` and nothing else, so no other operator, and not the caller, may see what else
-    ``ops`` write. It reads all operands at once, so between the first and the last of ``ops`` no other operator may
-    write a buffer that they read. And it writes fresh memory, so each result of ``ops`` must be a row-major base.
+    Only row-major tensors can be regrouped here, but dimensions of extent 1 may come and go anywhere.
     """
-    members = {op.name for op in ops}
-    positions = [index for index, op in enumerate(graph.ops) if op.name in members]
-    written = [graph.tensor[name] for op in ops for name in op.outputs]
-    if any(tensor.name != tensor.buffer or not is_row_major(tensor) for tensor in written):
+    wanted = tuple(shape)
+    if wanted == tensor.shape:
+        return tensor
+    if math.prod(wanted) != math.prod(tensor.shape) or not is_row_major(tensor):
+        return None
+    return replace(tensor, name="", shape=wanted, strides=None)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """A view with the last two dimensions exchanged."""
+    shape, strides = tensor.shape, tensor.element_strides
+    return replace(
+        tensor,
+        name="",
+        shape=(*shape[:-2], shape[-1], shape[-2]),
+        strides=(*strides[:-2], strides[-1], strides[-2]),
+    )
+
+
+def _called(op: Op) -> str:
+    """``mul`` of ``aten.mul.Tensor``; empty for other namespaces than ``aten`` and ``prims``."""
+    namespace, _, rest = op.target.partition(".")
+    return rest.partition(".")[0] if namespace in ("aten", "prims") else ""
+
+
+def _same_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether both read the same elements in the same row-major order."""
+    if (one.buffer, one.offset_bytes, one.dtype) != (other.buffer, other.offset_bytes, other.dtype):
         return False
-    private = {tensor.buffer for tensor in written} - {graph.tensor[name].buffer for name in results}
-    visible = {graph.tensor[name].buffer for name in graph.outputs}
-    visible.update(*(graph.touches[index] for index, op in enumerate(graph.ops) if op.name not in members))
-    if private & visible:
-        return False
-    read = set(chain.from_iterable(graph.reads[index] for index in positions))
-    between = (index for index in range(positions[0], positions[-1]) if index not in positions)
-    return not any(read & set(graph.writes[index]) for index in between)
+    if (one.shape, one.element_strides) == (other.shape, other.element_strides):
+        return True
+    same = math.prod(one.shape) == math.prod(other.shape)
+    return same and is_row_major(one) and is_row_major(other)
+
+
+def _equal(wanted: Any, value: Any) -> bool:
+    """Whether two literals are equal, numbers within what float32 can tell apart."""
+    if isinstance(wanted, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(wanted) == len(value)
+            and all(_equal(one, other) for one, other in zip(wanted, value, strict=True))
+        )
+    plain = isinstance(wanted, int | float) and isinstance(value, int | float)
+    if plain and not isinstance(wanted, bool) and not isinstance(value, bool):
+        return math.isclose(wanted, value, rel_tol=1e-6)
+    return type(wanted) is type(value) and bool(wanted == value)
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes of the elements of all ``tensors``."""
+    return sum(math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for tensor in tensors)
