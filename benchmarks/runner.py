@@ -8,39 +8,21 @@ not.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from opweave.api import read_model
 from opweave.compiler.graph import Graph
 from opweave.errors import OpweaveError
 from opweave.hw_models.model import Engine, EngineKind, HardwareModel, Memory
+from opweave.kernels.bench.rows import Row, document, dumped, table, write_whole
 
 __all__ = ["Options", "Row", "operator_graphs", "print_table", "run", "scratchpad_machine"]
 
-PACKAGES = ("opweave", "pulp", "highspy", "ortools", "numba", "torch", "triton", "transformers", "onnx", "numpy")
 SECONDS_UNWRITTEN = 5.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: ``case`` measured by ``provider``; ``bound`` is the proven limit of ``value``, in the same unit."""
-
-    case: str
-    provider: str
-    metric: str
-    value: float | None
-    unit: str
-    bound: float | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ class _Kept:
     def __init__(self, name: str, path: Path | None) -> None:
         self.rows: list[Row] = []
         self._path = path
-        self._head = _document(name) if path is not None else {}
+        self._head = document(name) if path is not None else {}
         self._written = time.monotonic()
 
     def add(self, row: Row) -> None:
@@ -118,9 +100,7 @@ class _Kept:
         """Write them all, if there are any and a file was asked for."""
         if self._path is None or not self.rows:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        document = {**self._head, "rows": [asdict(row) for row in self.rows]}
-        self._path.write_text(json.dumps(document, indent=1) + "\n")
+        write_whole(self._path, dumped(self._head, self.rows))
         self._written = time.monotonic()
 
 
@@ -154,64 +134,4 @@ def operator_graphs(options: Options) -> Iterator[tuple[str, Graph]]:
 
 def print_table(head: Sequence[str], lines: Sequence[Sequence[str | float | None]]) -> None:
     """Print ``lines`` under ``head``: numbers to the right, everything else to the left, ``None`` as a dash."""
-    cells = [[_shown(cell) for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    print("  ".join(title.ljust(width) for title, width in zip(head, widths, strict=True)).rstrip())
-    for line, texts in zip(lines, cells, strict=True):
-        columns = zip(line, texts, widths, strict=True)
-        print("  ".join(t.ljust(w) if isinstance(cell, str) else t.rjust(w) for cell, t, w in columns).rstrip())
-
-
-def _shown(cell: str | float | None) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell:,.2f}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
-
-
-def _document(name: str) -> dict[str, object]:
-    """All of the file but its rows."""
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system(), **_accelerator()}
-    return {
-        "benchmark": name,
-        "commit": _commit(),
-        "machine": machine,
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
-def _accelerator() -> dict[str, str]:
-    """The first GPU and its driver, where there is one."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return {"accelerator": done.stdout.splitlines()[0]} if done.returncode == 0 and done.stdout else {}
-
-
-def _commit() -> str:
-    """The commit of the checkout the benchmark lies in, marked when files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    print(table(head, lines))
