@@ -1,0 +1,1 @@
+"""Which fused kernels take which operators."""
