@@ -149,16 +149,19 @@ class Gpu:
 
     def measured(self) -> Roofline:
         """As `Clock`."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        nbytes = min(COPY_BYTES, free // 8)
-        source = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        copying = quantiles(self.milliseconds(lambda: target.copy_(source), CALIBRATION_MS)).p50
-        del source, target
+        bytes_per_s = self._copy_rate()
         rates = {kind: self._product_rate(kind) for kind in (torch.bfloat16, torch.float16, torch.float32)}
         self.forget()
         by_name = {str(kind).removeprefix("torch."): rate for kind, rate in rates.items()}
-        return Roofline("measured", 2e3 * nbytes / copying, {"default": rates[torch.float32], **by_name})
+        return Roofline("measured", bytes_per_s, {"default": rates[torch.float32], **by_name})
+
+    def _copy_rate(self) -> float:
+        """Bytes a second that a large copy reads and writes."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        source = torch.empty(min(COPY_BYTES, free // 8), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        ms = quantiles(self.milliseconds(lambda: target.copy_(source), CALIBRATION_MS)).p50
+        return 2e3 * source.nbytes / ms
 
     def _product_rate(self, dtype: torch.dtype) -> float:
         """Flops a second of a large product by the vendor's library; float32 without tf32."""
