@@ -67,11 +67,13 @@ def rope_kernel(
     if block < q_blocks:
         head = block * block_heads + lane
         rotate_heads(q_pointer + token * q_token, q_out_pointer + token * (heads * dim), q_head, dim, head,
-                     head < heads, cosine, sine, dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
+                     head < heads, cosine, sine, dim, pairs, interleaved,
+                     block_heads, block_pairs, block_rest)  # fmt: skip
     else:
         head = (block - q_blocks) * block_heads + lane
         rotate_heads(k_pointer + token * k_token, k_out_pointer + token * (kv_heads * dim), k_head, dim, head,
-                     head < kv_heads, cosine, sine, dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
+                     head < kv_heads, cosine, sine, dim, pairs, interleaved,
+                     block_heads, block_pairs, block_rest)  # fmt: skip
 
 
 def launch(
@@ -113,7 +115,7 @@ def launch(
     if q.numel() + k.numel() == 0:
         return
     (tokens, heads, dim), kv_heads, (rows, pairs) = q.shape, k.shape[1], cos.shape
-    config = config or CONFIGS.choose(q.device, heads=max(heads, kv_heads), dim=dim)
+    config = config or CONFIGS.choose(q.device, q.dtype, tokens=tokens, heads=max(heads, kv_heads), dim=dim)
     blocks = triton.cdiv(heads, config.constants["block_heads"]) + triton.cdiv(
         kv_heads, config.constants["block_heads"]
     )

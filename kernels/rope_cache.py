@@ -82,7 +82,8 @@ def rope_cache_kernel(
     if block < q_blocks:
         head = block * block_heads + lane
         rotate_heads(q_pointer + token * q_token, q_out_pointer + token * (heads * dim), q_head, dim, head,
-                     head < heads, cosine, sine, dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
+                     head < heads, cosine, sine, dim, pairs, interleaved,
+                     block_heads, block_pairs, block_rest)  # fmt: skip
     else:
         slot = tl.load(slot_pointer + token)
         head = (block - q_blocks) * block_heads + lane
@@ -143,7 +144,7 @@ def launch(
     if q.numel() + k.numel() == 0:
         return
     (tokens, heads, dim), kv_heads, (rows, pairs) = q.shape, k.shape[1], cos.shape
-    config = config or CONFIGS.choose(q.device, heads=max(heads, kv_heads), dim=dim)
+    config = config or CONFIGS.choose(q.device, q.dtype, tokens=tokens, heads=max(heads, kv_heads), dim=dim)
     block_heads = config.constants["block_heads"]
     blocks = triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads)
     with torch.accelerator.device_index(q.device.index):
