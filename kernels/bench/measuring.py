@@ -20,7 +20,7 @@ import triton
 from ...errors import ExecutionError
 from .roofline import Roofline
 
-__all__ = ["Clock", "Gpu", "Quantiles", "quantiles"]
+__all__ = ["Clock", "Gpu", "Quantiles", "Step", "quantiles"]
 
 Step = Callable[[], Any]
 
