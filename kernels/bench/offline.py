@@ -57,7 +57,7 @@ class _OfflineDriver(DriverBase):  # type: ignore[misc] # triton ships no types
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return cast(int, self._target.arch)  # Triton keeps what it compiled by device: one for each architecture
 
     def get_current_stream(self, device: object = None) -> int:
         return 0
