@@ -1,0 +1,60 @@
+"""One output tile of a matrix product: the main loop that kernels with an epilogue share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["multiplied", "sizes_of"]
+
+
+def sizes_of(rows: int, *weights: torch.Tensor) -> dict[str, int]:
+    """By what configurations of a product ``[rows, depth] @ [depth, columns]`` are chosen.
+
+    ``ragged`` is 1 where some operand cannot be read in vectors of 16 elements; loads then go element by element and
+    through registers, which large tiles have no room for. ``element_bytes`` tells float32, which tensor cores do not
+    multiply exactly, from what they do.
+    """
+    depth, columns = weights[0].shape
+    strides = [stride for weight in weights for stride in weight.stride()]
+    lengths = [depth, columns, *(stride for stride in strides if stride != 1)]
+    ragged = any(length % 16 for length in lengths) or any(1 not in weight.stride() for weight in weights)
+    sizes = {"rows": rows, "columns": columns, "depth": depth}
+    return {**sizes, "element_bytes": weights[0].element_size(), "ragged": int(ragged)}
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def multiplied(
+    x_pointer: tl.tensor,
+    weight_pointer: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    rows: tl.tensor,
+    stride_k: tl.tensor,
+    stride_n: tl.tensor,
+    columns: tl.constexpr,
+    depth: tl.constexpr,
+    block_k: tl.constexpr,
+) -> tl.tensor:
+    """``x[row] @ weight[:, column]``, summed in float32.
+
+    ``x`` is row-major ``[rows, depth]``, ``weight`` ``[depth, columns]`` has any strides; ``row`` and ``column`` are
+    blocks of indices, of which those outside read nothing and give zero. ``stride_k`` and ``stride_n`` are arguments
+    of the launch, which Triton compiles for where they are 1: so it knows along which of the two it can read vectors.
+    """
+    lane = tl.arange(0, block_k)
+    x_pointers = x_pointer + row.to(tl.int64)[:, None] * depth + lane[None, :]
+    weight_pointers = weight_pointer + lane.to(tl.int64)[:, None] * stride_k + column.to(tl.int64)[None, :] * stride_n
+    step = tl.full([], block_k, tl.int64) * stride_k
+    has_row = (row < rows)[:, None]
+    has_column = (column < columns)[None, :]
+    total = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
+    for first in range(0, depth, block_k):
+        has_depth = lane < depth - first
+        x = tl.load(x_pointers, mask=has_row & has_depth[None, :], other=0.0)
+        weight = tl.load(weight_pointers, mask=has_depth[:, None] & has_column, other=0.0)
+        total = tl.dot(x, weight, total, input_precision="ieee")
+        x_pointers += block_k
+        weight_pointers += step
+    return total

@@ -1,0 +1,284 @@
+"""A linear layer with bias, activation and residual addition in its epilogue: one pass, one rounding.
+
+    out = activation(x @ weight + bias) + residual
+
+with bias and residual optional and the activation one of ReLU, GELU (Hendrycks and Gimpel, 2016; with erf, or the
+tanh that approximates it), SiLU, or none. Products are summed in float32, the epilogue is computed in float32, and
+``out`` is rounded once, where separate operators round after each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..compiler.graph import DTYPE_BYTES, Graph
+from ._activations import ACTIVATIONS, activated
+from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._configs import Config, Configs
+from ._kernel import Kernel, Workload, normal
+from ._match import Cost, Match
+from ._matmul import multiplied, sizes_of
+from ._tiles import swizzled
+
+__all__ = ["KERNEL"]
+
+NAME = "linear_epilogue"
+CONFIGS = Configs.beside(__file__)
+#: What the kernel computes behind the bias.
+KNOWN = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def linear_epilogue_kernel(
+    x_pointer: tl.tensor,
+    weight_pointer: tl.tensor,
+    bias_pointer: tl.tensor,
+    residual_pointer: tl.tensor,
+    out_pointer: tl.tensor,
+    rows: tl.tensor,
+    stride_k: tl.tensor,
+    stride_n: tl.tensor,
+    stride_bias: tl.tensor,
+    columns: tl.constexpr,
+    depth: tl.constexpr,
+    activation: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    group_m: tl.constexpr,
+) -> None:
+    """Compute one tile of row-major ``out``; the grid is the number of tiles. A pointer that is None adds nothing."""
+    tile_m, tile_n = swizzled(tl.program_id(0), tl.cdiv(rows, block_m), tl.cdiv(columns, block_n), group_m)
+    row = tile_m * block_m + tl.arange(0, block_m)
+    column = tile_n * block_n + tl.arange(0, block_n)
+    value = multiplied(x_pointer, weight_pointer, row, column, rows, stride_k, stride_n, columns, depth, block_k)
+    if block_n <= 128:
+        _finish(value, row, column, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
+    else:  # half by half, or bias, residual and addresses do not fit into registers beside the sums
+        left, right = tl.split(tl.permute(tl.reshape(value, [block_m, 2, block_n // 2]), (0, 2, 1)))
+        first = tile_n * block_n + tl.arange(0, block_n // 2)
+        _finish(left, row, first, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
+        last = first + block_n // 2
+        _finish(right, row, last, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def _finish(
+    value: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    bias_pointer: tl.tensor,
+    residual_pointer: tl.tensor,
+    out_pointer: tl.tensor,
+    rows: tl.tensor,
+    stride_bias: tl.tensor,
+    columns: tl.constexpr,
+    activation: tl.constexpr,
+) -> None:
+    """Add the bias to sums, activate them, add the residual and store them, rounded."""
+    if bias_pointer is not None:
+        bias = tl.load(bias_pointer + column.to(tl.int64) * stride_bias, mask=column < columns, other=0.0)
+        value += bias.to(tl.float32)[None, :]
+    value = activated(value, activation)
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if residual_pointer is not None:
+        value += tl.load(residual_pointer + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_pointer + at, value.to(out_pointer.dtype.element_ty), mask=inside)
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    *,
+    out: torch.Tensor,
+    config: Config | None = None,
+) -> None:
+    """Write ``activation(x @ weight + bias) + residual`` into ``out``, on the current stream.
+
+    Args:
+        x: ``[..., depth]``, float32, float16 or bfloat16, row-major, on a CUDA device.
+        weight: ``[depth, columns]`` of x's dtype and any strides: ``linear.weight.t()`` of a torch Linear.
+        bias: ``[columns]``, of any of the three dtypes and any stride, or None.
+        residual: as ``out``, or None.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh`` or ``silu``.
+        out: ``[..., columns]`` of x's dtype, row-major; written, shares no memory with any other argument.
+        config: how to launch; chosen by sizes and dtype if not given.
+
+    Raises:
+        ExecutionError: a tensor has another shape, dtype, layout or device, the output overlaps something, or there is
+            no such activation.
+    """
+    _check(x, weight, bias, residual, activation)
+    columns, depth = weight.shape[1], weight.shape[0]
+    check_tensor(NAME, "out", out, (*x.shape[:-1], columns), x.dtype, x.device)
+    read = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    check_apart(NAME, {"out": out}, {name: tensor for name, tensor in read.items() if tensor is not None})
+    check_device(NAME, linear_epilogue_kernel, x)
+    if out.numel() == 0:
+        return
+    rows = out.numel() // columns
+    config = config or CONFIGS.choose(x.device, x.dtype, **sizes_of(rows, weight))
+    tiles = -(-rows // config.constants["block_m"]) * -(-columns // config.constants["block_n"])
+    with torch.accelerator.device_index(x.device.index):
+        linear_epilogue_kernel[(tiles,)](
+            x,
+            weight,
+            bias,
+            residual,
+            out,
+            rows,
+            *weight.stride(),
+            bias.stride(0) if bias is not None else 0,
+            columns=columns,
+            depth=depth,
+            activation=activation,
+            **config.options,
+        )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> None:
+    check_tensor(NAME, "x", x, (*[None] * max(x.dim(), 1),), FLOATS, x.device)
+    check_tensor(NAME, "weight", weight, (x.shape[-1], None), x.dtype, x.device, row_major=False)
+    columns = weight.shape[1]
+    if bias is not None:
+        check_tensor(NAME, "bias", bias, (columns,), FLOATS, x.device, row_major=False)
+    if residual is not None:
+        check_tensor(NAME, "residual", residual, (*x.shape[:-1], columns), x.dtype, x.device)
+    if activation not in KNOWN:
+        raise fail(NAME, f"knows the activations {', '.join(KNOWN)}; got {activation!r}")
+
+
+def allocate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+) -> tuple[torch.Tensor]:
+    """A new ``out``, not filled. Raises ExecutionError as ``launch`` does."""
+    _check(x, weight, bias, residual, activation)
+    return (x.new_empty(*x.shape[:-1], weight.shape[1]),)
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+) -> tuple[torch.Tensor]:
+    """``(out,)`` by plain PyTorch on any device, with the kernel's one rounding; shapes as ``launch``."""
+    value = x.float() @ weight.float()
+    if bias is not None:
+        value = value + bias.float()
+    value = ACTIVATIONS[activation](value)
+    if residual is not None:
+        value = value + residual.float()
+    return (value.to(x.dtype),)
+
+
+def eager(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """What a model says: a linear layer, an activation and an addition."""
+    value = ACTIVATIONS[activation](torch.nn.functional.linear(x, weight.t(), bias))
+    return value if residual is None else value + residual
+
+
+def cost(
+    dtype: str,
+    rows: int,
+    depth: int,
+    columns: int,
+    activation: str = "none",
+    bias: bool = True,
+    residual: bool = False,
+) -> Cost:
+    """Flops and bytes of one launch: a multiplication and an addition for each of ``rows x depth x columns``.
+
+    Behind them, bias, activation and residual count one operation each for every element. Bytes are compulsory, each
+    tensor read or written once; tiles read operands again, mostly from the L2 cache.
+    """
+    elements = rows * columns
+    epilogue = bias + residual + (activation != "none")
+    values = rows * depth + depth * columns + elements * (1 + residual) + columns * bias
+    return Cost(elements * (2 * depth + epilogue), values * DTYPE_BYTES[dtype])
+
+
+def arguments(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    rows: int,
+    depth: int,
+    columns: int,
+    activation: str = "none",
+    bias: bool = True,
+    residual: bool = False,
+) -> dict[str, Any]:
+    """Random inputs of ``launch`` for such sizes, by name; the weight is a torch Linear's, transposed."""
+    random = normal(device, seed)
+    return {
+        "x": random(rows, depth).to(dtype),
+        "weight": (random(columns, depth) / math.sqrt(max(depth, 1))).to(dtype).t(),
+        "bias": random(columns).to(dtype) if bias else None,
+        "residual": random(rows, columns).to(dtype) if residual else None,
+        "activation": activation,
+    }
+
+
+def matches(graph: Graph) -> tuple[Match, ...]:
+    return ()
+
+
+KERNEL = Kernel(
+    name=NAME,
+    launch=launch,
+    allocate=allocate,
+    reference=reference,
+    eager=eager,
+    cost=cost,
+    matches=matches,
+    arguments=arguments,
+    workloads=(
+        Workload(
+            "Llama-3 8B attention output + residual, decoding 16 sequences",
+            {"rows": 16, "depth": 4096, "columns": 4096, "bias": False, "residual": True},
+        ),
+        Workload(
+            "Llama-3 8B MLP down + residual, 4096 tokens",
+            {"rows": 4096, "depth": 14336, "columns": 4096, "bias": False, "residual": True},
+        ),
+        Workload(
+            "Llama-3 70B MLP down + residual, 8192 tokens",
+            {"rows": 8192, "depth": 28672, "columns": 8192, "bias": False, "residual": True},
+        ),
+        Workload("Qwen2.5-7B query, key and value + bias, 4096 tokens", {"rows": 4096, "depth": 3584, "columns": 4608}),
+        Workload(
+            "ConvNeXt-L stage 3 MLP up + GELU, batch 64",
+            {"rows": 12544, "depth": 768, "columns": 3072, "activation": "gelu"},
+        ),
+    ),
+    dtypes=FLOATS,
+    configs=CONFIGS,
+)
