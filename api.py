@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -13,6 +13,7 @@ import msgspec
 
 from .compiler.compiled import CompiledModel
 from .compiler.frontend.read import Inputs, Model, Reading, read_model, source_model
+from .compiler.fusion import fused
 from .compiler.pins import pins_of
 from .compiler.pipeline import Budget, Progress
 from .compiler.plan import Plan, Source
@@ -20,6 +21,7 @@ from .compiler.rewritten import computes_same
 from .compiler.simulate import simulate
 from .compiler.verify import verify
 from .errors import Infeasible, OptionError, PlanError, VerificationError
+from .fusing import KERNELS, as_planned, checked, choose, rules
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
 from .hw_models.registry import parse_bytes
@@ -63,6 +65,7 @@ _EXPECTED: Mapping[str, tuple[Any, str]] = {
     "inplace": (bool | str, "it takes True, False or the name of a pass"),
     "pins": (Mapping, "it takes tensor names with what is decided of each, such as {'x': {'offset': 0}}"),
     "scratchpad": (_SIZE, "give whole bytes, or text such as '1MiB'"),
+    "kernels": (str, f"it takes {KERNELS}"),
     "time_limit": (_NUMBER, "it is a number of seconds"),
 }
 
@@ -78,7 +81,9 @@ class Options:
     lets elementwise results be written over operands nobody needs afterwards: ``True``, or the name of a pass.
     ``pins`` are what is decided by tensor name: ``{"x": {"offset": 0}, "y": {"bank": 1}, "w": {"resident": True}}``.
     ``time_limit`` is in seconds, for all passes together. ``fill_seed`` replaces all-equal weights of an ONNX model
-    by seeded random ones. ``definitions`` gives meaning to operators of other domains, by operator type.
+    by seeded random ones. ``definitions`` gives meaning to operators of other domains, by operator type. ``kernels``
+    says which fused kernels may replace operators: ``"auto"`` those that are predicted to be faster on the machine,
+    ``"all"`` wherever one fits, ``"off"`` none, or names with commas between them.
     """
 
     machine: str | Path | HardwareModel = "edge-npu"
@@ -97,6 +102,7 @@ class Options:
     definitions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     strict: bool = False
     fill_seed: int | None = None
+    kernels: str = "off"
 
     def __post_init__(self) -> None:
         if self.weights not in ("streamed", "resident"):
@@ -105,6 +111,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind in (_SIZE, _NUMBER)):
                 raise OptionError(f"{name} is {value!r}; {expected}")
+        checked(self.kernels)
         if not self.time_limit > 0:
             raise OptionError(f"time_limit is {self.time_limit} s; it must be above 0")
 
@@ -266,9 +273,19 @@ class _Start:
         target, planner, wanted = options.target(), options.planner(), options.objectives()
         program, source = read_model(model, inputs, options.reading())
         budget = _budget(options, on_progress, stop)
+        program = _launching(program, options.kernels, target, budget)
         plan = planner.rewritten(_empty_plan(program, source, target, options), budget)
         plan = msgspec.structs.replace(plan, pins=pins_of(options.pins, plan))
         return cls(program, plan, planner, wanted, budget)
+
+
+def _launching(program: ImportedGraph, kernels: str, machine: HardwareModel, budget: Budget) -> ImportedGraph:
+    """``program`` with fused kernels in the place of what they replace."""
+    if kernels == "off":
+        return program
+    matches = rules(kernels)(program.graph)
+    chosen = choose(program.graph, matches, kernels, machine, budget.share(0.2), others_fuse=False)
+    return replace(program, graph=fused(program.graph, chosen.matches)) if chosen.matches else program
 
 
 def _exceeds(plan: Plan) -> bool:
@@ -277,7 +294,12 @@ def _exceeds(plan: Plan) -> bool:
 
 
 #: Options of ``compile`` that the backend of torch.compile does not have.
-_FOR_A_SCRATCHPAD = frozenset(field.name for field in fields(Options)) - {"time_limit", "deterministic", "strict"}
+_FOR_A_SCRATCHPAD = frozenset(field.name for field in fields(Options)) - {
+    "time_limit",
+    "deterministic",
+    "strict",
+    "kernels",
+}
 
 
 def _runs_in_torch(model: Callable[..., Any], options: Mapping[str, Any]) -> bool:
@@ -338,6 +360,7 @@ def load_plan(path: str | Path, model: Model | None = None, **options: Any) -> C
     if isinstance(model, tuple):
         model, inputs = model
     program, _ = read_model(model, inputs, how.reading())
+    program = replace(program, graph=as_planned(program.graph, plan.graph))
     if not computes_same(plan.graph, program.graph):
         raise PlanError(
             f"the model has graph {program.graph.name!r}, which is not the one plan {str(path)!r} was made from",

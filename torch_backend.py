@@ -19,10 +19,12 @@ from .compiler.pipeline import Budget
 from .compiler.runtime.device.arena import ALIGNMENT_BYTES
 from .compiler.runtime.device.program import Origin
 from .errors import InternalError, MachineError, OptionError
+from .fusing import checked
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
 
 if TYPE_CHECKING:
+    from .compiler.fusion import Launch, Match
     from .compiler.graph import Graph
     from .compiler.partition import Partition, PartitionProblem
     from .compiler.runtime.device.layout import DevicePlan
@@ -78,6 +80,7 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
 def _chosen(options: Mapping[str, Any] | None, mode: str | None = None) -> BackendOptions:
     """The options, whose device is there. Raises OptionError."""
     chosen = BackendOptions.of(options, mode)
+    checked(chosen.kernels)
     device = torch.device(chosen.device or "cpu")
     there = torch.accelerator.current_accelerator(check_available=True)
     is_there = (
@@ -130,7 +133,8 @@ def _backend() -> Backend:
     """One for the process: Dynamo calls a function, and users ask afterwards what it did."""
     from . import __version__
 
-    return Backend(Planners(_plan, _order, _machine, _partition), __version__)
+    planners = Planners(_plan, _order, _machine, _rules, _launch, _partition)
+    return Backend(planners, f"{__version__} kernels {_kernels_digest()}")
 
 
 def _budget(options: BackendOptions) -> Budget:
@@ -193,6 +197,28 @@ def _within(
         loaded_bytes=limited.loaded_bytes,
         bound_s=limited.bound_s,
     )
+
+
+def _rules(options: BackendOptions) -> Callable[[Graph], Sequence[Match]]:
+    from .fusing import rules
+
+    return rules(options.kernels)
+
+
+def _launch(
+    graph: Graph, matches: Sequence[Match], machine: HardwareModel, options: BackendOptions
+) -> Sequence[Launch]:
+    from .fusing import choose, launches
+
+    chosen = choose(graph, matches, options.kernels, machine, _budget(options).share(0.2), others_fuse=True)
+    return launches(chosen.matches)
+
+
+def _kernels_digest() -> str:
+    """Of the code of all kernels: what was compiled with others must not be taken from a cache."""
+    from .kernels.registry import digest
+
+    return digest()
 
 
 def _partition(

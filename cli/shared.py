@@ -42,6 +42,9 @@ MayRecompute = Annotated[bool, typer.Option("--recompute", help="Dropped tensors
 InPlace = Annotated[
     bool, typer.Option("--inplace", help="Write elementwise results over operands that nobody needs afterwards.")
 ]
+Kernels = Annotated[
+    str | None, typer.Option(help="Fused kernels that may replace operators: auto, all, off, or names with commas.")
+]
 Pins = Annotated[
     list[str] | None,
     typer.Option("--pin", help="Decide of a tensor: --pin NAME=OFFSET, NAME=bank:NUMBER or NAME=resident."),
@@ -58,7 +61,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 AS_GIVEN = (
     *("machine", "scratchpad", "weights", "order", "residency", "address", "objective", "recompute", "inplace"),
-    *("time_limit", "deterministic", "strict"),
+    *("kernels", "time_limit", "deterministic", "strict"),
 )
 
 

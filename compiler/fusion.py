@@ -7,14 +7,15 @@ needs, too, stays.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ModelError
 from .graph import Graph, Op, Tensor, contiguous_strides
 from .runtime.calls import InputRef, format_call
 
-__all__ = ["Cost", "Match", "Scalar", "Uses", "fused", "is_row_major"]
+__all__ = ["Cost", "Launch", "Match", "Scalar", "Uses", "fused", "is_row_major"]
 
 Scalar = float | int | bool | str | None
 
@@ -48,6 +49,20 @@ class Match:
     def operands(self) -> tuple[Tensor, ...]:
         """The tensors among the arguments, without repeats."""
         return tuple({a.name: a for a in self.arguments.values() if isinstance(a, Tensor)}.values())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A match, and how its kernel is called: ``opweave::<kernel>_out`` takes its arguments and then ``written``.
+
+    ``results`` are the names, among the arguments and ``written``, of what the match's outputs are. ``allocate`` makes
+    what is written, in order, given the arguments.
+    """
+
+    match: Match
+    written: tuple[str, ...]
+    results: tuple[str, ...]
+    allocate: Callable[..., tuple[Any, ...]]
 
 
 def is_row_major(tensor: Tensor) -> bool:
@@ -181,7 +196,7 @@ def _in_order(launches: Sequence[Op]) -> Iterator[Op]:
 def _launch(match: Match, origins: Mapping[str, str]) -> Op:
     index = {tensor.name: position for position, tensor in enumerate(match.operands)}
     arguments = [InputRef(index[a.name]) if isinstance(a, Tensor) else a for a in match.arguments.values()]
-    origin = ", ".join(dict.fromkeys(origins[name] for name in match.ops if origins[name]))
+    origin = ", ".join(dict.fromkeys(origins[name] or name for name in match.ops))
     return Op(
         name=f"{match.kernel}_{match.ops[-1]}",
         inputs=tuple(index),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import pkgutil
@@ -23,7 +24,7 @@ from ..errors import OptionError
 if TYPE_CHECKING:
     from ._kernel import Kernel
 
-__all__ = ["GROUP", "load", "names"]
+__all__ = ["GROUP", "digest", "load", "names"]
 
 GROUP = "opweave.kernels"
 _NOT_KERNELS = frozenset({"registry", "tuning"})
@@ -56,6 +57,19 @@ def load(name: str) -> Kernel:
     if not isinstance(kernel, Kernel) or kernel.name != name:
         raise OptionError(f"{places[name]!r} is not the kernel {name!r}")
     return kernel
+
+
+@functools.cache
+def digest() -> str:
+    """A digest of the code and configurations of all kernels here, and of the packages that have others."""
+    content = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("*.py"), *folder.glob("configs/*.toml")]):
+        content.update(path.name.encode() + b"\0" + path.read_bytes())
+    for point in sorted(importlib.metadata.entry_points(group=GROUP), key=str):
+        version = point.dist.version if point.dist is not None else ""
+        content.update(f"{point.name}={point.value} {version}".encode())
+    return content.hexdigest()[:16]
 
 
 @functools.cache

@@ -20,9 +20,10 @@ FLOORS = {
     "compiler": 2,
     "passes": 3,
     "kernels": 3,
-    "torch_backend": 4,
-    "api": 5,
-    "cli": 6,
+    "fusing": 4,
+    "torch_backend": 5,
+    "api": 6,
+    "cli": 7,
 }
 HEAVY = ("torch", "ortools", "highspy", "matplotlib", "onnx", "pulp", "triton", "transformers", "numba")
 

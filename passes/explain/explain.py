@@ -12,7 +12,7 @@ from ...hw_models.model import aligned_bytes
 from ..residency.gaps import Gap, GapProblem
 from ..residency.ilp import IlpResidency
 from ..residency.workset import least_capacity
-from .facts import BindingStep, DroppedGap, Explanation, LiveBuffer, Verdict
+from .facts import BindingStep, DroppedGap, Explanation, Launched, LiveBuffer, Verdict
 from .pressure import Force, forces
 from .relaxations import Findings, relax, shortage_relaxations
 
@@ -50,6 +50,7 @@ def explain(plan: Plan, budget: Budget) -> Explanation:
         gaps.dropped(),
         findings.relaxations,
         findings.untried,
+        Launched.of(plan.graph),
     )
 
 
@@ -148,5 +149,19 @@ def _infeasible(plan: Plan) -> Explanation:
             steps.append(BindingStep(position, name, needed, memory.capacity_bytes, short, 0, tuple(live)))
     steps.sort(key=lambda step: (-step.short_bytes, step.position))
     found = shortage_relaxations(plan)
+    launches = Launched.of(plan.graph)
     count = len(plan.graph.ops)
-    return Explanation("infeasible", plan.graph.name, count, memory.capacity_bytes, 0, 0, 0, 0, tuple(steps), (), found)
+    return Explanation(
+        "infeasible",
+        plan.graph.name,
+        count,
+        memory.capacity_bytes,
+        0,
+        0,
+        0,
+        0,
+        tuple(steps),
+        (),
+        found,
+        launches=launches,
+    )

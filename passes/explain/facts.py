@@ -6,7 +6,18 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["BindingStep", "DroppedGap", "Explanation", "LiveBuffer", "Relaxation", "RelaxationKind", "Verdict"]
+from ...compiler.graph import Graph
+
+__all__ = [
+    "BindingStep",
+    "DroppedGap",
+    "Explanation",
+    "Launched",
+    "LiveBuffer",
+    "Relaxation",
+    "RelaxationKind",
+    "Verdict",
+]
 
 
 RelaxationKind = Literal["capacity", "order", "residency", "recompute", "weights", "pins"]
@@ -75,13 +86,27 @@ class Relaxation(msgspec.Struct, frozen=True):
         return self.saved_bytes == self.limit_bytes
 
 
+class Launched(msgspec.Struct, frozen=True):
+    """A fused kernel in the graph, and the model's own names for what it replaces."""
+
+    kernel: str
+    replaced: str
+
+    @classmethod
+    def of(cls, graph: Graph) -> tuple[Launched, ...]:
+        """Those of a graph, in program order."""
+        targets = ((op, op.target.split(".")) for op in graph.ops)
+        ours = ((op, parts[1]) for op, parts in targets if parts[0] == "opweave")
+        return tuple(cls(name, op.origin) for op, name in ours if op.name.startswith(f"{name}_"))
+
+
 class Explanation(msgspec.Struct, frozen=True):
     """Why ``additional_bytes`` move, or why nothing fits.
 
     ``unavoidable_bytes`` move whatever is resident: streamed weights read again. ``order_bound_bytes`` is proven for
     every residency without recomputation of the plan's order, ``graph_bound_bytes`` for every order. For an
     ``infeasible`` model the steps are operators that do not fit alone, and the other figures are 0. ``untried`` are
-    relaxations for which there was no time.
+    relaxations for which there was no time. ``launches`` are the fused kernels in the graph.
     """
 
     verdict: Verdict
@@ -96,6 +121,7 @@ class Explanation(msgspec.Struct, frozen=True):
     dropped: tuple[DroppedGap, ...]
     relaxations: tuple[Relaxation, ...]
     untried: tuple[str, ...] = ()
+    launches: tuple[Launched, ...] = ()
 
     @property
     def forced_bytes(self) -> int:

@@ -24,6 +24,7 @@ def explanation_text(explanation: Explanation) -> str:
         ("because", _steps(explanation)),
         ("moved", _dropped(explanation)),
         ("would help", _relaxations(explanation)),
+        ("fused", (f"{launch.kernel} instead of {launch.replaced}" for launch in explanation.launches)),
     )
     lines = []
     for topic, section in sections:

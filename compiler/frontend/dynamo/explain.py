@@ -79,6 +79,8 @@ def described(graph: GraphReport) -> Iterator[str]:
     yield f"{graph.name}: tier {graph.tier} on {graph.device}{cached}"
     for sentence in graph.fallbacks:
         yield _row("fallback", sentence)
+    for kernel, replaced in graph.launches:
+        yield _row("fused", f"{kernel} instead of {', '.join(replaced)}")
     if graph.kernels or graph.operators:
         yield _row("generated", _counted(graph.kernels, "kernel"))
         yield _row("library", _counted(graph.operators, "operator"))

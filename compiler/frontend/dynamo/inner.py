@@ -13,8 +13,9 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
 
-from ....errors import ExecutionError
+from ....errors import ExecutionError, ModelError
 from ....hw_models.model import HardwareModel
+from ...fusion import Launch, Match
 from ...graph import Graph
 from ...partition import Partition, PartitionProblem
 from ...runtime.device.host import HostMemory, on_host, residents
@@ -25,6 +26,7 @@ from .fallbacks import Fallbacks
 from .figures import figured
 from .hosted import HostedGraph
 from .joint import Halves
+from .launches import Rules, launch_instead, matched
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
 from .planned import PlannedGraph, StockGraph
@@ -46,13 +48,17 @@ class Planners:
     ``plan`` takes a program all of whose sizes are integers, a machine, the options, a limit in bytes or ``None``, and
     storages in host memory that may stay on the device between calls; where any are, it returns a ``HostPlan``.
     ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices. ``machine``
-    takes a device and the options. ``partition`` takes a problem, the most bytes to save on the device, answers to
+    takes a device and the options. ``rules`` takes the options and returns the match rules of the fused kernels that
+    they allow; ``launch`` takes a graph, matches in it, the machine and the options, and returns which of them to
+    launch. ``partition`` takes a problem, the most bytes to save on the device, answers to
     begin with, and the options.
     """
 
     plan: Callable[[Program, HardwareModel, BackendOptions, int | None, frozenset[str]], DevicePlan]
     order: Callable[[Graph, BackendOptions], tuple[int, ...]]
     machine: Callable[[torch.device, BackendOptions], HardwareModel]
+    rules: Callable[[BackendOptions], Rules]
+    launch: Callable[[Graph, Sequence[Match], HardwareModel, BackendOptions], Sequence[Launch]]
     partition: Callable[[PartitionProblem, int, Sequence[Any], BackendOptions], Partition]
 
 
@@ -144,8 +150,10 @@ class Inner:
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]
     ) -> PlannedGraph:
         begin = time.monotonic()
+        changed = copied(module)
+        report = dataclasses.replace(report, launches=self._launched(changed, report))
         program = lower(
-            copied(module),
+            changed,
             inputs,
             is_inference=report.phase == "inference",
             is_backward=report.phase == "backward",
@@ -174,6 +182,20 @@ class Inner:
         graph.report = figured(report, example, plan, time.monotonic() - begin)
         self.found(graph.report)
         return graph
+
+    def _launched(self, module: torch.fx.GraphModule, report: GraphReport) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Put fused kernels into ``module``; returns each with the names of the calls that it replaces."""
+        if self.options.kernels == "off" or (self.options.kernels == "auto" and not report.device.startswith("cuda")):
+            return ()
+        try:
+            found, matches = matched(module, self.planners.rules(self.options))
+        except ModelError as error:  # kernels are matched on plain tensors of known sizes; the graph runs without
+            log.info("%s: no fused kernel is looked for: %s", report.name, error.message)
+            return ()
+        chosen = self.planners.launch(found.graph, matches, self.machine, self.options)
+        if chosen:
+            launch_instead(module, found, chosen)
+        return tuple((launch.match.kernel, launch.match.ops) for launch in chosen)
 
     def _plan(self, program: Program, weights: Sequence[int] = ()) -> DevicePlan:
         limit = self.limit

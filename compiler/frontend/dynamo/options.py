@@ -35,6 +35,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "cuda_graph": ((bool,), "True or False"),
     "cache": ((bool,), "True or False"),
     "device": ((str,), "a device such as 'cuda'"),
+    "kernels": ((str,), "'auto', 'all', 'off', or names of kernels with commas between them"),
     "machine": ((str,), "the name of a machine that `opweave hw` lists, or a machine file"),
 }
 
@@ -50,7 +51,9 @@ class BackendOptions:
     fallback into an error. ``deterministic`` makes plans that no clock decides. ``cuda_graph`` captures inference on a
     GPU in a CUDA graph. ``cache`` keeps what was compiled and planned for later processes. ``device`` runs a model that
     lives on the host on another device, its weights streamed where they do not fit. ``machine`` names the hardware
-    model that times are predicted with; without it, the one of the device.
+    model that times are predicted with; without it, the one of the device. ``kernels`` says which fused kernels may
+    replace operators: ``"auto"`` those that are predicted to be faster, on a GPU, ``"all"`` wherever one fits,
+    ``"off"`` none, or names with commas between them. On a CPU, a kernel that was asked for computes its reference.
 
     Raises:
         OptionError: a value has a wrong type or is out of range.
@@ -67,6 +70,7 @@ class BackendOptions:
     cache: bool = True
     device: str | None = None
     machine: str | None = None
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name, (types, expected) in _TYPES.items():

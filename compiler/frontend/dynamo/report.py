@@ -17,7 +17,8 @@ KEPT = 1000  # reports of a process; a compiler that made more has been asked ab
 class GraphReport:
     """One compiled graph.
 
-    ``phase`` is ``"inference"``, ``"forward"`` or ``"backward"``. ``kernels`` and ``operators`` count the calls to each
+    ``phase`` is ``"inference"``, ``"forward"`` or ``"backward"``. ``launches`` are our
+    fused kernels, each with the calls that it replaces. ``kernels`` and ``operators`` count the calls to each
     generated kernel and to each library operator. Bytes are of what comes and goes while the graph runs, without
     ``held_bytes``, which the caller keeps (weights, inputs): ``peak_before_bytes`` live at once in Inductor's order,
     ``peak_bytes`` in ours, of which ``rounding_bytes`` are what rounding sizes up adds, ``bound_bytes`` in any order,
@@ -33,6 +34,7 @@ class GraphReport:
     phase: str
     tier: str
     device: str
+    launches: tuple[tuple[str, tuple[str, ...]], ...] = ()
     kernels: dict[str, int] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
     fallbacks: tuple[str, ...] = ()

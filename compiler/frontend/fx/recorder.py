@@ -76,21 +76,21 @@ class Recorder:
         stored = self._stored(result)
         tensors = list(tensors_in(stored))
         labels = self._result_labels(call.node, stored, label)
-        body, operands = self._body(call)
+        body, operands = self.body(call)
         names = [self.builder.add_base(t, n, Role.ACTIVATION) for t, n in zip(tensors, labels, strict=True)]
         self._append(call, label, body, operands, names, tensors)
         return stored
 
     def write(self, call: Call, old: torch.Tensor, label: str) -> None:
         """Append the operator whose result is written over ``old``."""
-        body, operands = self._body(call)  # before the new version has a name: it reads the old one
+        body, operands = self.body(call)  # before the new version has a name: it reads the old one
         self._append(call, label, body, operands, [self.builder.new_version(old, label)], [old])
 
     def create_and_write(
         self, call: Call, result: Sequence[torch.Tensor], olds: Sequence[torch.Tensor], label: str
     ) -> None:
         """Append an operator whose last results are written over ``olds``; the others are its own."""
-        body, operands = self._body(call)
+        body, operands = self.body(call)
         fresh = result[: len(result) - len(olds)]
         labels = [label, *(f"{label}_{position}" for position in range(1, len(fresh)))]
         names = [self.builder.add_base(t, n, Role.ACTIVATION) for t, n in zip(fresh, labels, strict=True)]
@@ -137,7 +137,7 @@ class Recorder:
             labels.extend([base] if isinstance(item, torch.Tensor) else [f"{base}_{i}" for i in range(count)])
         return labels
 
-    def _body(self, call: Call) -> tuple[str, list[str]]:
+    def body(self, call: Call) -> tuple[str, list[str]]:
         """The call as text, and the names of the operands it refers to."""
         operands = list(dict.fromkeys(self.name(value) for value in tensors_in((call.args, call.kwargs))))
         index = {name: position for position, name in enumerate(operands)}
