@@ -23,10 +23,10 @@ demo: $(VENV)/.installed ## compile two real networks, execute them, write pictu
 	$(RUN) -m benchmarks.demo --out out/demo
 
 test: $(VENV)/.installed ## run the tests (minutes)
-	$(RUN) -m pytest -m "not slow" -q
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow" -q
 
 test-slow: $(VENV)/.installed ## run the slow tests too (tens of minutes)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -q
 
 check: $(VENV)/.installed ## format, lint and types
 	$(BIN)/ruff format --check .
