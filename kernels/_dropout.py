@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["kept", "mask", "philox", "scaling", "threshold"]
+__all__ = ["dropped", "kept", "mask", "philox", "scaling", "threshold"]
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -31,6 +31,21 @@ def kept(seed: tl.tensor, row: tl.tensor, first: tl.tensor, least: tl.tensor, co
     even = tl.join(words[0].to(tl.int32, bitcast=True) >= least, words[2].to(tl.int32, bitcast=True) >= least)
     odd = tl.join(words[1].to(tl.int32, bitcast=True) >= least, words[3].to(tl.int32, bitcast=True) >= least)
     return tl.reshape(tl.join(even, odd), [row.shape[0], columns])
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def dropped(
+    values: tl.tensor, seed: tl.tensor, row: tl.tensor, first: tl.tensor, least: tl.tensor, columns: tl.constexpr
+) -> tl.tensor:
+    """``values`` ``[rows, columns]`` with zeros where an element is not kept; arguments as for ``kept``.
+
+    Half by half: all random numbers of a large tile at once would need more registers than there are.
+    """
+    half: tl.constexpr = columns // 2
+    left, right = tl.split(tl.permute(tl.reshape(values, [row.shape[0], 2, half]), [0, 2, 1]))
+    left = tl.where(kept(seed, row, first, least, half), left, 0.0)
+    right = tl.where(kept(seed, row, first + half, least, half), right, 0.0)
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [row.shape[0], columns])
 
 
 def threshold(p: float) -> int:
@@ -66,6 +81,6 @@ def mask(rows: int, columns: int, p: float, seed: torch.Tensor) -> torch.Tensor:
     group = torch.arange(-(-columns // 4), device=seed.device).expand(rows, -1)
     row = torch.arange(rows, device=seed.device)[:, None].expand_as(group)
     zero = torch.zeros_like(group)
-    words = torch.stack(philox(seed.reshape(()), (group, row, zero, zero)), -1).view(rows, -1)[:, :columns]
+    words = torch.stack(philox(seed.reshape(()), (group, row, zero, zero)), -1).flatten(-2)[:, :columns]
     signed = words - ((words >> 31) << 32)
     return signed >= threshold(p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,7 +33,7 @@ def dropped(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tenso
 def segments(offsets: torch.Tensor | None, tokens: int) -> Iterator[tuple[int, slice]]:
     """Each adapter with its tokens."""
     bounds = [0, tokens] if offsets is None else offsets.clamp(0, tokens).tolist()
-    for adapter, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for adapter, (begin, end) in enumerate(itertools.pairwise(bounds)):
         yield adapter, slice(begin, end)
 
 
