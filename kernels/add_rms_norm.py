@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..compiler.graph import DTYPE_BYTES, Graph
+from . import add_rms_norm_backward
 from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
@@ -219,3 +220,26 @@ KERNEL = Kernel(
     dtypes=FLOATS,
     configs=CONFIGS,
 )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, _, weight, ctx.epsilon = inputs
+    ctx.save_for_backward(output[0], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, hidden_gradient: torch.Tensor | None, out_gradient: torch.Tensor | None) -> tuple[Any, ...]:
+    hidden, weight = ctx.saved_tensors
+    if out_gradient is None:
+        return hidden_gradient, hidden_gradient, None, None
+    gradient, weight_gradient = add_rms_norm_backward.KERNEL(
+        out_gradient.contiguous(),
+        None if hidden_gradient is None else hidden_gradient.contiguous(),
+        hidden,
+        weight,
+        ctx.epsilon,
+    )
+    return gradient, gradient, weight_gradient, None
+
+
+KERNEL.operator.register_autograd(_backward, setup_context=_keep)
