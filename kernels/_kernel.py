@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..compiler.graph import Graph
 from ._checks import fail
@@ -64,6 +65,8 @@ class Kernel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "operator", _functional(self))
         object.__setattr__(self, "out_operator", _writing(self))
+        for name in (self.name, f"{self.name}_out"):  # as PyTorch's flop counter, and our predictions, count them
+            flop_registry[getattr(torch.ops.opweave, name)] = self._flops
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -79,6 +82,18 @@ class Kernel:
     def results(self) -> tuple[str, ...]:
         """Names of what ``operator`` returns: outputs without scratch, then new versions of what it mutates."""
         return (*(name for name in self.written if name not in self.scratch), *self.mutates)
+
+    def _flops(self, *arguments: Any, out_val: Any = None, **named: Any) -> int:
+        """Multiplications and additions of matrix products and the like: those that ``eager`` has, by its shapes."""
+        defaults = {p.name: p.default for p in inspect.signature(self.launch).parameters.values()}
+        given = {**defaults, **dict(zip(self.inputs, arguments, strict=False)), **named}
+        inputs = _without_memory([given[name] for name in self.inputs])
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self.eager(*inputs)
+        except Exception:  # eager code that looks at values has no count without them; bytes decide the time then
+            return 0
+        return int(counter.get_total_flops())
 
     def __call__(self, *inputs: Any) -> Any:
         """``operator``, which autograd knows where the kernel has a backward: one tensor, or a tuple."""
@@ -103,7 +118,14 @@ def _launches(tensors: Sequence[Any]) -> bool:
 
 
 def _without_memory(inputs: Sequence[Any]) -> list[Any]:
-    return [item.to("meta") if isinstance(item, torch.Tensor) else item for item in inputs]
+    """On ``meta``, with the same strides, which ``.to`` would not keep."""
+
+    def without(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta")
+
+    return [without(item) for item in inputs]
 
 
 def _functional(kernel: Kernel) -> Any:
