@@ -89,8 +89,8 @@ class Uses:
         """Indices of the operators that write ``buffer``, in program order."""
         return self._writing.get(buffer, ())
 
-    def replaced(self, outputs: Sequence[Tensor]) -> tuple[int, ...]:
-        """Indices of the operators that vanish when ``outputs`` are computed otherwise, in program order.
+    def replaced(self, outputs: Sequence[Tensor], operands: Sequence[Tensor]) -> tuple[int, ...]:
+        """Indices of the operators that vanish when ``outputs`` are computed from ``operands``, in program order.
 
         They are those that write one of them, and those whose every result is then read by vanishing operators only.
         Empty if one that writes ``outputs`` also writes something that is needed.
@@ -98,13 +98,15 @@ class Uses:
         names = {tensor.name for tensor in outputs}
         buffers = [tensor.buffer for tensor in outputs if tensor.name in self.graph.tensor]
         gone = {i for b in buffers for i in self.writers(b) if names & set(self.graph.ops[i].outputs)}
+        needed = {tensor.buffer for tensor in operands}
         if not all(self._is_free(index, gone, names) for index in gone):
             return ()
         waiting = sorted(gone)
         while waiting:
             index = waiting.pop()
             for other in self.graph.predecessors[index]:
-                if other not in gone and self._is_free(other, gone, names):
+                makes_operand = needed.intersection(self.graph.writes[other])
+                if other not in gone and not makes_operand and self._is_free(other, gone, names):
                     gone.add(other)
                     waiting.append(other)
         return tuple(sorted(gone))

@@ -221,9 +221,9 @@ class Walk:
         tensor; ``Walk.fresh`` makes one.
         """
         named = {key: self._named(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
-        gone = self._uses.replaced(outputs)
         operands = [value for value in named.values() if isinstance(value, Tensor)]
-        if not gone or any(name in {t.name for t in operands} for i in gone for name in self.graph.ops[i].outputs):
+        gone = self._uses.replaced(outputs, operands)
+        if not gone:
             return None
         before = self._uses.place(gone, operands, outputs)
         if before is None:
