@@ -120,12 +120,15 @@ class Uses:
         touching = {other for name in private for other in self._touching[name]}
         return not self._returned & set(private) and touching <= {*gone, index}
 
-    def place(self, gone: Sequence[int], operands: Sequence[Tensor], outputs: Sequence[Tensor]) -> str | None:
+    def place(
+        self, gone: Sequence[int], operands: Sequence[Tensor], outputs: Sequence[Tensor], *, row_major: bool = True
+    ) -> str | None:
         """The operator before which a launch can stand that reads ``operands`` and writes ``outputs`` for ``gone``.
 
         It reads all operands at once, and they must be what the operators that vanish found in them; who reads an
-        output comes later. An output is fresh row-major memory, or a new version of a buffer that nobody else touches
-        meanwhile. ``None`` if there is no such place; an empty name means the end.
+        output comes later. An output is fresh memory, row-major unless the caller knows that the launch lays it out so,
+        or a new version of a buffer that nobody else touches meanwhile. ``None`` if there is no such place; an empty
+        name means the end.
         """
         members, begin, end = set(gone), min(gone), max(gone)
         low, high = 0, len(self.graph.ops)
@@ -133,7 +136,7 @@ class Uses:
         for tensor in outputs:
             between = [i for i in self._touching.get(tensor.buffer, ()) if begin <= i <= end and i not in members]
             is_new = tensor.name == tensor.buffer
-            if (is_new and not is_row_major(tensor)) or (not is_new and between):
+            if (is_new and row_major and not is_row_major(tensor)) or (not is_new and between):
                 return None
             readers = [i for i in self._touching.get(tensor.buffer, ()) if i > begin and i not in members]
             high = min([high, *readers])

@@ -214,18 +214,21 @@ class Walk:
         arguments: Mapping[str, Tensor | Scalar],
         outputs: Sequence[Tensor],
         cost: Cost,
+        *,
+        row_major: bool = True,
     ) -> Match | None:
         """A launch of ``kernel`` that computes ``outputs``; ``None`` where the graph does not allow it.
 
         Views among the arguments that the graph does not have are named here. An output that nobody needs may be a new
-        tensor; ``Walk.fresh`` makes one.
+        tensor; ``Walk.fresh`` makes one. Outputs have to be row-major, unless the rule has checked that they have the
+        strides that the kernel's ``allocate`` gives them.
         """
         named = {key: self._named(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
         operands = [value for value in named.values() if isinstance(value, Tensor)]
         gone = self._uses.replaced(outputs, operands)
         if not gone:
             return None
-        before = self._uses.place(gone, operands, outputs)
+        before = self._uses.place(gone, operands, outputs, row_major=row_major)
         if before is None:
             return None
         return Match(kernel, tuple(self.graph.ops[i].name for i in gone), before, named, tuple(outputs), cost)
