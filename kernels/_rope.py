@@ -7,6 +7,7 @@ Each pair of a head's elements is a point in the plane, turned by the token's po
 
 (RoFormer, Su et al., arXiv 2104.09864.) Pair ``i`` of ``rotary_dim`` elements is ``(i, i + rotary_dim / 2)`` as in
 Llama and Qwen, or, interleaved, ``(2 i, 2 i + 1)`` as in RoFormer and GPT-J. Elements behind ``rotary_dim`` stay.
+Tables hold a cosine and a sine for each pair, or, as Hugging Face's models keep them, for each element.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ import triton.language as tl
 
 from ._checks import FLOATS, check_tensor, fail
 
-__all__ = ["check_heads", "check_tables", "positions_of", "rotate_heads", "rotated", "tables"]
+__all__ = [
+    "check_heads",
+    "check_tables",
+    "dense_strides",
+    "positions_of",
+    "rotate_heads",
+    "rotated",
+    "spelled",
+    "tables",
+]
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -32,8 +42,7 @@ def rotate_heads(
     target_stride: tl.tensor,
     head: tl.tensor,
     inside: tl.tensor,
-    cosine: tl.tensor,
-    sine: tl.tensor,
+    angles: tl.tuple,
     dim: tl.constexpr,
     pairs: tl.constexpr,
     interleaved: tl.constexpr,
@@ -42,6 +51,7 @@ def rotate_heads(
     block_rest: tl.constexpr,
 ) -> None:
     """Rotate the heads ``head`` of one token, where ``inside``; pointers are to the token's first head."""
+    cosine, sine, second_cosine, second_sine = angles
     source = source_pointer + head.to(tl.int64)[:, None] * source_stride
     target = target_pointer + head.to(tl.int64)[:, None] * target_stride
     narrow = target_pointer.dtype.element_ty
@@ -50,7 +60,7 @@ def rotate_heads(
         whole = inside[:, None] & (column < 2 * pairs)
         x = tl.load(source + column, mask=whole, other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(x, (block_heads, block_pairs, 2)))
-        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+        turned = tl.join(first * cosine - second * sine, second * second_cosine + first * second_sine)
         tl.store(target + column, tl.reshape(turned, (block_heads, 2 * block_pairs)).to(narrow), mask=whole)
     else:
         pair = tl.arange(0, block_pairs)[None, :]
@@ -58,7 +68,7 @@ def rotate_heads(
         first = tl.load(source + pair, mask=half, other=0.0).to(tl.float32)
         second = tl.load(source + pairs + pair, mask=half, other=0.0).to(tl.float32)
         tl.store(target + pair, (first * cosine - second * sine).to(narrow), mask=half)
-        tl.store(target + pairs + pair, (second * cosine + first * sine).to(narrow), mask=half)
+        tl.store(target + pairs + pair, (second * second_cosine + first * second_sine).to(narrow), mask=half)
     if block_rest > 0:
         column = 2 * pairs + tl.arange(0, block_rest)[None, :]
         rest = inside[:, None] & (column < dim)
@@ -74,55 +84,104 @@ def tables(
     position: tl.tensor,
     rows: tl.tensor,
     pairs: tl.constexpr,
+    each: tl.constexpr,
+    interleaved: tl.constexpr,
     block_pairs: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Cosines and sines ``[1, block_pairs]`` of a position; NaN, and nothing read, for one outside the tables."""
+) -> tl.tuple:
+    """Cosines and sines ``[1, block_pairs]`` of the first and of the second elements of all pairs, at a position.
+
+    With ``each``, tables have a column for each element. NaN, and nothing read, for a position outside of the tables.
+    """
+    position = tl.where(position < 0, position + rows, position)
     pair = tl.arange(0, block_pairs)[None, :]
     known = (pair < pairs) & (position >= 0) & (position < rows)
-    cosine = tl.load(cos_pointer + position * cos_stride + pair, mask=known, other=float("nan")).to(tl.float32)
-    sine = tl.load(sin_pointer + position * sin_stride + pair, mask=known, other=float("nan")).to(tl.float32)
-    return cosine, sine
+    cos_row, sin_row = cos_pointer + position * cos_stride, sin_pointer + position * sin_stride
+    column = 2 * pair if each and interleaved else pair
+    cosine = tl.load(cos_row + column, mask=known, other=float("nan")).to(tl.float32)
+    sine = tl.load(sin_row + column, mask=known, other=float("nan")).to(tl.float32)
+    second_cosine, second_sine = cosine, sine
+    if each:
+        column = 2 * pair + 1 if interleaved else pairs + pair
+        second_cosine = tl.load(cos_row + column, mask=known, other=float("nan")).to(tl.float32)
+        second_sine = tl.load(sin_row + column, mask=known, other=float("nan")).to(tl.float32)
+    return cosine, sine, second_cosine, second_sine
 
 
-def check_heads(
-    kernel: str, name: str, tensor: torch.Tensor, tokens: int | None, dim: int | None, like: torch.Tensor
-) -> None:
-    """Raise ExecutionError unless ``tensor`` is ``[tokens, any, dim]``, with the elements of a head side by side."""
-    check_tensor(kernel, name, tensor, (tokens, None, dim), FLOATS if tensor is like else like.dtype, like.device,
-                 row_major=False)  # fmt: skip
-    if tensor.stride(-1) != 1 and tensor.numel() > 0 and tensor.shape[-1] > 1:
+def check_heads(kernel: str, name: str, tensor: torch.Tensor, like: torch.Tensor, head_dim: int) -> None:
+    """Raise ExecutionError unless ``tensor`` has the shape of ``like`` but for its number of heads."""
+    shape: list[int | None] = list(like.shape)
+    shape[head_dim] = None
+    dtypes = FLOATS if tensor is like else like.dtype
+    check_tensor(kernel, name, tensor, shape, dtypes, like.device, row_major=False)
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise fail(kernel, f"needs the elements of each head of {name} side by side; strides {list(tensor.stride())}")
 
 
-def check_tables(kernel: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
-    """Raise ExecutionError unless the tables are ``[any, at most dim / 2]``, and positions ``[tokens]``."""
-    dtypes = {torch.float32, q.dtype}
-    check_tensor(kernel, "cos", cos, (None, None), dtypes, q.device, row_major=False)
+def dense_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides without gaps, in the order of dimensions in memory that ``x`` has; what PyTorch gives ``2 * x``."""
+    strides, reach = [0] * x.dim(), 1
+    for dim in sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: (x.stride(d), -d)):
+        strides[dim], reach = reach, reach * max(x.shape[dim], 1)
+    for dim in reversed(range(x.dim())):  # one element lies anywhere
+        if x.shape[dim] == 1:
+            strides[dim] = reach if dim == 0 else strides[dim + 1] * x.shape[dim + 1] if dim + 1 < x.dim() else 1
+    return tuple(strides)
+
+
+def check_tables(kernel: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> bool:
+    """Raise ExecutionError unless the tables rotate ``rotary_dim`` elements; whether they have a column for each."""
+    check_tensor(kernel, "cos", cos, (None, None), {torch.float32, q.dtype}, q.device, row_major=False)
     check_tensor(kernel, "sin", sin, cos.shape, cos.dtype, q.device, row_major=False)
-    check_tensor(kernel, "positions", positions, q.shape[:1], INTEGERS, q.device)
-    if not 0 < 2 * cos.shape[1] <= q.shape[2]:
-        raise fail(kernel, f"rotates 1 to {q.shape[2] // 2} pairs of a head of {q.shape[2]}; got {cos.shape[1]}")
+    if not 0 < rotary_dim <= q.shape[-1] or rotary_dim % 2:
+        raise fail(kernel, f"rotates 2, 4, ... elements of a head of {q.shape[-1]}; got rotary_dim {rotary_dim}")
+    if cos.shape[1] not in (rotary_dim, rotary_dim // 2):
+        raise fail(kernel, f"needs {rotary_dim // 2} or {rotary_dim} columns of cos; got {cos.shape[1]}")
     for name, table in {"cos": cos, "sin": sin}.items():
-        if table.stride(-1) != 1 and table.numel() > 0 and table.shape[-1] > 1:
-            raise fail(kernel, f"needs rows of {name} that are not strided; strides {list(table.stride())}")
+        if table.stride(-1) != 1 and table.shape[-1] > 1 and table.numel() > 0:
+            raise fail(kernel, f"needs the columns of {name} side by side; strides {list(table.stride())}")
+    return cos.shape[1] == rotary_dim
 
 
 def rotated(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: torch.Tensor, rotary_dim: int, interleaved: bool
 ) -> torch.Tensor:
-    """Rotated ``[tokens, heads, dim]`` by plain PyTorch, in float32, rounded once."""
-    rows, pairs = cos.shape
-    known = ((positions >= 0) & (positions < rows))[:, None]
-    row = positions.clamp(0, rows - 1).long() if rows else positions[:0].long()
-    nan = torch.full((len(positions), pairs), torch.nan, dtype=torch.float32, device=x.device)
-    cosine, sine = (torch.where(known, table[row].to(torch.float32), nan) if rows else nan for table in (cos, sin))
-    cosine, sine = cosine[:, None], sine[:, None]
-    wide = x[..., : 2 * pairs].to(torch.float32)
-    split = wide.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
-    first, second = split
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    """Rotated ``[..., tokens, heads, dim]`` by plain PyTorch, in float32, rounded once; ``position`` [..., tokens]."""
+    rows, pairs = cos.shape[0], rotary_dim // 2
+    position = torch.where(position < 0, position + rows, position)
+    known = ((position >= 0) & (position < rows))[..., None, None]
+    spread = {pairs: (0, 0), rotary_dim: (0, 1)}[cos.shape[1]]  # where the second elements' column is
+    angles = []
+    for second in spread:
+        column = slice(second, None, 2) if interleaved and spread == (0, 1) else slice(second * pairs, None)
+        for table in (cos, sin):
+            wide = table[:, column][:, :pairs].to(torch.float32)
+            row = wide[position.clamp(0, rows - 1)] if rows else wide.new_zeros((*position.shape, pairs))
+            angles.append(torch.where(known, row[..., None, :], torch.nan))
+    turning = x[..., :rotary_dim].to(torch.float32)
+    first, second_ = turning.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else turning.chunk(2, -1)
+    turned = (first * angles[0] - second_ * angles[1], second_ * angles[2] + first * angles[3])
     joined = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat((joined.to(x.dtype), x[..., 2 * pairs :]), -1)
+    return torch.cat((joined.to(x.dtype), x[..., rotary_dim:]), -1)
+
+
+def spelled(
+    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, rotary_dim: int, interleaved: bool
+) -> torch.Tensor:
+    """One rotation as models spell it, in the wider dtype of both and rounded at the end."""
+    turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    if interleaved:
+        first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        first, second = turning.chunk(2, -1)
+    if cosine.shape[-1] == rotary_dim:  # Hugging Face's
+        halves = (torch.stack((-second, first), -1).flatten(-2),) if interleaved else (torch.cat((-second, first), -1),)
+        turned = turning * cosine + halves[0] * sine
+    elif interleaved:
+        turned = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1).flatten(-2)
+    else:
+        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+    turned = turned.to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 def positions_of(

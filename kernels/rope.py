@@ -16,11 +16,21 @@ import triton
 import triton.language as tl
 
 from ..compiler.graph import DTYPE_BYTES, Graph
-from ._checks import FLOATS, check_apart, check_device, check_tensor
+from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
 from ._match import Cost, Match
-from ._rope import check_heads, check_tables, positions_of, rotate_heads, rotated, tables
+from ._rope import (
+    INTEGERS,
+    check_heads,
+    check_tables,
+    dense_strides,
+    positions_of,
+    rotate_heads,
+    rotated,
+    spelled,
+    tables,
+)
 
 __all__ = ["KERNEL"]
 
@@ -37,43 +47,59 @@ def rope_kernel(
     position_pointer: tl.tensor,
     q_out_pointer: tl.tensor,
     k_out_pointer: tl.tensor,
+    tokens: tl.tensor,
     rows: tl.tensor,
+    positions_batch: tl.tensor,
     cos_stride: tl.tensor,
     sin_stride: tl.tensor,
+    q_batch: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
+    k_batch: tl.tensor,
     k_token: tl.tensor,
     k_head: tl.tensor,
+    q_out_batch: tl.tensor,
+    q_out_token: tl.tensor,
+    q_out_head: tl.tensor,
+    k_out_batch: tl.tensor,
+    k_out_token: tl.tensor,
+    k_out_head: tl.tensor,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     dim: tl.constexpr,
     pairs: tl.constexpr,
+    each: tl.constexpr,
+    gathered: tl.constexpr,
     interleaved: tl.constexpr,
     inverse: tl.constexpr,
     block_pairs: tl.constexpr,
     block_rest: tl.constexpr,
     block_heads: tl.constexpr,
 ) -> None:
-    """Rotate ``block_heads`` heads of q, or of k, of one token; the grid is tokens times such blocks of both."""
+    """Rotate ``block_heads`` heads of q, or of k, of one token; the grid is all tokens times such blocks of both."""
     q_blocks: tl.constexpr = (heads + block_heads - 1) // block_heads
     blocks: tl.constexpr = q_blocks + (kv_heads + block_heads - 1) // block_heads
-    token = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    position = tl.load(position_pointer + token).to(tl.int64)
-    cosine, sine = tables(cos_pointer, sin_pointer, cos_stride, sin_stride, position, rows, pairs, block_pairs)
+    batch = (tl.program_id(0) // blocks // tokens).to(tl.int64)
+    token = (tl.program_id(0) // blocks % tokens).to(tl.int64)
+    position = batch * positions_batch + token
+    if gathered:
+        position = tl.load(position_pointer + position).to(tl.int64)
+    angles = tables(cos_pointer, sin_pointer, cos_stride, sin_stride, position, rows, pairs, each, interleaved,
+                    block_pairs)  # fmt: skip
     if inverse:
-        sine = -sine
+        angles = (angles[0], -angles[3], angles[2], -angles[1])
     lane = tl.arange(0, block_heads)
     if block < q_blocks:
+        source, target = q_pointer + batch * q_batch + token * q_token, batch * q_out_batch + token * q_out_token
         head = block * block_heads + lane
-        rotate_heads(q_pointer + token * q_token, q_out_pointer + token * (heads * dim), q_head, dim, head,
-                     head < heads, cosine, sine, dim, pairs, interleaved,
-                     block_heads, block_pairs, block_rest)  # fmt: skip
+        rotate_heads(source, q_out_pointer + target, q_head, q_out_head, head, head < heads, angles,
+                     dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
     else:
+        source, target = k_pointer + batch * k_batch + token * k_token, batch * k_out_batch + token * k_out_token
         head = (block - q_blocks) * block_heads + lane
-        rotate_heads(k_pointer + token * k_token, k_out_pointer + token * (kv_heads * dim), k_head, dim, head,
-                     head < kv_heads, cosine, sine, dim, pairs, interleaved,
-                     block_heads, block_pairs, block_rest)  # fmt: skip
+        rotate_heads(source, k_out_pointer + target, k_head, k_out_head, head, head < kv_heads, angles,
+                     dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
 
 
 def launch(
@@ -81,8 +107,10 @@ def launch(
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
+    rotary_dim: int,
     interleaved: bool,
+    heads_first: bool,
     inverse: bool,
     *,
     q_out: torch.Tensor,
@@ -92,48 +120,85 @@ def launch(
     """Write rotated ``q`` and ``k`` into ``q_out`` and ``k_out``, on the current stream.
 
     Args:
-        q: ``[tokens, heads, dim]``, float32, float16 or bfloat16, on a CUDA device; tokens and heads may be strided.
-        k: ``[tokens, kv_heads, dim]``, as ``q``.
-        cos: ``[context, rotary_dim / 2]``, float32 or of the dtype of ``q``; rows may be strided.
+        q: ``[tokens, heads, dim]``, or with a batch in front, float32, float16 or bfloat16, on a CUDA device; all but
+            the last dimension may be strided. With ``heads_first``, heads come before tokens.
+        k: as ``q``, with a number of heads of its own.
+        cos: ``[context, rotary_dim / 2]`` or, one for each element, ``[context, rotary_dim]``, float32 or of the dtype
+            of ``q``; rows may be strided.
         sin: as ``cos``.
-        positions: ``[tokens]``, int64 or int32: rows of the tables. Outside of them, rotated elements become NaN.
+        positions: ``[tokens]``, ``[1, tokens]`` or ``[batch, tokens]``, int64 or int32: rows of the tables. Negative
+            ones count from the end; outside of the tables, rotated elements become NaN. Without positions, tables have
+            a row for each token, or for each token of each batch.
+        rotary_dim: how many elements of a head are rotated, the others stay.
         interleaved: whether a pair is two neighbours; else it is one element of each half.
-        inverse: whether to rotate by the opposite angle.
-        q_out: the shape and dtype of ``q``, row-major; written, shares no memory with any other argument.
-        k_out: the shape and dtype of ``k``; as ``q_out``.
-        config: how to launch; chosen by ``heads`` and ``dim`` if not given.
+        heads_first: whether the dimension before the last is tokens; else it is heads.
+        inverse: whether to rotate back.
+        q_out: dense, in the order of dimensions in memory that ``q`` has, as ``2 * q`` would be; written, shares no
+            memory with any other argument.
+        k_out: as ``q_out``, for ``k``.
+        config: how to launch; chosen by shapes if not given.
 
     Raises:
         ExecutionError: a tensor has another shape, dtype, layout or device, or an output overlaps something.
     """
-    _check(q, k, cos, sin, positions)
+    each, positions_batch = _check(q, k, cos, sin, positions, rotary_dim, heads_first)
     for name, tensor, like in (("q_out", q_out, q), ("k_out", k_out, k)):
-        check_tensor(NAME, name, tensor, like.shape, q.dtype, q.device)
-    read = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions}
+        check_tensor(NAME, name, tensor, like.shape, q.dtype, q.device, row_major=False)
+        wanted = dense_strides(like)
+        if any(e > 1 and a != b for e, a, b in zip(like.shape, wanted, tensor.stride(), strict=True)):
+            raise fail(NAME, f"needs {name} with strides {list(wanted)}; got {list(tensor.stride())}")
+    read = {"q": q, "k": k, "cos": cos, "sin": sin} | ({} if positions is None else {"positions": positions})
     check_apart(NAME, {"q_out": q_out, "k_out": k_out}, read)
     check_device(NAME, rope_kernel, q)
     if q.numel() + k.numel() == 0:
         return
-    (tokens, heads, dim), kv_heads, (rows, pairs) = q.shape, k.shape[1], cos.shape
+    token_dim = -2 if heads_first else -3
+    tokens, heads, kv_heads, dim = q.shape[token_dim], q.shape[-5 - token_dim], k.shape[-5 - token_dim], q.shape[-1]
     config = config or CONFIGS.choose(q.device, q.dtype, tokens=tokens, heads=max(heads, kv_heads), dim=dim)
-    blocks = triton.cdiv(heads, config.constants["block_heads"]) + triton.cdiv(
-        kv_heads, config.constants["block_heads"]
-    )
+    block_heads = config.constants["block_heads"]
+    blocks = triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads)
+    strides = [(t.stride(0) if t.dim() == 4 else 0, t.stride(token_dim), t.stride(-5 - token_dim))
+               for t in (q, k, q_out, k_out)]  # fmt: skip
     with torch.accelerator.device_index(q.device.index):
-        rope_kernel[(tokens * blocks,)](
-            q, k, cos, sin, positions, q_out, k_out, rows, cos.stride(0), sin.stride(0),
-            *q.stride()[:2], *k.stride()[:2],
-            heads=heads, kv_heads=kv_heads, dim=dim, pairs=pairs, interleaved=interleaved, inverse=inverse,
-            block_pairs=triton.next_power_of_2(pairs),
-            block_rest=triton.next_power_of_2(dim - 2 * pairs) if dim > 2 * pairs else 0,
+        rope_kernel[((q.numel() // (heads * dim) if heads else k.numel() // (kv_heads * dim)) * blocks,)](
+            q, k, cos, sin, positions, q_out, k_out, tokens, cos.shape[0], positions_batch, cos.stride(0),
+            sin.stride(0), *strides[0], *strides[1], *strides[2], *strides[3],
+            heads=heads, kv_heads=kv_heads, dim=dim, pairs=rotary_dim // 2, each=each,
+            gathered=positions is not None, interleaved=interleaved, inverse=inverse,
+            block_pairs=triton.next_power_of_2(rotary_dim // 2),
+            block_rest=triton.next_power_of_2(dim - rotary_dim) if dim > rotary_dim else 0,
             **config.options,
         )  # fmt: skip
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
-    check_heads(NAME, "q", q, None, None, q)
-    check_heads(NAME, "k", k, q.shape[0], q.shape[2], q)
-    check_tables(NAME, q, cos, sin, positions)
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    rotary_dim: int,
+    heads_first: bool,
+) -> tuple[bool, int]:
+    """Raise ExecutionError for what ``launch`` refuses.
+
+    Gives whether tables have a column for each element, and how far apart rows of two batches are: none if they share.
+    """
+    if q.dim() not in (3, 4):
+        raise fail(NAME, f"needs q of 3 or 4 dimensions; got {list(q.shape)}")
+    head_dim, token_dim = (-3, -2) if heads_first else (-2, -3)
+    check_heads(NAME, "q", q, q, head_dim)
+    check_heads(NAME, "k", k, q, head_dim)
+    each = check_tables(NAME, q, cos, sin, rotary_dim)
+    batch, tokens = q.shape[0] if q.dim() == 4 else 1, q.shape[token_dim]
+    if positions is None:
+        if cos.shape[0] not in (tokens, batch * tokens):
+            raise fail(NAME, f"needs positions, or {tokens} rows of cos, or {batch * tokens}; got {cos.shape[0]}")
+        return each, tokens if cos.shape[0] == batch * tokens else 0
+    shared = positions.dim() < 2 or positions.shape[0] == 1
+    shape = (*(() if positions.dim() < 2 else (1,) if shared else (batch,)), tokens)
+    check_tensor(NAME, "positions", positions, shape, INTEGERS, q.device)
+    return each, 0 if shared else tokens
 
 
 def allocate(
@@ -141,13 +206,19 @@ def allocate(
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
+    rotary_dim: int,
     interleaved: bool,
+    heads_first: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New ``(q_out, k_out)``, row-major, not filled. Raises ExecutionError as ``launch`` does."""
-    _check(q, k, cos, sin, positions)
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    """New ``(q_out, k_out)``, laid out as the inputs are, not filled. Raises ExecutionError as ``launch`` does."""
+    _check(q, k, cos, sin, positions, rotary_dim, heads_first)
+    return _new(q), _new(k)
+
+
+def _new(like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty_strided(like.shape, dense_strides(like))
 
 
 def reference(
@@ -155,13 +226,30 @@ def reference(
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
+    rotary_dim: int,
     interleaved: bool,
+    heads_first: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(q_out, k_out)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
-    sin = -sin if inverse else sin
-    return rotated(q, cos, sin, positions, interleaved), rotated(k, cos, sin, positions, interleaved)
+    if q.numel() + k.numel() == 0:
+        return _new(q), _new(k)
+    if positions is None:
+        tokens = q.shape[-2 if heads_first else -3]
+        positions = torch.arange(cos.shape[0], device=q.device).view(-1, tokens)
+    positions = positions[0] if q.dim() == 3 and positions.dim() == 2 else positions
+    if inverse and cos.shape[1] == rotary_dim:  # transposed, each element of a pair meets the sine of the other
+        sin = sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else sin.roll(rotary_dim // 2, 1)
+    results = []
+    for x in (q, k):
+        out = rotated(_tokens_first(x, heads_first), cos, -sin if inverse else sin, positions, rotary_dim, interleaved)
+        results.append(_new(x).copy_(_tokens_first(out, heads_first)))
+    return results[0], results[1]
+
+
+def _tokens_first(x: torch.Tensor, heads_first: bool) -> torch.Tensor:
+    return x.transpose(-2, -3) if heads_first else x
 
 
 def eager(
@@ -169,28 +257,18 @@ def eager(
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
+    rotary_dim: int,
     interleaved: bool,
+    heads_first: bool,
     inverse: bool,
 ) -> Any:
     """What a model says: gather the angles, rotate halves or neighbours, once for queries and once for keys."""
     sin = -sin if inverse else sin
-    cosine, sine = cos[positions][:, None], sin[positions][:, None]
-    return spelled(q, cosine, sine, interleaved), spelled(k, cosine, sine, interleaved)
-
-
-def spelled(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """One rotation as models spell it, computed in the wider dtype of both and rounded at the end."""
-    width = 2 * cosine.shape[-1]
-    turning, rest = x[..., :width], x[..., width:]
-    if interleaved:
-        first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1).flatten(-2)
-    else:
-        first, second = turning.chunk(2, -1)
-        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
-    turned = turned.to(x.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    cosine, sine = (table.unsqueeze(-3 if heads_first else -2) for table in (cos, sin))
+    return spelled(q, cosine, sine, rotary_dim, interleaved), spelled(k, cosine, sine, rotary_dim, interleaved)
 
 
 def cost(
@@ -199,19 +277,22 @@ def cost(
     heads: int,
     kv_heads: int,
     dim: int,
-    rotary_dim: int | None = None,
+    rotary_dim: int = 0,
     table_dtype: str = "float32",
+    table_bytes: int | None = None,
     **_: Any,
 ) -> Cost:
     """Flops and bytes of one launch.
 
     A pair takes four products, a sum and a difference. Bytes are compulsory: q and k read and written, and for each
-    token its position and a row of both tables.
+    token its position and a row of both tables; or ``table_bytes`` for tables and positions.
     """
     width = rotary_dim or dim
     flops = tokens * (heads + kv_heads) * 3 * width
     moved = 2 * tokens * (heads + kv_heads) * dim * DTYPE_BYTES[dtype]
-    return Cost(flops, moved + tokens * (width * DTYPE_BYTES[table_dtype] + 8))
+    if table_bytes is None:
+        table_bytes = tokens * (width * DTYPE_BYTES[table_dtype] + 8)
+    return Cost(flops, moved + table_bytes)
 
 
 def arguments(
@@ -223,7 +304,7 @@ def arguments(
     heads: int,
     kv_heads: int,
     dim: int,
-    rotary_dim: int | None = None,
+    rotary_dim: int = 0,
     table_dtype: str = "float32",
     context: int = 8192,
     interleaved: bool = False,
@@ -239,7 +320,9 @@ def arguments(
         "cos": cos.to(getattr(torch, table_dtype)),
         "sin": sin.to(getattr(torch, table_dtype)),
         "positions": positions,
+        "rotary_dim": rotary_dim or dim,
         "interleaved": interleaved,
+        "heads_first": False,
         "inverse": inverse,
     }
 
@@ -269,20 +352,14 @@ KERNEL = Kernel(
 
 
 def _setup_context(context: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, cos, sin, positions, context.interleaved, context.inverse = inputs
+    _, _, cos, sin, positions, *context.scalars, context.inverse = inputs
     context.save_for_backward(cos, sin, positions)
 
 
 def _backward(context: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any, ...]:
     """Rotate back. Tables are constants: they get no gradient."""
-    tables = context.saved_tensors
-    grads = KERNEL.operator(*map(_headwise, (grad_q, grad_k)), *tables, context.interleaved, not context.inverse)
-    return (*grads, None, None, None, None, None)
-
-
-def _headwise(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient whose heads the kernel can read: autograd may hand over an expanded or transposed one."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+    grads = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_q, grad_k))
+    return (*KERNEL.operator(*grads, *context.saved_tensors, *context.scalars, not context.inverse), *[None] * 7)
 
 
 KERNEL.operator.register_autograd(_backward, setup_context=_setup_context)

@@ -23,8 +23,7 @@ from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
 from ._match import Cost, Match
-from ._rope import check_heads, check_tables, positions_of, rotate_heads, rotated, tables
-from .rope import spelled
+from ._rope import INTEGERS, check_heads, check_tables, positions_of, rotate_heads, rotated, spelled, tables
 
 __all__ = ["KERNEL"]
 
@@ -65,6 +64,7 @@ def rope_cache_kernel(
     kv_heads: tl.constexpr,
     dim: tl.constexpr,
     pairs: tl.constexpr,
+    each: tl.constexpr,
     interleaved: tl.constexpr,
     block_dim: tl.constexpr,
     block_pairs: tl.constexpr,
@@ -77,21 +77,21 @@ def rope_cache_kernel(
     token = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     position = tl.load(position_pointer + token).to(tl.int64)
-    cosine, sine = tables(cos_pointer, sin_pointer, cos_stride, sin_stride, position, rows, pairs, block_pairs)
+    angles = tables(cos_pointer, sin_pointer, cos_stride, sin_stride, position, rows, pairs, each, interleaved,
+                    block_pairs)  # fmt: skip
     lane = tl.arange(0, block_heads)
     if block < q_blocks:
         head = block * block_heads + lane
         rotate_heads(q_pointer + token * q_token, q_out_pointer + token * (heads * dim), q_head, dim, head,
-                     head < heads, cosine, sine, dim, pairs, interleaved,
-                     block_heads, block_pairs, block_rest)  # fmt: skip
+                     head < heads, angles, dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
     else:
         slot = tl.load(slot_pointer + token)
         head = (block - q_blocks) * block_heads + lane
         kept = (head < kv_heads) & (slot >= 0) & (slot // page_size < pages)
         page, row = slot // page_size, slot % page_size
         key = key_pointer + page * key_page + row * key_slot
-        rotate_heads(k_pointer + token * k_token, key, k_head, key_head, head,
-                     kept, cosine, sine, dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
+        rotate_heads(k_pointer + token * k_token, key, k_head, key_head, head, kept, angles,
+                     dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
         column = tl.arange(0, block_dim)[None, :]
         inside = kept[:, None] & (column < dim)
         wide_head = head.to(tl.int64)[:, None]
@@ -109,6 +109,7 @@ def launch(
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    rotary_dim: int,
     interleaved: bool,
     *,
     q_out: torch.Tensor,
@@ -120,12 +121,15 @@ def launch(
         q: ``[tokens, heads, dim]``, float32, float16 or bfloat16, on a CUDA device; tokens and heads may be strided.
         k: ``[tokens, kv_heads, dim]``, as ``q``.
         v: ``[tokens, kv_heads, dim]``, as ``q``.
-        cos: ``[context, rotary_dim / 2]``, float32 or of the dtype of ``q``; rows may be strided.
+        cos: ``[context, rotary_dim / 2]`` or, one for each element, ``[context, rotary_dim]``, float32 or of the dtype
+            of ``q``; rows may be strided.
         sin: as ``cos``.
-        positions: ``[tokens]``, int64 or int32: rows of the tables. Outside of them, rotated elements become NaN.
+        positions: ``[tokens]``, int64 or int32: rows of the tables. Negative ones count from the end; outside of the
+            tables, rotated elements become NaN.
         slots: ``[tokens]``, int64, all different. A token whose slot is negative or behind the last is not stored.
         key_cache: ``[pages, page_size, kv_heads, dim]``, the dtype of ``q``; the first three may be strided; written.
         value_cache: as ``key_cache``; written. The two may alternate in memory, page by page.
+        rotary_dim: how many elements of a head are rotated, the others stay.
         interleaved: whether a pair is two neighbours; else it is one element of each half.
         q_out: the shape and dtype of ``q``, row-major; written, shares no memory with any other argument.
         config: how to launch; chosen by ``heads`` and ``dim`` if not given.
@@ -133,7 +137,7 @@ def launch(
     Raises:
         ExecutionError: a tensor has another shape, dtype, layout or device, or a written one overlaps something.
     """
-    _check(q, k, v, cos, sin, positions, slots, key_cache, value_cache)
+    each = _check(q, k, v, cos, sin, positions, slots, key_cache, value_cache, rotary_dim)
     check_tensor(NAME, "q_out", q_out, q.shape, q.dtype, q.device)
     read = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "positions": positions, "slots": slots}
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
@@ -143,18 +147,18 @@ def launch(
     check_device(NAME, rope_cache_kernel, q)
     if q.numel() + k.numel() == 0:
         return
-    (tokens, heads, dim), kv_heads, (rows, pairs) = q.shape, k.shape[1], cos.shape
+    (tokens, heads, dim), kv_heads, pairs = q.shape, k.shape[1], rotary_dim // 2
     config = config or CONFIGS.choose(q.device, q.dtype, tokens=tokens, heads=max(heads, kv_heads), dim=dim)
     block_heads = config.constants["block_heads"]
     blocks = triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads)
     with torch.accelerator.device_index(q.device.index):
         rope_cache_kernel[(tokens * blocks,)](
-            q, k, v, cos, sin, positions, slots, q_out, key_cache, value_cache, rows, *key_cache.shape[:2],
+            q, k, v, cos, sin, positions, slots, q_out, key_cache, value_cache, cos.shape[0], *key_cache.shape[:2],
             cos.stride(0), sin.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *key_cache.stride()[:3], *value_cache.stride()[:3],
-            heads=heads, kv_heads=kv_heads, dim=dim, pairs=pairs, interleaved=interleaved,
+            heads=heads, kv_heads=kv_heads, dim=dim, pairs=pairs, each=each, interleaved=interleaved,
             block_dim=triton.next_power_of_2(dim), block_pairs=triton.next_power_of_2(pairs),
-            block_rest=triton.next_power_of_2(dim - 2 * pairs) if dim > 2 * pairs else 0,
+            block_rest=triton.next_power_of_2(dim - rotary_dim) if dim > rotary_dim else 0,
             **config.options,
         )  # fmt: skip
 
@@ -169,11 +173,14 @@ def _check(
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-) -> None:
-    check_heads(NAME, "q", q, None, None, q)
-    check_heads(NAME, "k", k, q.shape[0], q.shape[2], q)
-    check_heads(NAME, "v", v, q.shape[0], q.shape[2], q)
-    check_tables(NAME, q, cos, sin, positions)
+    rotary_dim: int,
+) -> bool:
+    """Raise ExecutionError for what ``launch`` refuses; whether tables have a column for each element."""
+    check_tensor(NAME, "q", q, (None, None, None), FLOATS, q.device, row_major=False)
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        check_heads(NAME, name, tensor, q, 1)
+    each = check_tables(NAME, q, cos, sin, rotary_dim)
+    check_tensor(NAME, "positions", positions, q.shape[:1], INTEGERS, q.device)
     check_tensor(NAME, "slots", slots, q.shape[:1], torch.int64, q.device)
     check_tensor(NAME, "v", v, k.shape, q.dtype, q.device, row_major=False)
     check_tensor(NAME, "key_cache", key_cache, (None, None, *k.shape[1:]), q.dtype, q.device, row_major=False)
@@ -183,6 +190,7 @@ def _check(
     for name, cache in {"key_cache": key_cache, "value_cache": value_cache}.items():
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise fail(NAME, f"needs the elements of each head of {name} side by side; strides {list(cache.stride())}")
+    return each
 
 
 def allocate(
@@ -195,10 +203,11 @@ def allocate(
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    rotary_dim: int,
     interleaved: bool,
 ) -> tuple[torch.Tensor]:
     """New ``q_out``, row-major, not filled. Raises ExecutionError as ``launch`` does."""
-    _check(q, k, v, cos, sin, positions, slots, key_cache, value_cache)
+    _check(q, k, v, cos, sin, positions, slots, key_cache, value_cache, rotary_dim)
     return (q.new_empty(q.shape),)
 
 
@@ -212,14 +221,15 @@ def reference(
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    rotary_dim: int,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(q_out, key_cache, value_cache)`` by plain PyTorch on any device, the caches new; shapes as ``launch``."""
     pages, page_size = key_cache.shape[:2]
     stored = ((slots >= 0) & (slots < pages * page_size)).nonzero()[:, 0]
     place = (slots[stored] // page_size, slots[stored] % page_size)
-    keys = key_cache.index_put(place, rotated(k, cos, sin, positions, interleaved)[stored])
-    return rotated(q, cos, sin, positions, interleaved), keys, value_cache.index_put(place, v[stored])
+    q_out, k_out = (rotated(x, cos, sin, positions, rotary_dim, interleaved) for x in (q, k))
+    return q_out, key_cache.index_put(place, k_out[stored]), value_cache.index_put(place, v[stored])
 
 
 def eager(
@@ -232,15 +242,16 @@ def eager(
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    rotary_dim: int,
     interleaved: bool,
 ) -> Any:
     """What a model says, and writes in place; it takes no slot outside the cache."""
     page_size = key_cache.shape[1]
     cosine, sine = cos[positions][:, None], sin[positions][:, None]
     place = (slots // page_size, slots % page_size)
-    key_cache.index_put_(place, spelled(k, cosine, sine, interleaved))
+    key_cache.index_put_(place, spelled(k, cosine, sine, rotary_dim, interleaved))
     value_cache.index_put_(place, v)
-    return spelled(q, cosine, sine, interleaved), key_cache, value_cache
+    return spelled(q, cosine, sine, rotary_dim, interleaved), key_cache, value_cache
 
 
 def cost(
@@ -249,7 +260,7 @@ def cost(
     heads: int,
     kv_heads: int,
     dim: int,
-    rotary_dim: int | None = None,
+    rotary_dim: int = 0,
     table_dtype: str = "float32",
     **_: Any,
 ) -> Cost:
@@ -273,7 +284,7 @@ def arguments(
     heads: int,
     kv_heads: int,
     dim: int,
-    rotary_dim: int | None = None,
+    rotary_dim: int = 0,
     table_dtype: str = "float32",
     context: int = 8192,
     page_size: int = 16,
@@ -301,6 +312,7 @@ def arguments(
         "slots": slots,
         "key_cache": random(pages, page_size, kv_heads, dim).to(dtype),
         "value_cache": random(pages, page_size, kv_heads, dim).to(dtype),
+        "rotary_dim": rotary_dim or dim,
         "interleaved": interleaved,
     }
 

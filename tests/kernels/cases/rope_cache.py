@@ -24,16 +24,17 @@ def truth(
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    rotary_dim: int,
     interleaved: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Token by token."""
-    turned_k = turned(k, cos, sin, positions, interleaved)
+    turned_k = turned(k, cos, sin, positions, rotary_dim, interleaved)
     keys, values = (cache.double().flatten(0, 1).clone() for cache in (key_cache, value_cache))
     for token, slot in enumerate(slots.tolist()):
         if 0 <= slot < len(keys):
             keys[slot], values[slot] = turned_k[token], v[token].double()
     return (
-        turned(q, cos, sin, positions, interleaved),
+        turned(q, cos, sin, positions, rotary_dim, interleaved),
         keys.view_as(key_cache.contiguous()),
         values.view_as(value_cache.contiguous()),
     )
