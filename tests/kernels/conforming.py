@@ -87,5 +87,10 @@ def check(cases: Cases, case: Case, dtype: torch.dtype, device: str) -> None:
         rtol, atol = cases.tolerance[dtype]
         for what, value in (("the kernel", actual), ("the reference", reference)):
             torch.testing.assert_close(
-                value.double(), truth, rtol=rtol, atol=atol, msg=lambda text, w=what, n=name: f"{w}'s {n}: {text}"
+                value.double(),
+                truth,
+                rtol=rtol,
+                atol=atol,
+                equal_nan=True,
+                msg=lambda text, w=what, n=name: f"{w}'s {n}: {text}",
             )
