@@ -20,11 +20,13 @@ from ...hw_models.cost import op_seconds
 from ...hw_models.model import EngineKind, HardwareModel
 from .._solver.highs import less_tolerances, solve
 
-__all__ = ["EFFICIENCY", "Choice", "Prices", "choose_matches"]
+__all__ = ["EFFICIENCY", "MARGIN", "Choice", "Prices", "choose_matches"]
 
 #: Arithmetic of a fused matrix product beside a vendor library's, assumed: Triton's own tutorial reached 0.95 of cuBLAS
 #: on an H100 (triton pull request 5461), kernels with more epilogue reach less.
 EFFICIENCY = 0.9
+#: A launch is not chosen for less than this part of what it replaces: predictions are no better than that.
+MARGIN = 0.05
 _PS = 1e12
 #: Calls that Inductor leaves to a library, or gives a kernel of their own; it fuses all others with their neighbours.
 _ALONE = frozenset(
@@ -66,16 +68,17 @@ def choose_matches(
     ``required`` takes all that go together, most operators first, whatever they are predicted to gain: for tests and
     for users who know better.
     """
-    unique = list({(m.kernel, m.ops, tuple(t.name for t in m.outputs)): m for m in candidates}.values())
+    unique = list({(m.kernel, m.ops, m.outputs, m.cost): m for m in candidates}.values())
     prices = Prices(graph, machine, others_fuse)
-    gains = {m: prices.gain_s(unique[m]) for m in range(len(unique))}
+    times = {m: (prices.before_s(match), prices.launch_s(match)) for m, match in enumerate(unique)}
+    gains = {m: before - launch for m, (before, launch) in times.items()}
     values = {m: float(len(unique[m].ops)) if required else gains[m] * _PS for m in gains}
-    worthwhile = [m for m in values if values[m] > 0]
+    worthwhile = [m for m in values if required or gains[m] > MARGIN * times[m][0]]
     taken, bound = _packed(unique, worthwhile, values, budget)
     chosen = _compatible(graph, [unique[m] for m in taken], [values[m] for m in taken])
     names = Counter(m.kernel for m in unique)
     names.subtract(m.kernel for m in chosen)
-    gain = sum(gains[m] for m in range(len(unique)) if unique[m] in chosen)
+    gain = sum(gains[m] for m, match in enumerate(unique) if match in chosen)
     return Choice(tuple(chosen), gain, max(gain, 0.0 if required else bound / _PS), dict(+names))
 
 
@@ -97,7 +100,7 @@ def _packed(
     if not contested:
         return greedy, sum(values[m] for m in greedy)
     model = pulp.LpProblem("fusion", pulp.LpMinimize)
-    take = {m: pulp.LpVariable(f"take_{m}", cat=pulp.LpBinary) for m in worthwhile}
+    take = {m: model.add_variable(f"take_{m}", cat=pulp.LpBinary) for m in worthwhile}
     model += pulp.lpSum(-values[m] * take[m] for m in worthwhile), "gain"
     for number, claim in enumerate({tuple(claim) for claim in contested}):
         model += pulp.lpSum(take[m] for m in claim) <= 1, f"one_launch_each_{number}"
@@ -154,18 +157,21 @@ class Prices:
     def _op(self) -> Mapping[str, Op]:
         return {op.name: op for op in self.graph.ops}
 
-    def gain_s(self, match: Match) -> float:
-        """Seconds that the operators of ``match`` take without it, less those of its launch."""
+    def before_s(self, match: Match) -> float:
+        """Seconds that the operators of ``match`` take without it."""
+        ops = [self._op[name] for name in match.ops]
+        groups = [[op] for op in ops]
+        if self.others_fuse:
+            groups = [[op] for op in ops if _called(op) in _ALONE]
+            groups += self._connected([op for op in ops if _called(op) not in _ALONE])
+        return sum(self._seconds(sum(o.flops for o in g), g[-1].outputs[0], self._traffic_bytes(g)) for g in groups)
+
+    def launch_s(self, match: Match) -> float:
+        """Seconds of one launch in their place."""
         ops = [self._op[name] for name in match.ops]
         alone = [op for op in ops if _called(op) in _ALONE]
-        if self.others_fuse:
-            groups = [*([op] for op in alone), *self._connected([op for op in ops if _called(op) not in _ALONE])]
-        else:
-            groups = [[op] for op in ops]
-        before = sum(self._seconds(sum(o.flops for o in g), g[-1].outputs[0], self._traffic_bytes(g)) for g in groups)
         flops = int(match.cost.flops / EFFICIENCY) if alone else match.cost.flops
-        named = alone[0].outputs[0] if alone else ops[-1].outputs[0]
-        return before - self._seconds(flops, named, match.cost.traffic_bytes)
+        return self._seconds(flops, (alone or ops[-1:])[0].outputs[0], match.cost.traffic_bytes)
 
     def _seconds(self, flops: int, tensor: str, traffic_bytes: int) -> float:
         engine = self.machine.engines_of(EngineKind.COMPUTE)[0]
