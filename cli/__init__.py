@@ -1,4 +1,4 @@
-"""The command line: ``opweave compile | run | explain | verify | fit | export | view | hw | passes``.
+"""The command line: ``opweave compile | run | explain | verify | fit | export | view | bench | hw | passes``.
 
 Exit codes: 0 done; 1 outputs differ from the reference; 130 stopped by Ctrl-C, with the best plan so far written
 unless standard error says "abandoned"; 141 nobody reads what is printed any more; anything else is the ``exit_code`` of
@@ -18,7 +18,7 @@ import typer
 import typer.core
 
 from ..errors import InternalError, OptionError, OpweaveError
-from . import inspecting, planning
+from . import benching, inspecting, planning
 from .shared import INTERRUPTED, UNREAD, print_json
 
 __all__ = ["app", "main"]
@@ -55,6 +55,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(
+    help="How good the kernels are: on a GPU against their peers, without one by inspection.", no_args_is_help=True
+)
 hw = typer.Typer(help="Machines opweave can plan for.", no_args_is_help=True)
 _COMMANDS: tuple[Callable[..., Any], ...] = (
     *(planning.compile, planning.run, planning.explain, planning.fit),
@@ -62,6 +65,10 @@ _COMMANDS: tuple[Callable[..., Any], ...] = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(bench, name="bench")
+bench.command("kernels")(benching.kernels)
+bench.command("resources")(benching.resources)
+bench.command("compare")(benching.compare)
 app.add_typer(hw, name="hw")
 hw.command("list")(inspecting.hw_list)
 hw.command("show")(inspecting.hw_show)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ...errors import ExecutionError
 from .._checks import dtype_name
 from .._kernel import Kernel
 from ..registry import load
@@ -60,7 +61,7 @@ def small_sizes(kernel: Kernel) -> Mapping[str, Any]:
         except Exception:  # whatever a kernel says of sizes that do not go together
             continue
         return small
-    return sizes
+    raise ExecutionError(f"kernel {kernel.name} takes none of its workloads made small")
 
 
 def _halved(size: Any, largest: int) -> Any:

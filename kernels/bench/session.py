@@ -68,8 +68,13 @@ def measure(
     stated: Roofline | None,
     measured: Roofline,
     providers: Callable[[str], Sequence[Provider]] = providers_of,
+    *,
+    tiers: int = 2,
 ) -> Iterator[Result]:
-    """Each case's result as soon as it is there; cases for which no time is left have no rows."""
+    """Each case's result as soon as it is there; cases for which no time is left have no rows.
+
+    Providers of tiers above ``tiers`` are not asked.
+    """
     for number, case in enumerate(cases):
         to_come = len(cases) - number - 1
         result = Result(case)
@@ -77,7 +82,8 @@ def measure(
             result.left_out = ["everything"]
         else:
             try:
-                _measure(result, clock, budget, to_come, providers(case.kernel.name), stated, measured)
+                asked = [provider for provider in providers(case.kernel.name) if provider.tier <= tiers]
+                _measure(result, clock, budget, to_come, asked, stated, measured)
             except (RuntimeError, ValueError, TypeError) as error:  # out of memory, most likely
                 result.rows.append(Row(case.name, OURS, "time", None, "ms", note=f"failed: {_said(error)}"))
         torch.compiler.reset()
@@ -122,6 +128,9 @@ def _measure(
     for runner in ready:
         result.rows += _rows(runner, case, stated, measured)
     result.rows += _ratios(ready, case)
+    if case.mode == FORWARD:
+        result.rows.append(Row(case.name, "cost", "flops", case.cost.flops, "flop"))
+        result.rows.append(Row(case.name, "cost", "traffic", case.cost.traffic_bytes, "B"))
 
 
 def _said(error: BaseException) -> str:
