@@ -1,0 +1,136 @@
+"""Fused kernels in graphs of torch.compile: launched where they fit, on a CPU by reference, and the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+
+import opweave
+from opweave import torch_backend
+from opweave.compiler.frontend.dynamo.launches import matched
+from opweave.compiler.fusion import Cost, Match, Uses
+from opweave.compiler.graph import Graph
+from opweave.errors import OptionError
+from tests.compiler.frontend.dynamo.contract import check, compiled, reports, same
+
+
+class Block(nn.Module):
+    """A residual addition, a normalisation and a linear layer: between two transformer blocks."""
+
+    def __init__(self, columns: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(columns)
+        self.up = nn.Linear(columns, 2 * columns)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and what the linear layer makes of its normalisation."""
+        hidden = x + residual
+        return hidden, self.up(self.norm(hidden))
+
+
+def inputs(*shape: int, gradients: bool = False) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(len(shape))
+    return tuple(torch.randn(shape, generator=generator, requires_grad=gradients) for _ in range(2))
+
+
+def launched() -> list[str]:
+    """Kernels of all graphs compiled since the test began."""
+    return [kernel for report in reports() for kernel, _ in report.launches]
+
+
+@torch.no_grad()
+def test_inference_launches_a_kernel_over_planned_memory() -> None:
+    """Its results are written where the plan says, in the poisoned arena: the operator that writes is called."""
+    check(Block(), lambda: inputs(2, 3, 16), kernels="add_rms_norm")
+    assert launched() == ["add_rms_norm"]
+    (report,) = reports()
+    assert report.operators["opweave.add_rms_norm_out.default"] == 1
+    assert "add" in report.launches[0][1]
+    assert "mean" in report.launches[0][1]
+
+
+def test_training_leaves_what_the_backward_needs() -> None:
+    check(Block(), lambda: inputs(2, 3, 16, gradients=True), gradients=True, kernels="add_rms_norm")
+    forward = next(report for report in reports() if report.phase == "forward")
+    assert [kernel for kernel, _ in forward.launches] == ["add_rms_norm"]
+
+
+@torch.no_grad()
+def test_all_sizes_may_be_symbols() -> None:
+    block = Block()
+    function = compiled(block, dynamic=True, kernels="add_rms_norm")
+    for tokens in (3, 5, 8, 16):
+        given = inputs(tokens, 2, 16)
+        same(function(*given), block(*given))
+    assert launched() == ["add_rms_norm"]
+
+
+@torch.no_grad()
+def test_on_a_cpu_none_is_launched_that_was_not_asked_for() -> None:
+    check(Block(), lambda: inputs(2, 3, 16))
+    check(Block(), lambda: inputs(2, 3, 16), kernels="off")
+    assert launched() == []
+
+
+@torch.no_grad()
+def test_an_explanation_names_the_kernel_and_what_it_replaces() -> None:
+    explanation = opweave.explain(Block(), inputs(2, 3, 16), kernels="add_rms_norm")
+    assert "fused        add_rms_norm instead of add, " in str(explanation)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [("add_rms_nrm", "kernels is 'add_rms_nrm'"), ("", "kernels is ''"), ("auto,off", "kernels is 'auto,off'")],
+)
+def test_names_that_are_no_kernels_are_refused(kernels: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        torch_backend.explain(Block(), inputs(2, 3, 16), kernels=kernels)
+    assert "add_rms_norm" in caught.value.hint
+
+
+@torch.no_grad()
+def test_every_other_kernel_may_fit_as_well() -> None:
+    """Whatever is launched, alone or beside others, computes what eager PyTorch does."""
+    check(Block(), lambda: inputs(2, 3, 16), kernels="all", tolerance=1e-4)
+    assert launched()
+
+
+def doubled(module: torch.fx.GraphModule, static: int) -> list[Match]:
+    """What a rule matches that takes a sum for its own if it has ``static`` rows, under sizes that are symbols."""
+
+    def rule(graph: Graph) -> list[Match]:
+        found = []
+        for op in graph.ops:
+            out = graph.tensor[op.outputs[0]]
+            if op.target == "aten.add.Tensor" and out.shape[0] == static:
+                operands = [graph.tensor[name] for name in op.inputs]
+                uses = Uses(graph)
+                before = uses.place(uses.replaced([out], operands), operands, [out])
+                assert before is not None
+                found.append(Match("k", (op.name,), before, {"x": operands[0]}, (out,), Cost(0, 0)))
+        return found
+
+    return matched(module, rule)[1]
+
+
+def test_sizes_that_are_equal_by_chance_are_no_match() -> None:
+    """With four rows in the example, only a rule that holds for any number of rows may take a symbolic graph."""
+    seen: list[list[Match]] = []
+
+    def backend(module: torch.fx.GraphModule, examples: object) -> object:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def compile_inner(traced: torch.fx.GraphModule, inputs: object) -> object:
+            seen.append(doubled(traced, 4))
+            return traced.forward
+
+        return aot_autograd(fw_compiler=compile_inner)(module, examples)
+
+    for dynamic, count in ((False, 1), (True, 0)):
+        torch._dynamo.reset()
+        seen.clear()
+        torch.compile(lambda x: x + x.sin(), backend=backend, dynamic=dynamic)(torch.randn(4, 3))
+        assert [len(matches) for matches in seen] == [count]
