@@ -13,17 +13,21 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import FLOATS, check_tensor, fail
+from ._checks import check_tensor, fail
 
 __all__ = [
     "accumulated",
     "as_matrix",
     "check_adapter",
     "check_dropout",
+    "check_offsets",
     "even_offsets",
     "owners",
     "segment",
+    "split_segment",
     "strides",
+    "sum_pieces",
+    "token_splits",
     "touched",
 ]
 
@@ -37,6 +41,22 @@ def segment(offsets_pointer: tl.tensor, adapter: tl.tensor, tokens: tl.tensor) -
         begin = tl.load(offsets_pointer + adapter).to(tl.int32)
         end = tl.load(offsets_pointer + adapter + 1).to(tl.int32)
         return tl.maximum(begin, 0), tl.minimum(end, tokens)
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def split_segment(
+    offsets_pointer: tl.tensor,
+    adapter: tl.tensor,
+    split: tl.tensor,
+    splits: tl.tensor,
+    tokens: tl.tensor,
+    block_m: tl.constexpr,
+) -> tl.tensor:
+    """The first token and the one behind the last in one of ``splits`` parts of an adapter's: whole blocks each."""
+    begin, end = segment(offsets_pointer, adapter, tokens)
+    span = tl.cdiv(tl.cdiv(end - begin, splits), block_m) * block_m
+    start = begin + split * span
+    return start, tl.minimum(end, start + span)
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -88,6 +108,61 @@ def accumulated(
     return total
 
 
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def lora_sum_kernel(
+    pieces_pointer: tl.tensor,
+    offsets_pointer: tl.tensor,
+    out_pointer: tl.tensor,
+    elements: tl.tensor,
+    pieces: tl.tensor,
+    scale: tl.tensor,
+    rank: tl.constexpr,
+    adapters: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Write ``scale`` times the sum of ``pieces`` float32 tensors, from the first to the last, into ``out``.
+
+    With offsets ``out`` is ``[tokens, rank]``, and zero for tokens without an adapter, of which no piece says anything.
+    """
+    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = index < elements
+    known = inside
+    if offsets_pointer is not None:
+        token = index // rank
+        known = inside & (token >= tl.load(offsets_pointer)) & (token < tl.load(offsets_pointer + adapters))
+    total = tl.zeros([block], tl.float32)
+    pointers = pieces_pointer + index
+    for _ in range(0, pieces):
+        total += tl.load(pointers, mask=known, other=0.0)
+        pointers += elements
+    tl.store(out_pointer + index, (total * scale).to(out_pointer.dtype.element_ty), mask=inside)
+
+
+def sum_pieces(
+    pieces: torch.Tensor, count: int, out: torch.Tensor, scale: float, offsets: torch.Tensor | None = None
+) -> None:
+    """Launch `lora_sum_kernel` on the first ``count`` tensors of out's size in ``pieces``."""
+    block = 512
+    lora_sum_kernel[(triton.cdiv(out.numel(), block),)](
+        pieces,
+        offsets,
+        out,
+        out.numel(),
+        count,
+        scale,
+        rank=out.shape[-1],
+        adapters=1 if offsets is None else len(offsets) - 1,
+        block=block,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def token_splits(tokens: int, programs: int) -> int:
+    """Into how many the tokens are split so that ``programs`` for each make about two a multiprocessor of an H100."""
+    return max(1, min(264 // max(programs, 1), triton.cdiv(tokens, 128)))
+
+
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """``x`` with all but its last dimension made one."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -126,15 +201,19 @@ def check_adapter(
     offsets: torch.Tensor | None,
     like: torch.Tensor,
 ) -> None:
-    """Raise ExecutionError unless ``tensor`` is one matrix, or with ``offsets`` one for each adapter."""
-    check_tensor(kernel, "x", like, (*[None] * max(like.dim(), 1),), FLOATS, like.device)
+    """Raise ExecutionError unless ``tensor`` is one matrix, or with ``offsets`` one for each adapter, as ``like``."""
+    check_offsets(kernel, offsets, like.device)
+    wanted = extents if offsets is None else (len(offsets) - 1, *extents)
+    check_tensor(kernel, name, tensor, wanted, like.dtype, like.device, row_major=False)
+
+
+def check_offsets(kernel: str, offsets: torch.Tensor | None, device: torch.device) -> None:
+    """Raise ExecutionError unless ``offsets``, if there are any, can be those of one adapter or more."""
     if offsets is None:
-        check_tensor(kernel, name, tensor, extents, like.dtype, like.device, row_major=False)
         return
-    check_tensor(kernel, "offsets", offsets, (None,), (torch.int32, torch.int64), like.device)
+    check_tensor(kernel, "offsets", offsets, (None,), (torch.int32, torch.int64), device)
     if len(offsets) < 2:
         raise fail(kernel, f"needs offsets of at least one adapter, and where it ends; got {list(offsets.shape)}")
-    check_tensor(kernel, name, tensor, (len(offsets) - 1, *extents), like.dtype, like.device, row_major=False)
 
 
 def check_dropout(kernel: str, p: float, seed: torch.Tensor | None, device: torch.device) -> None:

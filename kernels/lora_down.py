@@ -156,7 +156,8 @@ def launch(
 
 
 def _check(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, offsets: torch.Tensor | None, p: float) -> None:
-    check_adapter(NAME, "a", a, (x.shape[-1] if x.dim() else None, None), offsets, x)
+    check_tensor(NAME, "x", x, (*[None] * max(x.dim(), 1),), FLOATS, x.device)
+    check_adapter(NAME, "a", a, (x.shape[-1], None), offsets, x)
     check_dropout(NAME, p, seed, x.device)
 
 
