@@ -91,7 +91,7 @@ def list_cases(asked: Asked, say: Say) -> dict[str, Any]:
         {"case": c.name, "sizes": dict(c.workload.sizes), "flops": c.cost.flops, "traffic_bytes": c.cost.traffic_bytes}
         for c in found
     ]
-    lines = [
+    lines: list[list[str | float | None]] = [
         [
             c.name,
             " ".join(f"{k}={v}" for k, v in c.workload.sizes.items()),

@@ -90,7 +90,7 @@ class Gpu:
         """As `Clock`."""
         if not self._runs_without_waiting(step):
             return step, "waits for the device: not captured"
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             step()

@@ -154,7 +154,8 @@ def read_entries(path: Path) -> list[Entry]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        return [Entry(**{name: _TYPES[name](line[name]) for name in _NAMES}) for line in lines]
+        facts: list[dict[str, Any]] = [{name: _TYPES[name](line[name]) for name in _NAMES} for line in lines]
+        return [Entry(**fact) for fact in facts]
     except OSError as error:
         raise OptionError(f"cannot read the resource table {str(path)!r}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -81,7 +81,7 @@ def resource_table(
                 text = str(error).strip().splitlines() or [""]
                 failed.append(f"{kernel.name} {dtype_name(dtype)}: {type(error).__name__}: {text[0][:160]}")
     head = ("kernel", "row", "dtype", "function", "warps", "registers", "spills", "shared", "tensor core", "programs")
-    lines = [
+    lines: list[list[str | float | None]] = [
         [
             *(e.kernel, e.row, e.dtype, e.function, e.num_warps, e.registers, e.spills, e.shared_bytes),
             *(e.tensor_core, e.programs),
