@@ -51,7 +51,7 @@ class Results:
 
         self.add(())
         lines = lines_of(self.rows)
-        dtypes = [line.parts[2] for line in lines if line["ms"]]
+        dtypes = [line.parts[2] for line in lines if line["ms"] and line.least_ms]
         pictures: dict[str, bytes] = {}
         if dtypes:
             most = max(dict.fromkeys(dtypes), key=dtypes.count)

@@ -104,7 +104,8 @@ def roofline_picture(rows: Sequence[Row], lines: Sequence[Line], dtype: str, pro
     axes.set_title(f"{provider} under the roofline of {dtype}", loc="left", fontweight="bold", parse_math=False)
     axes.grid(visible=True, color=_GRID)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return _png(figure)
 
 

@@ -127,11 +127,14 @@ def _talk(command: Sequence[str], request: Mapping[str, Any], patience_s: float)
     finally:
         process.kill()
         process.wait()
+        for reader in readers:
+            reader.join(timeout=5)
 
 
 def _read(stream: Any, take: Callable[[str | None], None]) -> None:
-    for line in stream:
-        take(line)
+    with stream:
+        for line in stream:
+            take(line)
     take(None)
 
 
