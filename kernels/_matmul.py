@@ -6,22 +6,23 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["multiplied", "sizes_of"]
+__all__ = ["halved", "multiplied", "sizes_of"]
 
 
 def sizes_of(rows: int, *weights: torch.Tensor) -> dict[str, int]:
     """By what configurations of a product ``[rows, depth] @ [depth, columns]`` are chosen.
 
-    ``ragged`` is 1 where some operand cannot be read in vectors of 16 elements; loads then go element by element and
+    ``ragged`` is 1 where some operand cannot be read in vectors of 16 bytes; loads then go element by element and
     through registers, which large tiles have no room for. ``element_bytes`` tells float32, which tensor cores do not
     multiply exactly, from what they do.
     """
     depth, columns = weights[0].shape
     strides = [stride for weight in weights for stride in weight.stride()]
     lengths = [depth, columns, *(stride for stride in strides if stride != 1)]
-    ragged = any(length % 16 for length in lengths) or any(1 not in weight.stride() for weight in weights)
+    element_bytes = weights[0].element_size()
+    ragged = any(length * element_bytes % 16 for length in lengths) or any(1 not in w.stride() for w in weights)
     sizes = {"rows": rows, "columns": columns, "depth": depth}
-    return {**sizes, "element_bytes": weights[0].element_size(), "ragged": int(ragged)}
+    return {**sizes, "element_bytes": element_bytes, "ragged": int(ragged)}
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -31,8 +32,8 @@ def multiplied(
     row: tl.tensor,
     column: tl.tensor,
     rows: tl.tensor,
-    stride_k: tl.tensor,
-    stride_n: tl.tensor,
+    stride_k: tl.constexpr,
+    stride_n: tl.constexpr,
     columns: tl.constexpr,
     depth: tl.constexpr,
     block_k: tl.constexpr,
@@ -40,13 +41,12 @@ def multiplied(
     """``x[row] @ weight[:, column]``, summed in float32.
 
     ``x`` is row-major ``[rows, depth]``, ``weight`` ``[depth, columns]`` has any strides; ``row`` and ``column`` are
-    blocks of indices, of which those outside read nothing and give zero. ``stride_k`` and ``stride_n`` are arguments
-    of the launch, which Triton compiles for where they are 1: so it knows along which of the two it can read vectors.
+    blocks of indices, of which those outside read nothing and give zero. Strides are constants so that the compiler
+    knows along which of the two it can read vectors, and how long they can be.
     """
     lane = tl.arange(0, block_k)
     x_pointers = x_pointer + row.to(tl.int64)[:, None] * depth + lane[None, :]
     weight_pointers = weight_pointer + lane.to(tl.int64)[:, None] * stride_k + column.to(tl.int64)[None, :] * stride_n
-    step = tl.full([], block_k, tl.int64) * stride_k
     has_row = (row < rows)[:, None]
     has_column = (column < columns)[None, :]
     total = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
@@ -56,5 +56,14 @@ def multiplied(
         weight = tl.load(weight_pointers, mask=has_depth[:, None] & has_column, other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee")
         x_pointers += block_k
-        weight_pointers += step
+        weight_pointers += block_k * stride_k
     return total
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def halved(value: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Left and right half of a tile of sums: an epilogue may have no registers for all of it at once."""
+    height: tl.constexpr = value.shape[0]
+    width: tl.constexpr = value.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(value, [height, 2, width]), (0, 2, 1)))
+    return left, right

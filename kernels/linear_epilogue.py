@@ -22,7 +22,7 @@ from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
 from ._match import Cost, Match
-from ._matmul import multiplied, sizes_of
+from ._matmul import halved, multiplied, sizes_of
 from ._tiles import swizzled
 
 __all__ = ["KERNEL"]
@@ -41,9 +41,9 @@ def linear_epilogue_kernel(
     residual_pointer: tl.tensor,
     out_pointer: tl.tensor,
     rows: tl.tensor,
-    stride_k: tl.tensor,
-    stride_n: tl.tensor,
-    stride_bias: tl.tensor,
+    stride_k: tl.constexpr,
+    stride_n: tl.constexpr,
+    stride_bias: tl.constexpr,
     columns: tl.constexpr,
     depth: tl.constexpr,
     activation: tl.constexpr,
@@ -60,7 +60,7 @@ def linear_epilogue_kernel(
     if block_n <= 128:
         _finish(value, row, column, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
     else:  # half by half, or bias, residual and addresses do not fit into registers beside the sums
-        left, right = tl.split(tl.permute(tl.reshape(value, [block_m, 2, block_n // 2]), (0, 2, 1)))
+        left, right = halved(value)
         first = tile_n * block_n + tl.arange(0, block_n // 2)
         _finish(left, row, first, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
         last = first + block_n // 2
@@ -76,7 +76,7 @@ def _finish(
     residual_pointer: tl.tensor,
     out_pointer: tl.tensor,
     rows: tl.tensor,
-    stride_bias: tl.tensor,
+    stride_bias: tl.constexpr,
     columns: tl.constexpr,
     activation: tl.constexpr,
 ) -> None:
@@ -136,8 +136,9 @@ def launch(
             residual,
             out,
             rows,
-            *weight.stride(),
-            bias.stride(0) if bias is not None else 0,
+            stride_k=weight.stride(0),
+            stride_n=weight.stride(1),
+            stride_bias=bias.stride(0) if bias is not None else 0,
             columns=columns,
             depth=depth,
             activation=activation,
