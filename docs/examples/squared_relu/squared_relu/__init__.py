@@ -1,0 +1,1 @@
+"""A fused kernel of another package, found by its entry point."""
