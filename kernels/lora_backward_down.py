@@ -15,6 +15,7 @@ adapter get zeros.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -203,7 +204,7 @@ def eager(
     if offsets is None:
         return (scaled @ b.t()).view(s.shape), low.t() @ scaled
     grad_s, grad_b, bounds = torch.zeros_like(low), torch.empty_like(b), offsets.tolist()
-    for adapter, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for adapter, (begin, end) in enumerate(pairwise(bounds)):
         grad_s[begin:end] = scaled[begin:end] @ b[adapter].t()
         grad_b[adapter] = low[begin:end].t() @ scaled[begin:end]
     return grad_s.view(s.shape), grad_b

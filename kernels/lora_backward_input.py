@@ -13,6 +13,7 @@ With ``offsets`` tokens are sorted by adapter and ``a`` holds a matrix for each 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ def eager(
     else:
         part, bounds = grad_y.new_empty(*grad_y.shape[:-1], w.shape[0]), offsets.tolist()
         part.zero_()
-        for matrix, begin, end in zip(a, bounds[:-1], bounds[1:], strict=True):
+        for matrix, (begin, end) in zip(a, pairwise(bounds), strict=True):
             part.flatten(0, -2)[begin:end] = grad_s.flatten(0, -2)[begin:end] @ matrix.t()
     return grad_y @ w.t() + torch.nn.functional.dropout(part, p)
 

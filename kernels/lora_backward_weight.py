@@ -13,6 +13,7 @@ With ``offsets`` tokens are sorted by adapter and ``grad_a`` holds a matrix for 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def eager(
     if offsets is None:
         return rows.t() @ low
     bounds = offsets.tolist()
-    return torch.stack([rows[i:j].t() @ low[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)])
+    return torch.stack([rows[i:j].t() @ low[i:j] for i, j in pairwise(bounds)])
 
 
 def cost(dtype: str, tokens: int, depth: int, rank: int, adapters: int = 0, p: float = 0.0) -> Cost:

@@ -15,6 +15,7 @@ adapter get zeros.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def eager(
         return torch.nn.functional.linear(dropped, a.t())
     s, rows = x.new_zeros(*x.shape[:-1], a.shape[-1]), dropped.flatten(0, -2)
     bounds = offsets.tolist()
-    for matrix, begin, end in zip(a, bounds[:-1], bounds[1:], strict=True):
+    for matrix, (begin, end) in zip(a, pairwise(bounds), strict=True):
         s.view(-1, a.shape[-1])[begin:end] = torch.nn.functional.linear(rows[begin:end], matrix.t())
     return s
 

@@ -14,6 +14,7 @@ adapters share adds up the rows of each.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -225,7 +226,7 @@ def eager(
     if offsets is None:
         return y + scale * torch.nn.functional.linear(s, b.t())
     rows, low, bounds = y.view(-1, w.shape[1]), s.flatten(0, -2), offsets.tolist()
-    for matrix, begin, end in zip(b, bounds[:-1], bounds[1:], strict=True):
+    for matrix, (begin, end) in zip(b, pairwise(bounds), strict=True):
         rows[begin:end] += scale * torch.nn.functional.linear(low[begin:end], matrix.t())
     return y
 
