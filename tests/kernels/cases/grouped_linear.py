@@ -1,0 +1,30 @@
+"""Cases of ``kernels/grouped_linear.py``."""
+
+from __future__ import annotations
+
+import torch
+
+from opweave.kernels.grouped_linear import KERNEL
+from tests.kernels.cases._experts import SIZES, SMALL, concentrated, grouped, spread, strided, transposed
+from tests.kernels.conforming import Case, Cases
+
+_USUAL = {"tokens": 20, "experts": 5, "top_k": 2, "hidden": 35, "intermediate": 37}
+
+
+def truth(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (grouped(x, weight, ends),)
+
+
+CASES = Cases(
+    KERNEL,
+    truth,
+    (
+        *(Case(sizes) for sizes in SIZES),
+        *(Case(_USUAL | {name: 0}) for name in ("tokens", "hidden", "intermediate")),
+        Case(_USUAL, SMALL, label="small tiles"),
+        Case(_USUAL, SMALL, spread(0, 17, 0, 23, 0), label="empty experts"),
+        Case(_USUAL, SMALL, concentrated, label="all to one expert"),
+        Case(_USUAL, SMALL, transposed("weight"), label="transposed"),
+        Case(_USUAL, SMALL, strided("weight"), label="strided"),
+    ),
+)
