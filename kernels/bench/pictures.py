@@ -69,7 +69,8 @@ def _bars(axes: Any, lines: Sequence[Line], is_share: bool) -> None:
     axes.grid(visible=True, axis="x", color=_GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
 
 
 def _parts(case: str) -> tuple[str, str, str, str]:
