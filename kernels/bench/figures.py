@@ -113,7 +113,9 @@ class Comparison:
 
 def compared(before: Iterable[Row], now: Iterable[Row], threshold: float) -> list[Comparison]:
     """Every case and provider that either has a time for; those that were not measured now come last."""
-    old, new = ({(r.case, r.provider): r.value for r in rows if r.metric == "time"} for rows in (before, now))
+    old, new = (
+        {(r.case, r.provider): r.value for r in rows if r.metric == "time" and "/" in r.case} for rows in (before, now)
+    )
     keys = [*new, *(key for key in old if key not in new)]
     found = [Comparison(*key, old.get(key), new.get(key), threshold) for key in keys]
     return [item for item in found if item.verdict != "not measured"]
