@@ -1,4 +1,4 @@
-"""One output tile of a matrix product: the main loop that kernels with an epilogue share."""
+"""One output tile of a matrix product: the main loop, and the epilogue, that kernels share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["halved", "multiplied", "sizes_of"]
+from ._activations import activated
+
+__all__ = ["finish", "multiplied", "sizes_of"]
 
 
 def sizes_of(rows: int, *weights: torch.Tensor) -> dict[str, int]:
@@ -61,9 +63,72 @@ def multiplied(
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
-def halved(value: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of a tile of sums: an epilogue may have no registers for all of it at once."""
+def finish(
+    value: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    scale_pointer: tl.tensor,
+    bias_pointer: tl.tensor,
+    residual_pointer: tl.tensor,
+    out_pointer: tl.tensor,
+    rows: tl.tensor,
+    stride_bias: tl.constexpr,
+    columns: tl.constexpr,
+    activation: tl.constexpr,
+    residual_first: tl.constexpr,
+) -> None:
+    """Store sums, from column ``first`` on, scaled, shifted by the bias and activated.
+
+    The residual is added before the activation or after it. Pointers that are None change nothing. ``residual`` and
+    ``out`` are row-major ``[rows, columns]``.
+    """
     height: tl.constexpr = value.shape[0]
-    width: tl.constexpr = value.shape[1] // 2
-    left, right = tl.split(tl.permute(tl.reshape(value, [height, 2, width]), (0, 2, 1)))
-    return left, right
+    width: tl.constexpr = value.shape[1]
+    if width > 128:  # half by half, or residual and addresses do not fit into registers beside the sums
+        half: tl.constexpr = width // 2
+        left, right = tl.split(tl.permute(tl.reshape(value, [height, 2, half]), (0, 2, 1)))
+        finish(
+            left,
+            row,
+            first,
+            scale_pointer,
+            bias_pointer,
+            residual_pointer,
+            out_pointer,
+            rows,
+            stride_bias,
+            columns,
+            activation,
+            residual_first,
+        )
+        finish(
+            right,
+            row,
+            first + half,
+            scale_pointer,
+            bias_pointer,
+            residual_pointer,
+            out_pointer,
+            rows,
+            stride_bias,
+            columns,
+            activation,
+            residual_first,
+        )
+    else:
+        column = first + tl.arange(0, width)
+        has_column = column < columns
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = (row < rows)[:, None] & has_column[None, :]
+        if scale_pointer is not None:
+            value *= tl.load(scale_pointer + column, mask=has_column, other=0.0).to(tl.float32)[None, :]
+        if bias_pointer is not None:
+            bias = tl.load(bias_pointer + column.to(tl.int64) * stride_bias, mask=has_column, other=0.0)
+            value += bias.to(tl.float32)[None, :]
+        if not residual_first:
+            value = activated(value, activation)
+        if residual_pointer is not None:
+            value += tl.load(residual_pointer + at, mask=inside, other=0.0).to(tl.float32)
+        if residual_first:
+            value = activated(value, activation)
+        tl.store(out_pointer + at, value.to(out_pointer.dtype.element_ty), mask=inside)

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from ..compiler.graph import DTYPE_BYTES, Graph
-from ._activations import ACTIVATIONS, activated
+from ._activations import ACTIVATIONS
 from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
 from ._match import Cost, Match
-from ._matmul import halved, multiplied, sizes_of
+from ._matmul import finish, multiplied, sizes_of
 from ._tiles import swizzled
 
 __all__ = ["KERNEL"]
@@ -57,39 +57,20 @@ def linear_epilogue_kernel(
     row = tile_m * block_m + tl.arange(0, block_m)
     column = tile_n * block_n + tl.arange(0, block_n)
     value = multiplied(x_pointer, weight_pointer, row, column, rows, stride_k, stride_n, columns, depth, block_k)
-    if block_n <= 128:
-        _finish(value, row, column, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
-    else:  # half by half, or bias, residual and addresses do not fit into registers beside the sums
-        left, right = halved(value)
-        first = tile_n * block_n + tl.arange(0, block_n // 2)
-        _finish(left, row, first, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
-        last = first + block_n // 2
-        _finish(right, row, last, bias_pointer, residual_pointer, out_pointer, rows, stride_bias, columns, activation)
-
-
-@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
-def _finish(
-    value: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    bias_pointer: tl.tensor,
-    residual_pointer: tl.tensor,
-    out_pointer: tl.tensor,
-    rows: tl.tensor,
-    stride_bias: tl.constexpr,
-    columns: tl.constexpr,
-    activation: tl.constexpr,
-) -> None:
-    """Add the bias to sums, activate them, add the residual and store them, rounded."""
-    if bias_pointer is not None:
-        bias = tl.load(bias_pointer + column.to(tl.int64) * stride_bias, mask=column < columns, other=0.0)
-        value += bias.to(tl.float32)[None, :]
-    value = activated(value, activation)
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if residual_pointer is not None:
-        value += tl.load(residual_pointer + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_pointer + at, value.to(out_pointer.dtype.element_ty), mask=inside)
+    finish(
+        value,
+        row,
+        tile_n * block_n,
+        None,
+        bias_pointer,
+        residual_pointer,
+        out_pointer,
+        rows,
+        stride_bias,
+        columns,
+        activation,
+        residual_first=False,
+    )
 
 
 def launch(

@@ -1,0 +1,299 @@
+"""A convolution of one by one pixels as a matrix product, with what follows it in its epilogue; channels last.
+
+    out = activation(conv1x1(x, weight) * scale + shift + residual)
+
+with scale and shift per channel (a folded batch normalisation; a bias is a shift), residual and activation optional.
+The residual comes before the activation, as in ResNet (He et al., 2016); where it comes last, as in MobileNetV2 and
+EfficientNet, nothing is activated. Products are summed in float32, the epilogue is computed in float32, and ``out`` is
+rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..compiler.graph import DTYPE_BYTES, Graph
+from ._activations import ACTIVATIONS
+from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._configs import Config, Configs
+from ._kernel import Kernel, Workload, normal
+from ._match import Cost, Match
+from ._matmul import finish, multiplied, sizes_of
+from ._tiles import swizzled
+
+__all__ = ["KERNEL"]
+
+NAME = "pointwise_conv"
+CONFIGS = Configs.beside(__file__)
+#: What the kernel computes last.
+KNOWN = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def pointwise_conv_kernel(
+    x_pointer: tl.tensor,
+    weight_pointer: tl.tensor,
+    scale_pointer: tl.tensor,
+    shift_pointer: tl.tensor,
+    residual_pointer: tl.tensor,
+    out_pointer: tl.tensor,
+    pixels: tl.tensor,
+    stride_in: tl.constexpr,
+    stride_out: tl.constexpr,
+    channels: tl.constexpr,
+    filters: tl.constexpr,
+    activation: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    group_m: tl.constexpr,
+) -> None:
+    """Compute one tile of ``out`` [pixels, filters]; the grid is the number of tiles. Pointers may be None."""
+    tile_m, tile_n = swizzled(tl.program_id(0), tl.cdiv(pixels, block_m), tl.cdiv(filters, block_n), group_m)
+    pixel = tile_m * block_m + tl.arange(0, block_m)
+    one = tile_n * block_n + tl.arange(0, block_n)
+    value = multiplied(x_pointer, weight_pointer, pixel, one, pixels, stride_in, stride_out, filters, channels, block_k)
+    finish(
+        value,
+        pixel,
+        tile_n * block_n,
+        scale_pointer,
+        shift_pointer,
+        residual_pointer,
+        out_pointer,
+        pixels,
+        1,
+        filters,
+        activation,
+        residual_first=True,
+    )
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    *,
+    out: torch.Tensor,
+    config: Config | None = None,
+) -> None:
+    """Write ``activation(conv(x, weight) * scale + shift + residual)`` into ``out``, on the current stream.
+
+    Args:
+        x: ``[images, channels, height, width]``, float32, float16 or bfloat16, channels last, on a CUDA device.
+        weight: ``[filters, channels, 1, 1]`` of x's dtype and any strides.
+        scale: ``[filters]``, of any of the three dtypes, or None.
+        shift: likewise.
+        residual: as ``out``, or None.
+        activation: ``none``, ``relu``, ``relu6``, ``silu``, ``hardswish``, ``gelu`` or ``gelu_tanh``.
+        out: ``[images, filters, height, width]`` of x's dtype, channels last; written, shares no memory with any other
+            argument.
+        config: how to launch; chosen by sizes and dtype if not given.
+
+    Raises:
+        ExecutionError: a tensor has another shape, dtype, layout or device, the output overlaps something, or there is
+            no such activation.
+    """
+    _check(x, weight, scale, shift, residual, activation)
+    _check_image("out", out, _shape(x, weight), x)
+    read = {"x": x, "weight": weight, "scale": scale, "shift": shift, "residual": residual}
+    check_apart(NAME, {"out": out}, {name: tensor for name, tensor in read.items() if tensor is not None})
+    check_device(NAME, pointwise_conv_kernel, x)
+    if out.numel() == 0:
+        return
+    matrix = weight[:, :, 0, 0].t()
+    channels, filters = matrix.shape
+    pixels = out.numel() // filters
+    config = config or CONFIGS.choose(x.device, x.dtype, **sizes_of(pixels, matrix))
+    tiles = -(-pixels // config.constants["block_m"]) * -(-filters // config.constants["block_n"])
+    with torch.accelerator.device_index(x.device.index):
+        pointwise_conv_kernel[(tiles,)](
+            x,
+            weight,
+            scale,
+            shift,
+            residual,
+            out,
+            pixels,
+            stride_in=matrix.stride(0),
+            stride_out=matrix.stride(1),
+            channels=channels,
+            filters=filters,
+            activation=activation,
+            **config.options,
+        )
+
+
+def _shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
+    return (x.shape[0], weight.shape[0], *x.shape[2:])
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> None:
+    _check_image("x", x, (None,) * 4, x)
+    check_tensor(NAME, "weight", weight, (None, x.shape[1], 1, 1), x.dtype, x.device, row_major=False)
+    for name, tensor in {"scale": scale, "shift": shift}.items():
+        if tensor is not None:
+            check_tensor(NAME, name, tensor, weight.shape[:1], FLOATS, x.device)
+    if residual is not None:
+        _check_image("residual", residual, _shape(x, weight), x)
+    if activation not in KNOWN:
+        raise fail(NAME, f"knows the activations {', '.join(KNOWN)}; got {activation!r}")
+
+
+def _check_image(name: str, image: torch.Tensor, shape: tuple[int | None, ...], x: torch.Tensor) -> None:
+    check_tensor(NAME, name, image, shape, FLOATS if image is x else x.dtype, x.device, row_major=False)
+    if not image.is_contiguous(memory_format=torch.channels_last):
+        raise fail(
+            NAME,
+            f"needs {name} channels last; {list(image.shape)} has strides {list(image.stride())}",
+            hint="call .to(memory_format=torch.channels_last) on the model and its inputs",
+        )
+
+
+def allocate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+) -> tuple[torch.Tensor]:
+    """A new ``out``, channels last, not filled. Raises ExecutionError as ``launch`` does."""
+    _check(x, weight, scale, shift, residual, activation)
+    shape = _shape(x, weight)
+    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last),)
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+) -> tuple[torch.Tensor]:
+    """``(out,)`` by plain PyTorch on any device, with the kernel's one rounding; shapes and layout as ``launch``."""
+    value = x.float().permute(0, 2, 3, 1) @ weight[:, :, 0, 0].t().float()
+    if scale is not None:
+        value = value * scale.float()
+    if shift is not None:
+        value = value + shift.float()
+    value = value.permute(0, 3, 1, 2)
+    if residual is not None:
+        value = value + residual.float()
+    return (ACTIVATIONS[activation](value).to(x.dtype, memory_format=torch.channels_last),)
+
+
+def eager(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """What a model says: a convolution, a normalisation, an addition and an activation."""
+    if scale is None:
+        value = torch.nn.functional.conv2d(x, weight, shift)
+    else:
+        value = torch.nn.functional.conv2d(x, weight) * scale[:, None, None]
+        value = value if shift is None else value + shift[:, None, None]
+    return ACTIVATIONS[activation](value if residual is None else value + residual)
+
+
+def cost(
+    dtype: str,
+    images: int,
+    channels: int,
+    filters: int,
+    height: int,
+    width: int,
+    activation: str = "none",
+    scale: bool = True,
+    shift: bool = True,
+    residual: bool = False,
+) -> Cost:
+    """Flops and bytes of one launch: a multiplication and an addition for each pixel, channel and filter.
+
+    Scale, shift, residual and activation count one operation each for every element. Bytes are compulsory, each tensor
+    read or written once.
+    """
+    pixels = images * height * width
+    elements = pixels * filters
+    epilogue = scale + shift + residual + (activation != "none")
+    values = pixels * channels + channels * filters + filters * (scale + shift) + elements * (1 + residual)
+    return Cost(elements * (2 * channels + epilogue), values * DTYPE_BYTES[dtype])
+
+
+def arguments(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    images: int,
+    channels: int,
+    filters: int,
+    height: int,
+    width: int,
+    activation: str = "none",
+    scale: bool = True,
+    shift: bool = True,
+    residual: bool = False,
+) -> dict[str, Any]:
+    """Random inputs of ``launch`` for such sizes, by name."""
+    random = normal(device, seed)
+    last = torch.channels_last
+    return {
+        "x": random(images, channels, height, width).to(dtype, memory_format=last),
+        "weight": (random(filters, channels, 1, 1) / math.sqrt(max(channels, 1))).to(dtype),
+        "scale": (1 + random(filters) / 8).to(dtype) if scale else None,
+        "shift": random(filters).to(dtype) if shift else None,
+        "residual": random(images, filters, height, width).to(dtype, memory_format=last) if residual else None,
+        "activation": activation,
+    }
+
+
+def matches(graph: Graph) -> tuple[Match, ...]:
+    return ()
+
+
+def _workload(name: str, channels: int, filters: int, side: int, **more: Any) -> Workload:
+    sizes = {"images": 64, "channels": channels, "filters": filters, "height": side, "width": side}
+    return Workload(f"{name}, batch 64", {**sizes, **more})
+
+
+KERNEL = Kernel(
+    name=NAME,
+    launch=launch,
+    allocate=allocate,
+    reference=reference,
+    eager=eager,
+    cost=cost,
+    matches=matches,
+    arguments=arguments,
+    workloads=(
+        _workload("ResNet-50 layer 1 expansion + residual", 64, 256, 56, activation="relu", residual=True),
+        _workload("ResNet-50 layer 4 reduction", 2048, 512, 7, activation="relu"),
+        _workload("MobileNetV2 first expansion", 16, 96, 112, activation="relu6"),
+        _workload("MobileNetV2 projection + residual", 144, 24, 56, residual=True),
+        _workload("ConvNeXt-T stage 2 up + GELU", 192, 768, 28, activation="gelu", scale=False),
+        _workload("ConvNeXt-T stage 2 down + layer scale + residual", 768, 192, 28, residual=True),
+    ),
+    dtypes=FLOATS,
+    configs=CONFIGS,
+)
