@@ -139,9 +139,15 @@ class Walk:
             made = self.writer(tensor)
         return tensor
 
-    def find(self, pattern: Pattern, tensor: Tensor, bound: Found | None = None) -> Iterator[Found]:
-        """Each way in which ``pattern`` computed ``tensor``, given what is ``bound`` already."""
-        yield from self._find(pattern, tensor, bound or Found(), tensor.dtype)
+    def find(
+        self, pattern: Pattern, tensor: Tensor, bound: Found | None = None, *, result: str = ""
+    ) -> Iterator[Found]:
+        """Each way in which ``pattern`` computed ``tensor``, given what is ``bound`` already.
+
+        Casts are looked through between float32 and ``result``: the dtype of the launch's result, where ``tensor`` is a
+        step on the way and has another; else that of ``tensor``.
+        """
+        yield from self._find(pattern, tensor, bound or Found(), result or tensor.dtype)
 
     def _find(self, pattern: Any, value: Any, bound: Found, result: str) -> Iterator[Found]:
         if not isinstance(pattern, Pattern):
