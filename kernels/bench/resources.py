@@ -1,7 +1,7 @@
 """What every shipped configuration needs of an H100, read off its machine code without one: a table that is diffed.
 
-Each row of a kernel's configurations is compiled through the kernel's own launcher, at the first workload made small
-enough for the row to hold. ``dots`` are matrix products in Triton's intermediate code, which have to become
+Each row of a kernel's configurations is compiled through the kernel's own launcher, at sizes for which the launcher
+takes it. ``dots`` are matrix products in Triton's intermediate code, which have to become
 tensor-core instructions unless their operands are float32. ``programs`` is how many fit on one multiprocessor.
 """
 
@@ -21,7 +21,7 @@ from ...errors import OptionError
 from .._checks import dtype_name
 from .._configs import HOPPER, Config
 from .._kernel import Kernel
-from .offline import compiled, resources
+from .offline import choice, compiled, resources
 
 __all__ = ["BUDGET", "Entry", "difference", "entries", "faults", "read_entries", "sizes_for", "written"]
 
@@ -60,31 +60,50 @@ class Entry:
         return self.kernel, self.architecture, self.row, self.dtype, self.launch
 
 
-def sizes_for(kernel: Kernel, row: Config) -> Mapping[str, Any]:
-    """A workload's sizes, none larger than the row holds for, if the kernel has such inputs."""
+def sizes_for(kernel: Kernel, number: int, dtype: torch.dtype, architecture: int) -> Mapping[str, Any] | None:
+    """Sizes at which a launch takes this row: a workload's, or those with what the row bounds made small enough.
+
+    Sizes for which the row at least holds, where others come before it; ``None`` if it holds for none, as a row for
+    narrow dtypes does not hold for wide ones.
+    """
+    row = kernel.configs.of_architecture(architecture)[number]
+    fallback: Mapping[str, Any] | None = None
+    for sizes in _candidates(kernel, row):
+        try:
+            found = choice(kernel, sizes, dtype, architecture)
+        except Exception:  # whatever a kernel says of sizes that do not go together
+            continue
+        if found is None or found.config is row:
+            return sizes
+        if fallback is None and row.holds_for(found.sizes):
+            fallback = sizes
+    return fallback
+
+
+def _candidates(kernel: Kernel, row: Config) -> Iterator[Mapping[str, Any]]:
+    for workload in kernel.workloads:
+        yield workload.sizes
     for workload in kernel.workloads:
         sizes = dict(workload.sizes)
         for name, bound in row.up_to.items():
             if isinstance(sizes.get(name), int):
                 sizes[name] = min(sizes[name], bound)
-        try:
-            made = kernel.arguments(kernel.dtypes[0], "meta", **sizes)
-            kernel.allocate(*made.values())
-        except Exception:  # whatever a kernel says of sizes that do not go together
-            continue
-        return sizes
-    return kernel.workloads[0].sizes
+        yield sizes
 
 
 def entries(
     kernel: Kernel, dtype: torch.dtype, architecture: int = HOPPER, rows: Iterable[int] | None = None
 ) -> Iterator[Entry]:
-    """Compile the kernel's rows for an architecture, those numbered ``rows`` or all."""
+    """Compile the kernel's rows for an architecture, those numbered ``rows`` or all, that ``dtype`` is not too wide for.
+
+    Kernels whose rows are up to a number of ``element_bytes`` choose them by that.
+    """
     everything = kernel.configs.of_architecture(architecture)
     for number in range(len(everything)) if rows is None else rows:
-        row = everything[number]
-        for launch, made in enumerate(compiled(kernel, sizes_for(kernel, row), dtype, row, architecture)):
-            yield _entry(kernel, architecture, number, dtype, launch, row, made)
+        sizes = sizes_for(kernel, number, dtype, architecture)
+        if sizes is not None:
+            for launch, made in enumerate(compiled(kernel, sizes, dtype, everything[number], architecture)):
+                yield _entry(kernel, architecture, number, dtype, launch, everything[number], made)
 
 
 def _entry(
