@@ -14,18 +14,32 @@ of the filter once for the four. Rows are read again by the taps above and below
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._activations import ACTIVATIONS, activated
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import (
+    Cost,
+    Found,
+    Match,
+    Walk,
+    any_tensor,
+    call,
+    either,
+    is_row_major,
+    literal,
+    number,
+    reshaped,
+)
+from ._patterns import activations
 
 __all__ = ["KERNEL", "channels_inside"]
 
@@ -367,17 +381,19 @@ def cost(
     kernel: int = 3,
     stride: int = 1,
     dilation: int = 1,
+    padding: int | None = None,
     norm: bool = True,
     bias: bool = False,
     activation: str = "none",
 ) -> Cost:
-    """Flops and bytes of one launch with a padding that keeps sizes: a product and a sum for each tap.
+    """Flops and bytes of one launch: a product and a sum for each tap. Without ``padding``, as `arguments` pads.
 
     Behind them, normalisation counts two operations each element, a bias and an activation one. Bytes are compulsory,
     each tensor read or written once; vectors have the dtype of ``x``.
     """
-    even = (kernel - 1) * dilation % 2
-    pixels = ((height - even - 1) // stride + 1) * ((width - even - 1) // stride + 1)
+    span = (kernel - 1) * dilation
+    lost = span - 2 * (span // 2 if padding is None else padding)
+    pixels = ((height - lost - 1) // stride + 1) * ((width - lost - 1) // stride + 1)
     elements = batch * channels * pixels
     values = batch * channels * height * width + elements + channels * (kernel * kernel + 4 * norm + bias)
     each = 2 * kernel * kernel + 2 * norm + bias + (activation != "none")
@@ -400,7 +416,7 @@ def arguments(
     bias: bool = False,
     activation: str = "none",
 ) -> dict[str, Any]:
-    """Random inputs of ``launch`` for such sizes, by name."""
+    """Random inputs of ``launch`` for such sizes, by name; padded so that an odd filter at stride 1 keeps sizes."""
     random = normal(device, seed)
     return {
         "x": random(batch, height, width, channels).to(dtype).permute(0, 3, 1, 2),
@@ -418,8 +434,119 @@ def arguments(
     }
 
 
+_X, _WEIGHT = any_tensor("x"), any_tensor("weight")
+_PADDED = (literal("stride"), literal("padding"), literal("dilation"))
+_BIAS = either(any_tensor("bias"), literal("no_bias"))
+_CONV = either(
+    call("conv2d", _X, _WEIGHT, _BIAS, *_PADDED, number("groups")),
+    call("convolution", _X, _WEIGHT, _BIAS, *_PADDED, False, [0, 0], number("groups")),
+)
+_GAMMA, _BETA, _MEAN, _VARIANCE = (any_tensor(name) for name in ("gamma", "beta", "mean", "variance"))
+_VECTORS = (either(_GAMMA, literal("no_gamma")), either(_BETA, literal("no_beta")), _MEAN, _VARIANCE)
+_EPSILON = number("epsilon")
+#: Normalisations as one call, which takes vectors; and spelled out, where they are spread over pixels.
+_WHOLE = either(
+    call("batch_norm", _CONV, *_VECTORS, False, literal("momentum"), _EPSILON, literal("cudnn")),
+    call("_native_batch_norm_legit_no_training", _CONV, *_VECTORS, literal("momentum"), _EPSILON),
+)
+_SHIFTED = call("add", _VARIANCE, _EPSILON)
+_ROOT = either(call("mul", call("reciprocal", call("sqrt", _SHIFTED)), 1), call("rsqrt", _SHIFTED))
+_NORMALISED = call("mul", call("sub", _CONV, _MEAN), any_tensor("root"))
+_SPREAD = either(
+    call("add", call("mul", _NORMALISED, _GAMMA), _BETA),
+    _NORMALISED,
+    call("add", call("mul", _CONV, _GAMMA), _BETA),
+    call("mul", _CONV, _GAMMA),
+    call("add", _CONV, _BETA),
+)
+
+
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph convolves with as many groups as channels, channels last, with what follows that the kernel knows.
+
+    That is a normalisation of inference, whole or decomposed, or a scale and a shift of each channel; and then an
+    activation. The filter is square, and steps and padding are the same in both directions. Of launches that replace
+    the same convolution, those that replace most are returned.
+    """
+    walk = Walk(graph)
+    results = walk.results("conv2d", "convolution")
+    convolved = {t.name for t in results for conv in walk.find(_CONV, t) if conv["weight"].shape[1:2] == (1,)}
+    if not convolved:
+        return ()
+    floats = {dtype_name(dtype) for dtype in FLOATS}
+    tensors = (graph.tensor[op.outputs[0]] for op in graph.ops if op.outputs)
+    found = [match for out in tensors if out.dtype in floats and len(out.shape) == 4 for match in _ending(walk, out)]
+    writes = {op.name: op.outputs[0] for op in graph.ops if op.outputs}
+    found = [match for match in found if convolved & {writes.get(name) for name in match.ops}]  # computed only once
+    return tuple(match for match in found if not any({*match.ops} < {*other.ops} for other in found))
+
+
+def _ending(walk: Walk, out: Tensor) -> Iterator[Match]:
+    """Launches that compute ``out``."""
+    if out.element_strides != _channels_last(out.shape):
+        return
+    for activation, inner in (("none", out), *activations(walk, out)):
+        for conv, spread in _convolutions(walk, inner, out.dtype):
+            match = _match(walk, conv, inner, out, activation, spread=spread)
+            if match is not None:
+                yield match
+
+
+def _convolutions(walk: Walk, tensor: Tensor, result: str) -> Iterator[tuple[Found, bool]]:
+    """Convolutions whose normalised result is ``tensor``; and whether vectors are spread over pixels there."""
+    for pattern in (_WHOLE, _CONV):
+        yield from ((conv, False) for conv in walk.find(pattern, tensor, result=result))
+    for conv in walk.find(_SPREAD, tensor, result=result):
+        root = conv.tensors.get("root")
+        if root is None:
+            yield conv, True
+        elif _is_spread(root, conv["weight"].shape[0]):
+            yield from ((whole, True) for whole in walk.find(_ROOT, root, conv, result=result))
+
+
+def _is_spread(vector: Tensor, channels: int) -> bool:
+    """Whether the vector has one element for each channel of images."""
+    return vector.shape in ((channels, 1, 1), (1, channels, 1, 1))
+
+
+def _match(walk: Walk, conv: Found, inner: Tensor, out: Tensor, activation: str, *, spread: bool) -> Match | None:
+    """A launch for what was found, if shapes, dtypes, strides and steps are those of the kernel."""
+    x, weight, steps = conv["x"], conv["weight"], [conv.literals[name] for name in ("stride", "padding", "dilation")]
+    channels, kernel = weight.shape[0], weight.shape[-1]
+    if not all(isinstance(step, list) and len({*step}) == 1 and type(step[0]) is int for step in steps):
+        return None
+    vectors: dict[str, Tensor | None] = {}
+    for name in ("bias", "mean", "variance", "gamma", "beta"):
+        given = conv.tensors.get(name)
+        vector = vectors[name] = reshaped(given, (channels,)) if given is not None else None
+        if given is not None and (vector is None or not is_row_major(vector)):
+            return None
+        if given is not None and spread and name in ("mean", "gamma", "beta") and not _is_spread(given, channels):
+            return None
+        if conv.literals.get(f"no_{name}") is not None or (vector and vector.dtype not in map(dtype_name, FLOATS)):
+            return None
+    fits = (
+        weight.shape == (channels, 1, kernel, kernel)
+        and 1 <= kernel <= LARGEST
+        and conv.literals["groups"] == channels == x.shape[1]
+        and {x.dtype, weight.dtype} == {out.dtype}
+        and inner.shape == out.shape
+    )
+    if not fits:
+        return None
+    stride, padding, dilation = (step[0] for step in steps)
+    sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    more = {"norm": vectors["mean"] is not None, "bias": vectors["bias"] is not None, "activation": activation}
+    launch_cost = cost(out.dtype, **sizes, kernel=kernel, stride=stride, dilation=dilation, padding=padding, **more)
+    arguments = {"x": x, "weight": weight, **vectors, "stride": stride, "padding": padding, "dilation": dilation}
+    arguments |= {"epsilon": float(conv.literals.get("epsilon", 0.0)), "activation": activation}
+    return walk.match(NAME, arguments, (out,), launch_cost, row_major=False)
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of what `allocate` makes."""
+    _, channels, height, width = shape
+    return (height * width * channels, 1, width * channels, channels)
 
 
 _RELU6, _SILU, _HARDSWISH = ({"activation": name} for name in ("relu6", "silu", "hardswish"))
