@@ -94,10 +94,7 @@ def _candidates(kernel: Kernel, row: Config) -> Iterator[Mapping[str, Any]]:
 def entries(
     kernel: Kernel, dtype: torch.dtype, architecture: int = HOPPER, rows: Iterable[int] | None = None
 ) -> Iterator[Entry]:
-    """Compile the kernel's rows for an architecture, those numbered ``rows`` or all, that ``dtype`` is not too wide for.
-
-    Kernels whose rows are up to a number of ``element_bytes`` choose them by that.
-    """
+    """Compile the kernel's rows for an architecture, those numbered ``rows`` or all, that hold for ``dtype``."""
     everything = kernel.configs.of_architecture(architecture)
     for number in range(len(everything)) if rows is None else rows:
         sizes = sizes_for(kernel, number, dtype, architecture)
