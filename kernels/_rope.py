@@ -12,7 +12,7 @@ Tables hold a cosine and a sine for each pair, or, as Hugging Face's models keep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -79,8 +79,8 @@ def rotate_heads(
 def tables(
     cos_pointer: tl.tensor,
     sin_pointer: tl.tensor,
-    cos_stride: tl.tensor,
-    sin_stride: tl.tensor,
+    cos_strides: tl.tuple,
+    sin_strides: tl.tuple,
     position: tl.tensor,
     rows: tl.tensor,
     pairs: tl.constexpr,
@@ -95,15 +95,15 @@ def tables(
     position = tl.where(position < 0, position + rows, position)
     pair = tl.arange(0, block_pairs)[None, :]
     known = (pair < pairs) & (position >= 0) & (position < rows)
-    cos_row, sin_row = cos_pointer + position * cos_stride, sin_pointer + position * sin_stride
+    cos_row, sin_row = cos_pointer + position * cos_strides[0], sin_pointer + position * sin_strides[0]
     column = 2 * pair if each and interleaved else pair
-    cosine = tl.load(cos_row + column, mask=known, other=float("nan")).to(tl.float32)
-    sine = tl.load(sin_row + column, mask=known, other=float("nan")).to(tl.float32)
+    cosine = tl.load(cos_row + column * cos_strides[1], mask=known, other=float("nan")).to(tl.float32)
+    sine = tl.load(sin_row + column * sin_strides[1], mask=known, other=float("nan")).to(tl.float32)
     second_cosine, second_sine = cosine, sine
     if each:
         column = 2 * pair + 1 if interleaved else pairs + pair
-        second_cosine = tl.load(cos_row + column, mask=known, other=float("nan")).to(tl.float32)
-        second_sine = tl.load(sin_row + column, mask=known, other=float("nan")).to(tl.float32)
+        second_cosine = tl.load(cos_row + column * cos_strides[1], mask=known, other=float("nan")).to(tl.float32)
+        second_sine = tl.load(sin_row + column * sin_strides[1], mask=known, other=float("nan")).to(tl.float32)
     return cosine, sine, second_cosine, second_sine
 
 
@@ -117,14 +117,15 @@ def check_heads(kernel: str, name: str, tensor: torch.Tensor, like: torch.Tensor
         raise fail(kernel, f"needs the elements of each head of {name} side by side; strides {list(tensor.stride())}")
 
 
-def dense_strides(x: torch.Tensor) -> tuple[int, ...]:
-    """Strides without gaps, in the order of dimensions in memory that ``x`` has; what PyTorch gives ``2 * x``."""
-    strides, reach = [0] * x.dim(), 1
-    for dim in sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: (x.stride(d), -d)):
-        strides[dim], reach = reach, reach * max(x.shape[dim], 1)
-    for dim in reversed(range(x.dim())):  # one element lies anywhere
-        if x.shape[dim] == 1:
-            strides[dim] = reach if dim == 0 else strides[dim + 1] * x.shape[dim + 1] if dim + 1 < x.dim() else 1
+def dense_strides(shape: Sequence[int], given: Sequence[int]) -> tuple[int, ...]:
+    """Strides without gaps, in the order of dimensions in memory of ``given`` ones; what PyTorch gives ``2 * x``."""
+    rank, reach = len(shape), 1
+    strides = [0] * rank
+    for dim in sorted((d for d in range(rank) if shape[d] != 1), key=lambda d: (given[d], -d)):
+        strides[dim], reach = reach, reach * max(shape[dim], 1)
+    for dim in reversed(range(rank)):  # one element lies anywhere
+        if shape[dim] == 1:
+            strides[dim] = reach if dim == 0 else strides[dim + 1] * shape[dim + 1] if dim + 1 < rank else 1
     return tuple(strides)
 
 
@@ -136,9 +137,6 @@ def check_tables(kernel: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
         raise fail(kernel, f"rotates 2, 4, ... elements of a head of {q.shape[-1]}; got rotary_dim {rotary_dim}")
     if cos.shape[1] not in (rotary_dim, rotary_dim // 2):
         raise fail(kernel, f"needs {rotary_dim // 2} or {rotary_dim} columns of cos; got {cos.shape[1]}")
-    for name, table in {"cos": cos, "sin": sin}.items():
-        if table.stride(-1) != 1 and table.shape[-1] > 1 and table.numel() > 0:
-            raise fail(kernel, f"needs the columns of {name} side by side; strides {list(table.stride())}")
     return cos.shape[1] == rotary_dim
 
 

@@ -21,12 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
-from ._attention import attend, gathered, spelled
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
+from ._attention import attend, gathered, masked, paged, spelled
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk
 
 __all__ = ["KERNEL", "choose_splits"]
 
@@ -53,6 +53,7 @@ def paged_decode_attention_kernel(
     soft_cap: tl.tensor,
     window: tl.tensor,
     splits: tl.tensor,
+    pages: tl.tensor,
     pages_of_sequence: tl.tensor,
     page_table_stride: tl.tensor,
     q_sequence: tl.tensor,
@@ -89,9 +90,9 @@ def paged_decode_attention_kernel(
     q = tl.load(q_tile, mask=tile, other=0.0)
 
     length = tl.load(length_pointer + sequence)
-    length = tl.minimum(tl.maximum(length, 0), pages_of_sequence * page_size)
     begin = tl.maximum(length - window, 0) if windowed else 0
-    part = tl.cdiv(tl.cdiv(length - begin, splits), block_n) * block_n
+    length = tl.minimum(length, pages_of_sequence * page_size)
+    part = tl.cdiv(tl.cdiv(tl.maximum(length - begin, 0), splits), block_n) * block_n
     first = begin + tl.program_id(1) * part
     last = tl.minimum(first + part, length)
     largest = tl.full([block_m], -float("inf"), dtype=tl.float32)
@@ -101,7 +102,7 @@ def paged_decode_attention_kernel(
         token = start + tl.arange(0, block_n)
         inside = token < last
         entry = page_table_pointer + sequence * page_table_stride + token // page_size
-        page = tl.load(entry, mask=inside, other=0).to(tl.int64)
+        page = tl.minimum(tl.maximum(tl.load(entry, mask=inside, other=0), 0), pages - 1).to(tl.int64)
         row = token % page_size
         known = inside[:, None] & (column < dim)[None, :]
         key_row = key_pointer + page * key_page + row * key_slot + kv_head * key_head
@@ -198,14 +199,15 @@ def launch(
     """Write the attention of ``q`` over the cache into ``out``, on the current stream.
 
     Args:
-        q: ``[sequences, heads, dim]``, ``dim`` up to 256, float32, float16 or bfloat16, on a CUDA device; the first two
-            may be strided.
+        q: ``[sequences, heads, dim]``, or ``[sequences, heads, 1, dim]`` as PyTorch's attention takes it, float32,
+            float16 or bfloat16, on a CUDA device; ``dim`` is up to 256, the first two may be strided.
         key_cache: ``[pages, page_size, kv_heads, dim]``, the dtype of ``q``; the first three may be strided. ``heads``
             is a multiple of ``kv_heads``.
         value_cache: as ``key_cache``.
-        page_table: ``[sequences, pages of the longest]``, int32; rows may be strided. Entries behind the last page of
-            a sequence, or before the first in the window, may be anything.
-        lengths: ``[sequences]``, int32: tokens of each sequence, the query's own among them. 0 gives zeros.
+        page_table: ``[sequences, pages of the longest]``, int32; rows may be strided. Entries that are no page stand
+            for the nearest, and those behind the last page of a sequence, or before its window, for nothing.
+        lengths: ``[sequences]``, int32: tokens of each sequence, the query's own among them. 0 gives zeros; what is
+            longer than the page table ends with it.
         scale: of the scores, usually ``dim ** -0.5``.
         soft_cap: bound of the scores, or 0 for none.
         window: how many of the last tokens are attended to, or 0 for all.
@@ -219,7 +221,7 @@ def launch(
         ExecutionError: a tensor has another shape, dtype, layout or device, or an output overlaps something.
     """
     parts = _check(q, key_cache, value_cache, page_table, lengths, soft_cap, window, splits)
-    (sequences, heads, dim), (_, page_size, kv_heads, _) = q.shape, key_cache.shape
+    (sequences, heads), (pages, page_size, kv_heads, dim) = q.shape[:2], key_cache.shape
     kept = parts if parts > 1 else 0
     check_tensor(NAME, "out", out, q.shape, q.dtype, q.device)
     check_tensor(NAME, "partial", partial, (sequences, heads, kept, dim), torch.float32, q.device)
@@ -235,7 +237,7 @@ def launch(
     with torch.accelerator.device_index(q.device.index):
         paged_decode_attention_kernel[(sequences * kv_heads * triton.cdiv(group, block_m), parts)](
             q, key_cache, value_cache, page_table, lengths, out, partial, log_sum_exp,
-            scale, soft_cap, window, parts, page_table.shape[1], page_table.stride(0),
+            scale, soft_cap, window, parts, pages, page_table.shape[1] if pages else 0, page_table.stride(0),
             *q.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
             kv_heads=kv_heads, group=group, dim=dim, page_size=page_size,
             whole=parts == 1, capped=soft_cap > 0, windowed=window > 0, block_m=block_m, block_d=block_d,
@@ -259,7 +261,7 @@ def _sizes(q: torch.Tensor, key_cache: torch.Tensor, page_table: torch.Tensor) -
         "sequences": q.shape[0],
         "kv_heads": key_cache.shape[2],
         "block_m": _block_m(q.shape[1] // key_cache.shape[2], q.element_size()),
-        "dim": q.shape[2],
+        "dim": q.shape[-1],
         "tokens": page_table.shape[1] * key_cache.shape[1],
         "element_bytes": q.element_size(),
     }
@@ -276,8 +278,9 @@ def _check(
     splits: int,
 ) -> int:
     """Raise ExecutionError for what ``launch`` refuses; gives the number of parts."""
-    check_tensor(NAME, "q", q, (None, None, None), FLOATS, q.device, row_major=False)
-    sequences, heads, dim = q.shape
+    shape = (None, None, 1, None) if q.dim() == 4 else (None, None, None)
+    check_tensor(NAME, "q", q, shape, FLOATS, q.device, row_major=False)
+    sequences, heads, dim = q.shape[0], q.shape[1], q.shape[-1]
     check_tensor(NAME, "key_cache", key_cache, (None, None, None, dim), q.dtype, q.device, row_major=False)
     check_tensor(NAME, "value_cache", value_cache, key_cache.shape, q.dtype, q.device, row_major=False)
     check_tensor(NAME, "page_table", page_table, (sequences, None), torch.int32, q.device, row_major=False)
@@ -314,7 +317,7 @@ def allocate(
     """New ``(out, partial, log_sum_exp)``, not filled. Raises ExecutionError as ``launch`` does."""
     parts = _check(q, key_cache, value_cache, page_table, lengths, soft_cap, window, splits)
     kept = (*q.shape[:2], parts if parts > 1 else 0)
-    partial = q.new_empty((*kept, q.shape[2]), dtype=torch.float32)
+    partial = q.new_empty((*kept, q.shape[-1]), dtype=torch.float32)
     return q.new_empty(q.shape), partial, q.new_empty(kept, dtype=torch.float32)
 
 
@@ -330,7 +333,8 @@ def reference(
     splits: int,
 ) -> tuple[torch.Tensor]:
     """``(out,)`` by plain PyTorch on any device, rounding as `attend` says; shapes as ``launch``."""
-    return (attend(q, *gathered(key_cache, value_cache, page_table, lengths, window), scale, soft_cap),)
+    rows = gathered(key_cache, value_cache, page_table, lengths, window)
+    return (attend(q.reshape(*q.shape[:2], q.shape[-1]), *rows, scale, soft_cap).view(q.shape),)
 
 
 def eager(
@@ -346,7 +350,9 @@ def eager(
 ) -> Any:
     """What PyTorch alone can say: gather all pages, mask, and call its attention, which knows no soft cap."""
     keys, values, attended = gathered(key_cache, value_cache, page_table, lengths, window)
-    return spelled(q, keys.transpose(1, 2), values.transpose(1, 2), attended, scale, soft_cap)
+    query = q[:, :, None] if q.dim() == 3 else q
+    out = spelled(query, keys.transpose(1, 2), values.transpose(1, 2), attended[:, None, None], scale, soft_cap)
+    return out[:, :, 0] if q.dim() == 3 else out
 
 
 def cost(
@@ -412,8 +418,46 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    """Later."""
-    return ()
+    """Where a graph gathers the pages of a cache and attends to them with one query a sequence, as ``eager`` does.
+
+    The page table is clamped to the pages there are, keys and values are gathered by it, and the mask is ``arange <
+    lengths``, alone or with ``arange >= lengths - window``. Soft caps are not sought: PyTorch's attention has none.
+    """
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"):
+        made = walk.writer(out)
+        arguments, keywords = walk.arguments(made[0]) if made is not None else ([], {})
+        match arguments:
+            case [Tensor() as q, Tensor() as k, Tensor() as v, *rest]:
+                mask = rest[0] if rest else keywords.get("attn_mask")
+                plain = not any(rest[1:]) and not keywords.get("dropout_p") and not keywords.get("is_causal")
+                if plain and isinstance(mask, Tensor):
+                    found.append(_match(walk, q, k, v, mask, keywords.get("scale"), out))
+    return tuple(match for match in found if match is not None)
+
+
+def _match(walk: Walk, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, out: Tensor) -> Match | None:
+    keys, values, reach = paged(walk, k), paged(walk, v), masked(walk, mask)
+    if keys is None or values is None or reach is None or len(q.shape) != 4 or q.shape[2] != 1:
+        return None
+    (key_cache, table), (value_cache, other), (lengths, window) = keys, values, reach
+    (sequences, heads, _, dim), (_, page_size, kv_heads, _) = q.shape, key_cache.shape
+    same = (key_cache.shape, key_cache.dtype, table) == (value_cache.shape, value_cache.dtype, other)
+    strided = any(t.element_strides[-1] != 1 for t in (q, key_cache, value_cache, table))
+    if not same or strided or q.dtype != key_cache.dtype:
+        return None
+    if table.shape[0] != sequences or lengths.shape != (sequences,) or heads % kv_heads or dim > 256:
+        return None
+    if q.dtype not in map(dtype_name, FLOATS) or {table.dtype, lengths.dtype} != {"int32"} or out.shape != q.shape:
+        return None
+    tokens = table.shape[1] * page_size
+    launch_cost = cost(q.dtype, sequences, heads, kv_heads, dim, tokens, page_size, window)
+    given = {
+        **{"q": q, "key_cache": key_cache, "value_cache": value_cache, "page_table": table, "lengths": lengths},
+        **{"scale": dim**-0.5 if scale is None else scale, "soft_cap": 0.0, "window": window, "splits": 0},
+    }
+    return walk.match(NAME, given, (out,), launch_cost)
 
 
 _LLAMA_8B = {"heads": 32, "kv_heads": 8, "dim": 128}  # Mixtral, too

@@ -9,17 +9,18 @@ rotation by the opposite angle, and so the same kernel with ``inverse``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, contiguous_strides
 from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk
 from ._rope import (
     INTEGERS,
     check_heads,
@@ -31,6 +32,7 @@ from ._rope import (
     spelled,
     tables,
 )
+from ._rotations import Rotation, rotations, row_major
 
 __all__ = ["KERNEL"]
 
@@ -50,8 +52,10 @@ def rope_kernel(
     tokens: tl.tensor,
     rows: tl.tensor,
     positions_batch: tl.tensor,
-    cos_stride: tl.tensor,
-    sin_stride: tl.tensor,
+    cos_row: tl.tensor,
+    cos_column: tl.tensor,
+    sin_row: tl.tensor,
+    sin_column: tl.tensor,
     q_batch: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
@@ -85,8 +89,8 @@ def rope_kernel(
     position = batch * positions_batch + token
     if gathered:
         position = tl.load(position_pointer + position).to(tl.int64)
-    angles = tables(cos_pointer, sin_pointer, cos_stride, sin_stride, position, rows, pairs, each, interleaved,
-                    block_pairs)  # fmt: skip
+    angles = tables(cos_pointer, sin_pointer, (cos_row, cos_column), (sin_row, sin_column), position, rows, pairs,
+                    each, interleaved, block_pairs)  # fmt: skip
     if inverse:
         angles = (angles[0], -angles[3], angles[2], -angles[1])
     lane = tl.arange(0, block_heads)
@@ -111,6 +115,7 @@ def launch(
     rotary_dim: int,
     interleaved: bool,
     heads_first: bool,
+    row_major: bool,
     inverse: bool,
     *,
     q_out: torch.Tensor,
@@ -124,7 +129,7 @@ def launch(
             the last dimension may be strided. With ``heads_first``, heads come before tokens.
         k: as ``q``, with a number of heads of its own.
         cos: ``[context, rotary_dim / 2]`` or, one for each element, ``[context, rotary_dim]``, float32 or of the dtype
-            of ``q``; rows may be strided.
+            of ``q``; may be strided.
         sin: as ``cos``.
         positions: ``[tokens]``, ``[1, tokens]`` or ``[batch, tokens]``, int64 or int32: rows of the tables. Negative
             ones count from the end; outside of the tables, rotated elements become NaN. Without positions, tables have
@@ -132,8 +137,9 @@ def launch(
         rotary_dim: how many elements of a head are rotated, the others stay.
         interleaved: whether a pair is two neighbours; else it is one element of each half.
         heads_first: whether the dimension before the last is tokens; else it is heads.
+        row_major: whether results are row-major; else they lie in memory as the inputs do.
         inverse: whether to rotate back.
-        q_out: dense, in the order of dimensions in memory that ``q`` has, as ``2 * q`` would be; written, shares no
+        q_out: the shape and dtype of ``q``, row-major or dense and in the order in memory of ``q``; written, shares no
             memory with any other argument.
         k_out: as ``q_out``, for ``k``.
         config: how to launch; chosen by shapes if not given.
@@ -144,7 +150,7 @@ def launch(
     each, positions_batch = _check(q, k, cos, sin, positions, rotary_dim, heads_first)
     for name, tensor, like in (("q_out", q_out, q), ("k_out", k_out, k)):
         check_tensor(NAME, name, tensor, like.shape, q.dtype, q.device, row_major=False)
-        wanted = dense_strides(like)
+        wanted = contiguous_strides(like.shape) if row_major else dense_strides(like.shape, like.stride())
         if any(e > 1 and a != b for e, a, b in zip(like.shape, wanted, tensor.stride(), strict=True)):
             raise fail(NAME, f"needs {name} with strides {list(wanted)}; got {list(tensor.stride())}")
     read = {"q": q, "k": k, "cos": cos, "sin": sin} | ({} if positions is None else {"positions": positions})
@@ -161,8 +167,8 @@ def launch(
                for t in (q, k, q_out, k_out)]  # fmt: skip
     with torch.accelerator.device_index(q.device.index):
         rope_kernel[((q.numel() // (heads * dim) if heads else k.numel() // (kv_heads * dim)) * blocks,)](
-            q, k, cos, sin, positions, q_out, k_out, tokens, cos.shape[0], positions_batch, cos.stride(0),
-            sin.stride(0), *strides[0], *strides[1], *strides[2], *strides[3],
+            q, k, cos, sin, positions, q_out, k_out, tokens, cos.shape[0], positions_batch,
+            *cos.stride(), *sin.stride(), *strides[0], *strides[1], *strides[2], *strides[3],
             heads=heads, kv_heads=kv_heads, dim=dim, pairs=rotary_dim // 2, each=each,
             gathered=positions is not None, interleaved=interleaved, inverse=inverse,
             block_pairs=triton.next_power_of_2(rotary_dim // 2),
@@ -210,15 +216,18 @@ def allocate(
     rotary_dim: int,
     interleaved: bool,
     heads_first: bool,
+    row_major: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New ``(q_out, k_out)``, laid out as the inputs are, not filled. Raises ExecutionError as ``launch`` does."""
     _check(q, k, cos, sin, positions, rotary_dim, heads_first)
-    return _new(q), _new(k)
+    return _new(q, row_major), _new(k, row_major)
 
 
-def _new(like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty_strided(like.shape, dense_strides(like))
+def _new(like: torch.Tensor, row_major: bool) -> torch.Tensor:
+    if row_major:
+        return like.new_empty(like.shape)
+    return like.new_empty_strided(like.shape, dense_strides(like.shape, like.stride()))
 
 
 def reference(
@@ -230,11 +239,12 @@ def reference(
     rotary_dim: int,
     interleaved: bool,
     heads_first: bool,
+    row_major: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(q_out, k_out)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
     if q.numel() + k.numel() == 0:
-        return _new(q), _new(k)
+        return _new(q, row_major), _new(k, row_major)
     if positions is None:
         tokens = q.shape[-2 if heads_first else -3]
         positions = torch.arange(cos.shape[0], device=q.device).view(-1, tokens)
@@ -244,7 +254,7 @@ def reference(
     results = []
     for x in (q, k):
         out = rotated(_tokens_first(x, heads_first), cos, -sin if inverse else sin, positions, rotary_dim, interleaved)
-        results.append(_new(x).copy_(_tokens_first(out, heads_first)))
+        results.append(_new(x, row_major).copy_(_tokens_first(out, heads_first)))
     return results[0], results[1]
 
 
@@ -261,6 +271,7 @@ def eager(
     rotary_dim: int,
     interleaved: bool,
     heads_first: bool,
+    row_major: bool,
     inverse: bool,
 ) -> Any:
     """What a model says: gather the angles, rotate halves or neighbours, once for queries and once for keys."""
@@ -323,13 +334,45 @@ def arguments(
         "rotary_dim": rotary_dim or dim,
         "interleaved": interleaved,
         "heads_first": False,
+        "row_major": False,
         "inverse": inverse,
     }
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    """Later."""
-    return ()
+    """Where a graph rotates two tensors, such as queries and keys, by the same angles; `_rotations.py` says how.
+
+    Where a model rounds products and sums, as it does in a narrow dtype, the kernel rounds once. Pairs are sought among
+    rotations by the same angles that follow each other. Not known is an interleaved rotation of whole heads that ends
+    in ``stack``: its result has one dimension more than the kernel's.
+    """
+    walk = Walk(graph)
+    groups: dict[tuple[bool, object], list[Rotation]] = {}
+    for rotation in rotations(walk):
+        layout = row_major(rotation)
+        if layout is not None:
+            groups.setdefault((layout, rotation.key), []).append(rotation)
+    found = []
+    for (layout, _), group in groups.items():
+        left = iter(group)
+        query = next(left)
+        for key in left:
+            match = _match(walk, query, key, layout)
+            if match is not None:
+                found.append(match)
+            query = key if match is None else next(left, key)
+    return tuple(found)
+
+
+def _match(walk: Walk, q: Rotation, k: Rotation, layout: bool) -> Match | None:
+    angles, (tokens, dim) = q.angles, (math.prod(q.x.shape[:-3]) * q.tokens, q.x.shape[-1])
+    launch_cost = cost(q.x.dtype, tokens, q.heads, k.heads, dim, q.rotary_dim, table_bytes=angles.moved_bytes)
+    given = {
+        **{"q": q.x, "k": k.x, "cos": angles.cos, "sin": angles.sin, "positions": angles.positions},
+        **{"rotary_dim": q.rotary_dim, "interleaved": q.interleaved, "heads_first": angles.heads_first},
+        **{"row_major": layout, "inverse": False},
+    }
+    return walk.match(NAME, given, (q.out, k.out), launch_cost, row_major=False)
 
 
 KERNEL = Kernel(
@@ -359,7 +402,7 @@ def _setup_context(context: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(context: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any, ...]:
     """Rotate back. Tables are constants: they get no gradient."""
     grads = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_q, grad_k))
-    return (*KERNEL.operator(*grads, *context.saved_tensors, *context.scalars, not context.inverse), *[None] * 7)
+    return (*KERNEL.operator(*grads, *context.saved_tensors, *context.scalars, not context.inverse), *[None] * 8)
 
 
 KERNEL.operator.register_autograd(_backward, setup_context=_setup_context)

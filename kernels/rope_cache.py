@@ -12,18 +12,21 @@ rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, any_tensor, call, either, is_row_major, number
 from ._rope import INTEGERS, check_heads, check_tables, positions_of, rotate_heads, rotated, spelled, tables
+from ._rotations import Rotation, rotations
 
 __all__ = ["KERNEL"]
 
@@ -46,8 +49,10 @@ def rope_cache_kernel(
     rows: tl.tensor,
     pages: tl.tensor,
     page_size: tl.tensor,
-    cos_stride: tl.tensor,
-    sin_stride: tl.tensor,
+    cos_row: tl.tensor,
+    cos_column: tl.tensor,
+    sin_row: tl.tensor,
+    sin_column: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
     k_token: tl.tensor,
@@ -65,7 +70,9 @@ def rope_cache_kernel(
     dim: tl.constexpr,
     pairs: tl.constexpr,
     each: tl.constexpr,
+    gathered: tl.constexpr,
     interleaved: tl.constexpr,
+    wrap: tl.constexpr,
     block_dim: tl.constexpr,
     block_pairs: tl.constexpr,
     block_rest: tl.constexpr,
@@ -76,9 +83,9 @@ def rope_cache_kernel(
     blocks: tl.constexpr = q_blocks + (kv_heads + block_heads - 1) // block_heads
     token = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    position = tl.load(position_pointer + token).to(tl.int64)
-    angles = tables(cos_pointer, sin_pointer, cos_stride, sin_stride, position, rows, pairs, each, interleaved,
-                    block_pairs)  # fmt: skip
+    position = tl.load(position_pointer + token).to(tl.int64) if gathered else token
+    angles = tables(cos_pointer, sin_pointer, (cos_row, cos_column), (sin_row, sin_column), position, rows, pairs,
+                    each, interleaved, block_pairs)  # fmt: skip
     lane = tl.arange(0, block_heads)
     if block < q_blocks:
         head = block * block_heads + lane
@@ -86,6 +93,8 @@ def rope_cache_kernel(
                      head < heads, angles, dim, pairs, interleaved, block_heads, block_pairs, block_rest)  # fmt: skip
     else:
         slot = tl.load(slot_pointer + token)
+        if wrap:
+            slot = tl.where(slot < 0, slot + pages * page_size, slot)
         head = (block - q_blocks) * block_heads + lane
         kept = (head < kv_heads) & (slot >= 0) & (slot // page_size < pages)
         page, row = slot // page_size, slot % page_size
@@ -105,12 +114,13 @@ def launch(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rotary_dim: int,
     interleaved: bool,
+    wrap: bool,
     *,
     q_out: torch.Tensor,
     config: Config | None = None,
@@ -122,15 +132,16 @@ def launch(
         k: ``[tokens, kv_heads, dim]``, as ``q``.
         v: ``[tokens, kv_heads, dim]``, as ``q``.
         cos: ``[context, rotary_dim / 2]`` or, one for each element, ``[context, rotary_dim]``, float32 or of the dtype
-            of ``q``; rows may be strided.
+            of ``q``; may be strided.
         sin: as ``cos``.
         positions: ``[tokens]``, int64 or int32: rows of the tables. Negative ones count from the end; outside of the
-            tables, rotated elements become NaN.
-        slots: ``[tokens]``, int64, all different. A token whose slot is negative or behind the last is not stored.
+            tables, rotated elements become NaN. Without positions, tables have a row for each token.
+        slots: ``[tokens]``, int64, all different. A token whose slot is outside of the cache is not stored.
         key_cache: ``[pages, page_size, kv_heads, dim]``, the dtype of ``q``; the first three may be strided; written.
         value_cache: as ``key_cache``; written. The two may alternate in memory, page by page.
         rotary_dim: how many elements of a head are rotated, the others stay.
         interleaved: whether a pair is two neighbours; else it is one element of each half.
+        wrap: whether negative slots count from the end, as in PyTorch's indexing; else they are outside.
         q_out: the shape and dtype of ``q``, row-major; written, shares no memory with any other argument.
         config: how to launch; chosen by ``heads`` and ``dim`` if not given.
 
@@ -139,7 +150,8 @@ def launch(
     """
     each = _check(q, k, v, cos, sin, positions, slots, key_cache, value_cache, rotary_dim)
     check_tensor(NAME, "q_out", q_out, q.shape, q.dtype, q.device)
-    read = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "positions": positions, "slots": slots}
+    read = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "slots": slots}
+    read |= {} if positions is None else {"positions": positions}
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_apart(NAME, {"q_out": q_out, name: cache}, read)
     if key_cache.data_ptr() == value_cache.data_ptr() and key_cache.numel() and not key_cache.is_meta:
@@ -154,9 +166,10 @@ def launch(
     with torch.accelerator.device_index(q.device.index):
         rope_cache_kernel[(tokens * blocks,)](
             q, k, v, cos, sin, positions, slots, q_out, key_cache, value_cache, cos.shape[0], *key_cache.shape[:2],
-            cos.stride(0), sin.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            *cos.stride(), *sin.stride(), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *key_cache.stride()[:3], *value_cache.stride()[:3],
-            heads=heads, kv_heads=kv_heads, dim=dim, pairs=pairs, each=each, interleaved=interleaved,
+            heads=heads, kv_heads=kv_heads, dim=dim, pairs=pairs, each=each, gathered=positions is not None,
+            interleaved=interleaved, wrap=wrap,
             block_dim=triton.next_power_of_2(dim), block_pairs=triton.next_power_of_2(pairs),
             block_rest=triton.next_power_of_2(dim - rotary_dim) if dim > rotary_dim else 0,
             **config.options,
@@ -169,7 +182,7 @@ def _check(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -180,7 +193,10 @@ def _check(
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         check_heads(NAME, name, tensor, q, 1)
     each = check_tables(NAME, q, cos, sin, rotary_dim)
-    check_tensor(NAME, "positions", positions, q.shape[:1], INTEGERS, q.device)
+    if positions is not None:
+        check_tensor(NAME, "positions", positions, q.shape[:1], INTEGERS, q.device)
+    elif cos.shape[0] != q.shape[0]:
+        raise fail(NAME, f"needs positions, or {q.shape[0]} rows of cos; got {cos.shape[0]}")
     check_tensor(NAME, "slots", slots, q.shape[:1], torch.int64, q.device)
     check_tensor(NAME, "v", v, k.shape, q.dtype, q.device, row_major=False)
     check_tensor(NAME, "key_cache", key_cache, (None, None, *k.shape[1:]), q.dtype, q.device, row_major=False)
@@ -199,12 +215,13 @@ def allocate(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rotary_dim: int,
     interleaved: bool,
+    wrap: bool,
 ) -> tuple[torch.Tensor]:
     """New ``q_out``, row-major, not filled. Raises ExecutionError as ``launch`` does."""
     _check(q, k, v, cos, sin, positions, slots, key_cache, value_cache, rotary_dim)
@@ -217,15 +234,20 @@ def reference(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rotary_dim: int,
     interleaved: bool,
+    wrap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(q_out, key_cache, value_cache)`` by plain PyTorch on any device, the caches new; shapes as ``launch``."""
     pages, page_size = key_cache.shape[:2]
+    if positions is None:
+        positions = torch.arange(len(q), device=q.device)
+    if wrap:
+        slots = torch.where(slots < 0, slots + pages * page_size, slots)
     stored = ((slots >= 0) & (slots < pages * page_size)).nonzero()[:, 0]
     place = (slots[stored] // page_size, slots[stored] % page_size)
     q_out, k_out = (rotated(x, cos, sin, positions, rotary_dim, interleaved) for x in (q, k))
@@ -238,16 +260,19 @@ def eager(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rotary_dim: int,
     interleaved: bool,
+    wrap: bool,
 ) -> Any:
-    """What a model says, and writes in place; it takes no slot outside the cache."""
+    """What a model says, and writes in place; it takes no slot outside of the cache, and wraps negative ones."""
     page_size = key_cache.shape[1]
-    cosine, sine = cos[positions][:, None], sin[positions][:, None]
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    cosine, sine = cos[:, None], sin[:, None]
     place = (slots // page_size, slots % page_size)
     key_cache.index_put_(place, spelled(k, cosine, sine, rotary_dim, interleaved))
     value_cache.index_put_(place, v)
@@ -262,6 +287,7 @@ def cost(
     dim: int,
     rotary_dim: int = 0,
     table_dtype: str = "float32",
+    table_bytes: int | None = None,
     **_: Any,
 ) -> Cost:
     """Flops and bytes of one launch in which every token is stored.
@@ -272,7 +298,9 @@ def cost(
     width = rotary_dim or dim
     flops = tokens * (heads + kv_heads) * 3 * width
     moved = 2 * tokens * (heads + 2 * kv_heads) * dim * DTYPE_BYTES[dtype]
-    return Cost(flops, moved + tokens * (width * DTYPE_BYTES[table_dtype] + 8 + 8))
+    if table_bytes is None:
+        table_bytes = tokens * (width * DTYPE_BYTES[table_dtype] + 8)
+    return Cost(flops, moved + table_bytes + 8 * tokens)
 
 
 def arguments(
@@ -314,12 +342,85 @@ def arguments(
         "value_cache": random(pages, page_size, kv_heads, dim).to(dtype),
         "rotary_dim": rotary_dim or dim,
         "interleaved": interleaved,
+        "wrap": False,
     }
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    """Later."""
-    return ()
+    """Where a graph rotates queries and keys by the same angles and puts keys and values into the slots of a cache.
+
+    Rotations are those of `_rotations.py`. Slots are told by ``index_put`` of keys and of values, ``[tokens, kv_heads,
+    dim]``, at ``(slots // page_size, slots % page_size)``.
+    """
+    walk = Walk(graph)
+    turned = [r for r in rotations(walk) if len(r.x.shape) == 3 and not r.angles.heads_first]
+    turned = [r for r in turned if is_row_major(r.out)]
+    stored = list(_stored(walk)) if turned else []
+    keys = {r.out.buffer: index for index, r in enumerate(turned)}
+    found = []
+    for here, keyed in enumerate(stored):
+        index = keys.get(keyed.rows.buffer)
+        if index is None:
+            continue
+        near = sorted((i for i in range(len(turned)) if i != index), key=lambda i: abs(i - index))
+        queries = [turned[i] for i in near if turned[i].key == turned[index].key]
+        beside = sorted(range(len(stored)), key=lambda i: abs(i - here))
+        values = [stored[i] for i in beside if stored[i].rows.buffer not in keys and stored[i].place == keyed.place]
+        if queries and values:
+            found.append(_match(walk, queries[0], turned[index], keyed, values[0]))
+    return tuple(match for match in found if match is not None)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Rows ``[tokens, kv_heads, dim]`` put into ``slots`` of a cache, ``after`` which it has a new name."""
+
+    cache: Tensor
+    after: Tensor
+    slots: Tensor
+    rows: Tensor
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What is equal for the keys and the values of the same tokens."""
+        return self.slots.buffer, self.slots.offset_bytes, self.cache.shape, self.cache.dtype, self.rows.shape
+
+
+_SLOTS, _SIZE = any_tensor("slots"), number("page_size")
+_PAGE = either(call("floor_divide", _SLOTS, _SIZE), call("div", _SLOTS, _SIZE, rounding_mode="floor"))
+_ROW = call("remainder", _SLOTS, _SIZE)
+
+
+def _stored(walk: Walk) -> Iterator[_Stored]:
+    for after in walk.results("index_put"):
+        made = walk.writer(after)
+        match walk.arguments(made[0])[0] if made is not None else []:
+            case [Tensor() as cache, [Tensor() as page, Tensor() as row], Tensor() as rows, *rest] if not any(rest):
+                pass
+            case _:
+                continue
+        for found in (both for one in walk.find(_PAGE, page) for both in walk.find(_ROW, row, one)):
+            slots, page_size = found["slots"], found.literals["page_size"]
+            fits = len(cache.shape) == 4 and cache.shape[1] == page_size and rows.shape[1:] == cache.shape[2:]
+            fits = (
+                fits and rows.shape[:1] == slots.shape and rows.dtype == cache.dtype and cache.element_strides[-1] == 1
+            )
+            if fits and slots.dtype == "int64" and is_row_major(slots) and rows.element_strides[-1] == 1:
+                yield _Stored(cache, after, slots, rows)
+                break
+
+
+def _match(walk: Walk, q: Rotation, k: Rotation, keys: _Stored, values: _Stored) -> Match | None:
+    angles, (tokens, kv_heads, dim) = q.angles, k.x.shape
+    if keys.rows.shape != k.x.shape or keys.cache.dtype != q.x.dtype or keys.cache.buffer == values.cache.buffer:
+        return None
+    launch_cost = cost(q.x.dtype, tokens, q.heads, kv_heads, dim, q.rotary_dim, table_bytes=angles.moved_bytes)
+    given = {
+        **{"q": q.x, "k": k.x, "v": values.rows, "cos": angles.cos, "sin": angles.sin, "positions": angles.positions},
+        **{"slots": keys.slots, "key_cache": keys.cache, "value_cache": values.cache},
+        **{"rotary_dim": q.rotary_dim, "interleaved": q.interleaved, "wrap": True},
+    }
+    return walk.match(NAME, given, (q.out, keys.after, values.after), launch_cost)
 
 
 KERNEL = Kernel(

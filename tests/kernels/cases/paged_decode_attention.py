@@ -30,10 +30,13 @@ def truth(
 ) -> tuple[torch.Tensor, ...]:
     """Sequence by sequence and head by head."""
     page_size, kv_heads = key_cache.shape[1:3]
+    shape, q = q.shape, q.reshape(*q.shape[:2], q.shape[-1])
     out = torch.zeros(q.shape, dtype=torch.float64)
     for sequence, length in enumerate(lengths.tolist()):
-        tokens = range(max(0, length - window) if window else 0, length)
+        end = min(length, page_table.shape[1] * page_size)
+        tokens = range(max(0, length - window) if window else 0, end)
         places = [(int(page_table[sequence, token // page_size]), token % page_size) for token in tokens]
+        places = [(min(max(page, 0), len(key_cache) - 1), row) for page, row in places]
         for head in range(q.shape[1] if places else 0):
             kv_head = head * kv_heads // q.shape[1]
             keys, values = (
@@ -44,7 +47,7 @@ def truth(
             if soft_cap:
                 scores = torch.tanh(scores / soft_cap) * soft_cap
             out[sequence, head] = scores.softmax(0) @ values
-    return (out,)
+    return (out.view(shape),)
 
 
 def _sizes(sequences: int, heads: int, kv_heads: int, dim: int, tokens: int, **more: Any) -> dict[str, Any]:
@@ -74,6 +77,17 @@ def _strided(given: dict[str, Any]) -> dict[str, Any]:
     caches = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("key_cache", "value_cache")}
     page_table = torch.nn.functional.pad(given["page_table"], (0, 3), value=-1)[:, : given["page_table"].shape[1]]
     return given | caches | {"q": q, "page_table": page_table}
+
+
+def _longer_than_the_page_table(given: dict[str, Any]) -> dict[str, Any]:
+    return given | {"lengths": given["lengths"] + torch.tensor([1, 9, 10**6], dtype=torch.int32)}
+
+
+def _pages_that_are_none(given: dict[str, Any]) -> dict[str, Any]:
+    """Within a sequence, pages before the first and behind the last; queries as PyTorch's attention takes them."""
+    page_table = given["page_table"].clone()
+    page_table[0, 0], page_table[1, 1] = -5, len(given["key_cache"])
+    return given | {"page_table": page_table, "q": given["q"][:, :, None]}
 
 
 CASES = Cases(
@@ -106,6 +120,10 @@ CASES = Cases(
         Case(_sizes(2, 2, 1, 32, 70, window=1), change=_of_lengths(70, 49), config=_SMALL, label="window of itself"),
         Case(_sizes(2, 4, 2, 32, 40, soft_cap=0.5, splits=2), config=_SMALL),
         Case(_sizes(2, 4, 2, 64, 40), change=_strided, label="strided"),
+        Case(
+            _sizes(3, 4, 2, 32, 48, window=20), change=_longer_than_the_page_table, label="longer than the page table"
+        ),
+        Case(_sizes(2, 4, 2, 32, 40), change=_pages_that_are_none, label="pages that are none"),
         Case(_sizes(2, 4, 2, 32, 0)),
         Case(_sizes(0, 4, 2, 32, 16)),
     ),

@@ -29,14 +29,13 @@ def turned(
     out = x.double().clone()
     first = [2 * pair if interleaved else pair for pair in range(pairs)]
     second = [2 * pair + 1 if interleaved else pairs + pair for pair in range(pairs)]
-    columns = (first, second) if cos.shape[1] == rotary_dim else (range(pairs), range(pairs))
+    columns = (first, second) if cos.shape[1] == rotary_dim else (list(range(pairs)), list(range(pairs)))
     rows = torch.broadcast_to(positions.long(), x.shape[:-2])
     for place in np.ndindex(*x.shape[:-2]):
         matrix = torch.zeros(rotary_dim, rotary_dim, dtype=torch.float64)
         row = int(rows[place])
-        for one, two, a, b in zip(first, second, *columns, strict=True):
-            matrix[one, one], matrix[one, two] = cos[row, a].double(), -sin[row, a].double()
-            matrix[two, two], matrix[two, one] = cos[row, b].double(), sin[row, b].double()
+        matrix[first, first], matrix[first, second] = cos[row, columns[0]].double(), -sin[row, columns[0]].double()
+        matrix[second, second], matrix[second, first] = cos[row, columns[1]].double(), sin[row, columns[1]].double()
         matrix = matrix.T if inverse else matrix
         out[place][:, :rotary_dim] = x[place][:, :rotary_dim].double() @ matrix.T
     return out
@@ -51,6 +50,7 @@ def truth(
     rotary_dim: int,
     interleaved: bool,
     heads_first: bool,
+    row_major: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, ...]:
     results = []
@@ -71,9 +71,14 @@ def _sizes(tokens: int, heads: int, kv_heads: int, dim: int, **more: Any) -> dic
 
 def _tables_side_by_side(given: dict[str, Any]) -> dict[str, Any]:
     """Tables as halves of one, as vLLM keeps them, and positions of 32 bits."""
-    both = torch.cat((given["cos"], given["sin"]), -1)
-    cos, sin = both.chunk(2, -1)
+    cos, sin = torch.cat((given["cos"], given["sin"]), -1).chunk(2, -1)
     return given | {"cos": cos, "sin": sin, "positions": given["positions"].int()}
+
+
+def _tables_alternating(given: dict[str, Any]) -> dict[str, Any]:
+    """Tables as real and imaginary parts, and results that are row-major though inputs are not."""
+    cos, sin = torch.stack((given["cos"], given["sin"]), -1).unbind(-1)
+    return _heads_first_in_memory(given) | {"cos": cos, "sin": sin, "row_major": True}
 
 
 def _negative_positions(given: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +131,7 @@ CASES = Cases(
         Case(_sizes(2, 4, 2, 32, inverse=True)),
         Case(_sizes(2, 4, 2, 32, inverse=True, interleaved=True)),
         Case(_sizes(3, 4, 2, 32), change=_tables_side_by_side, label="tables side by side"),
+        Case(_sizes(3, 4, 2, 32), change=_tables_alternating, label="tables alternating, row-major"),
         Case(_sizes(3, 4, 2, 32), change=_negative_positions, label="negative positions"),
         Case(_sizes(3, 4, 2, 32), change=_heads_first_in_memory, label="heads first in memory"),
         *(

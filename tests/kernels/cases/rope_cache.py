@@ -20,18 +20,20 @@ def truth(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rotary_dim: int,
     interleaved: bool,
+    wrap: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Token by token."""
+    positions = torch.arange(len(q)) if positions is None else positions
     turned_k = turned(k, cos, sin, positions, rotary_dim, interleaved)
     keys, values = (cache.double().flatten(0, 1).clone() for cache in (key_cache, value_cache))
     for token, slot in enumerate(slots.tolist()):
-        if 0 <= slot < len(keys):
+        if -len(keys) * wrap <= slot < len(keys):
             keys[slot], values[slot] = turned_k[token], v[token].double()
     return (
         turned(q, cos, sin, positions, rotary_dim, interleaved),
@@ -51,6 +53,13 @@ def _some_skipped(given: dict[str, Any]) -> dict[str, Any]:
     outside = torch.tensor([-1, -end - 1, end, end + 1, 2**40, -(2**40)])
     slots[1:] = outside[: len(slots) - 1]
     return given | {"slots": slots}
+
+
+def _wrapped(given: dict[str, Any]) -> dict[str, Any]:
+    """The same slots counted from the end, but for those outside, and a row of the tables for each token."""
+    given = _some_skipped(given)
+    tables = {name: given[name][: len(given["slots"])] for name in ("cos", "sin")}
+    return given | tables | {"positions": None, "wrap": True}
 
 
 def _edges(given: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +86,7 @@ CASES = Cases(
         Case(_sizes(2, 5, 3, 80, rotary_dim=32), config=_SMALL),
         Case(_sizes(2, 5, 3, 40, rotary_dim=12, interleaved=True), config=_SMALL),
         Case(_sizes(7, 4, 2, 32, page_size=4), change=_some_skipped, label="tokens that are not stored"),
+        Case(_sizes(7, 4, 2, 32, page_size=4), change=_wrapped, label="slots from the end"),
         Case(_sizes(2, 4, 2, 32, page_size=4), change=_edges, label="first and last slot"),
         Case(_sizes(3, 4, 3, 32, page_size=4), change=_alternating, label="alternating caches"),
         Case(_sizes(3, 4, 2, 32, table_dtype="bfloat16"), dtypes=(torch.bfloat16,)),
