@@ -21,8 +21,9 @@ from ...errors import ExecutionError
 from .. import _checks
 from .._configs import HOPPER, Config
 from .._kernel import Kernel
+from .choices import Choice, noted
 
-__all__ = ["Resources", "compiled", "resources"]
+__all__ = ["Resources", "choice", "compiled", "resources"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ class _OfflineDriver(DriverBase):  # type: ignore[misc] # triton ships no types
 
 
 @contextmanager
-def _compiling(architecture: int) -> Iterator[list[Any]]:
-    """Launches inside compile for ``architecture`` and run nothing; gives what they compiled."""
+def _compiling(architecture: int, *, really: bool = True) -> Iterator[list[Any]]:
+    """Launches inside compile for ``architecture``, or not even that, and run nothing; gives what they compiled."""
     done: list[Any] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not really:
+            return None
         made = run(self, *args, **{**kwargs, "warmup": True})
         done.append(made)
         return made
@@ -107,6 +110,15 @@ def compiled(
     with _compiling(architecture) as done:
         kernel.launch(*inputs.values(), **outputs, config=config)
     return tuple({id(item): item for item in done}.values())
+
+
+def choice(kernel: Kernel, sizes: Mapping[str, Any], dtype: torch.dtype, architecture: int = HOPPER) -> Choice | None:
+    """By what ``kernel`` chooses its configuration for such sizes; ``None`` if it makes no choice of its own."""
+    inputs = kernel.arguments(dtype, "meta", **sizes)
+    outputs = dict(zip(kernel.written, kernel.allocate(*inputs.values()), strict=True))
+    with _compiling(architecture, really=False), noted(architecture) as seen:
+        kernel.launch(*inputs.values(), **outputs)
+    return next((found for found in seen if found.configs is kernel.configs), None)
 
 
 def resources(made: Any) -> Resources:

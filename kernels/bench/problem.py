@@ -124,7 +124,7 @@ class Problem:
         floats = [n for n, v in self.inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
         self.trained = tuple(name for name in floats if name not in self.kernel.mutates)
         given = self.given()
-        results = tensors_in(self.kernel.operator(*given))
+        results = tensors_in(self.kernel.operator(*given))[: self._spoken()]
         generator = torch.Generator(results[0].device).manual_seed(seed + 1)
         self.gradients = tuple(
             torch.randn(r.shape, generator=generator, device=r.device).to(r.dtype) if r.requires_grad else None
@@ -132,6 +132,18 @@ class Problem:
         )
         found = self.backward(given, results)
         self.trained = tuple(name for name, value in zip(self.trained, found, strict=True) if value is not None)
+
+    def _spoken(self) -> int:
+        """How many results a user's own program gives, which are the first; all where that cannot be told."""
+        sizes = self.case.workload.sizes
+        try:
+            return len(tensors_in(self.kernel.eager(*self.kernel.arguments(self.case.dtype, "meta", **sizes).values())))
+        except Exception:  # it looks at values, and there are none
+            return len(self.kernel.results)
+
+    def padded(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """``results`` with ``None`` for those at the end that a provider does not give."""
+        return [*results, *[None] * (len(self.kernel.results) - len(results))]
 
     def truth(self) -> tuple[list[torch.Tensor], str]:
         """What the reference gives for inputs in more digits, and in which: float64 for float32, float32 for others.
@@ -175,14 +187,16 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, tuple | list) else []
 
 
-def error_of(results: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> float:
+def error_of(results: Sequence[torch.Tensor | None], truths: Sequence[torch.Tensor]) -> float:
     """The largest difference, relative to the largest element of the result it is in; infinite for other shapes.
 
-    A result that is not a number where the truth is one is infinitely far off; equal infinities are equal.
+    A result that is not a number where the truth is one is infinitely far off; equal infinities are equal. ``None``
+    is a result that is not there and not judged.
     """
     if len(results) != len(truths):
         return math.inf
-    return max((_distance(result, truth) for result, truth in zip(results, truths, strict=True)), default=0.0)
+    pairs = [(result, truth) for result, truth in zip(results, truths, strict=True) if result is not None]
+    return max((_distance(result, truth) for result, truth in pairs), default=0.0)
 
 
 def _distance(result: torch.Tensor, truth: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ Step = Callable[[], Any]
 class Prepared:
     """Ready to run: ``whole`` allocates and returns all results; ``step`` is what is timed."""
 
-    whole: Callable[[], Sequence[torch.Tensor]]
+    whole: Callable[[], Sequence[torch.Tensor | None]]
     step: Step
 
 
@@ -65,7 +65,7 @@ def _ours(problem: Problem) -> Prepared:
     given = problem.given()
     outputs = dict(zip(kernel.written, kernel.allocate(*given), strict=True))
 
-    def whole() -> list[torch.Tensor]:
+    def whole() -> list[torch.Tensor | None]:
         fresh = problem.given()
         made = dict(zip(kernel.written, kernel.allocate(*fresh), strict=True))
         kernel.launch(*fresh, **made)
@@ -80,15 +80,16 @@ def _function(problem: Problem, function: Callable[..., Any]) -> Prepared:
     given = problem.given()
     if problem.case.mode == TRAINING:
 
-        def both(values: Sequence[Any]) -> list[torch.Tensor]:
+        def both(values: Sequence[Any]) -> list[torch.Tensor | None]:
             results = tensors_in(function(*values))
-            return [*(r.detach() for r in results), *(g for g in problem.backward(values, results) if g is not None)]
+            found = problem.backward(values, results)
+            return [*problem.padded([result.detach() for result in results]), *found]
 
         return Prepared(lambda: both(problem.given()), lambda: both(given))
 
-    def forward(values: Sequence[Any]) -> list[torch.Tensor]:
+    def forward(values: Sequence[Any]) -> list[torch.Tensor | None]:
         with torch.no_grad():
-            return tensors_in(function(*values))
+            return problem.padded(tensors_in(function(*values)))
 
     return Prepared(lambda: forward(problem.given()), lambda: forward(given))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -15,6 +13,7 @@ from ...errors import OptionError
 from .._checks import dtype_name
 from .._configs import Config, Configs, architecture_of
 from ..tuning import TunedResult, bucket
+from .choices import noted
 from .measuring import Clock, quantiles
 from .problem import TOLERANCE, Case, Problem, error_of
 from .rows import Row
@@ -53,21 +52,6 @@ def candidates(configs: Configs, architecture: int, sizes: Mapping[str, int]) ->
     return list({str(config.options): replace(config, up_to={}) for config in (*rows, *near)}.values())
 
 
-@contextmanager
-def _choices() -> Iterator[list[tuple[Configs, torch.dtype | None, Mapping[str, int], Config]]]:
-    """Notes what launchers choose by, and what they get."""
-    seen: list[tuple[Configs, torch.dtype | None, Mapping[str, int], Config]] = []
-    choose = Configs.choose
-
-    def noted(self: Configs, device: torch.device, dtype: torch.dtype | None = None, /, **sizes: int) -> Config:
-        chosen = choose(self, device, dtype, **sizes)
-        seen.append((self, dtype, sizes, chosen))
-        return chosen
-
-    with mock.patch.object(Configs, "choose", noted), mock.patch("opweave.kernels.tuning.tuned", return_value=None):
-        yield seen
-
-
 def tune(case: Case, clock: Clock, seconds: float) -> Tuning:
     """Time every candidate whose results are right, the best few again, and keep the fastest.
 
@@ -80,15 +64,14 @@ def tune(case: Case, clock: Clock, seconds: float) -> Tuning:
     kernel = case.kernel
     given = problem.given()
     outputs = dict(zip(kernel.written, kernel.allocate(*given), strict=True))
-    with _choices() as seen:
+    with noted() as seen:
         kernel.launch(*given, **outputs)
-    chosen = next((item for item in seen if item[0] is kernel.configs), None)
-    if chosen is None or chosen[1] is None:
+    chosen = next((choice for choice in seen if choice.configs is kernel.configs), None)
+    if chosen is None or chosen.dtype is None:
         raise OptionError(f"kernel {kernel.name} chooses no configuration by dtype and sizes; nothing can be stored")
-    configs, dtype, sizes, default = chosen
     truths, _ = problem.truth()
-    everything = candidates(configs, architecture_of(clock.device), sizes)
-    default = replace(default, up_to={})
+    everything = candidates(chosen.configs, architecture_of(clock.device), chosen.sizes)
+    default = replace(chosen.config, up_to={})
     order = [default, *(config for config in everything if config.options != default.options)]
     times: list[tuple[float, Config]] = []
     for number, config in enumerate(order):
@@ -115,11 +98,11 @@ def tune(case: Case, clock: Clock, seconds: float) -> Tuning:
     winner = finalists[best]
     found.best = TunedResult(
         kernel.name,
-        configs.fingerprint,
+        chosen.configs.fingerprint,
         clock.name,
-        dtype_name(dtype) if dtype is not None else "",
+        dtype_name(chosen.dtype),
         triton.__version__,
-        bucket(sizes),
+        bucket(chosen.sizes),
         dict(winner.constants),
         winner.num_warps,
         winner.num_stages,

@@ -47,7 +47,7 @@ class ProbeClock:
         return [1e3 * (self.seconds - begin)]
 
     def peak_bytes(self, step: Callable[[], Any]) -> int:
-        return sum(tensor.nbytes for tensor in step())
+        return sum(tensor.nbytes for tensor in step() if tensor is not None)
 
     def finish(self) -> None: ...
 

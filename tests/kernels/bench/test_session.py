@@ -167,6 +167,7 @@ def test_errors_are_relative_to_the_largest(result: list[float], truth: list[flo
 def test_errors_of_integers_and_of_missing_results() -> None:
     assert error_of([torch.tensor([1, 2])], [torch.tensor([1, 4])]) == 0.5
     assert error_of([], [torch.zeros(1)]) == math.inf
+    assert error_of([None, torch.ones(1)], [torch.zeros(1), torch.ones(1)]) == 0.0
 
 
 def test_quantiles() -> None:
