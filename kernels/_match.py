@@ -24,6 +24,7 @@ from ..compiler.graph import DTYPE_BYTES, Graph, Op, Tensor
 from ..compiler.runtime.calls import InputRef, parse_call
 
 __all__ = [
+    "CASTS",
     "Cost",
     "Found",
     "Match",
@@ -41,7 +42,8 @@ __all__ = [
 ]
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_CASTS = ("aten._to_copy.default", "aten.to.dtype", "prims.convert_element_type.default")
+#: What changes a dtype.
+CASTS = ("aten._to_copy.default", "aten.to.dtype", "prims.convert_element_type.default")
 _NEUTRAL = (("alpha", 1), ("dtype", torch.float32))  # computing in float32 is what kernels do anyway
 _COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 
@@ -130,7 +132,7 @@ class Walk:
     def uncast(self, tensor: Tensor, result: str) -> Tensor:
         """What ``tensor`` was cast from, as long as that is a float32 or a ``result``: no digit was lost there."""
         made = self.writer(tensor)
-        while made is not None and made[0].target in _CASTS:
+        while made is not None and made[0].target in CASTS:
             source = self.graph.tensor[made[0].inputs[0]]
             allowed = {"float32", result}
             if not {source.dtype, self.graph.tensor[made[0].outputs[0]].dtype} <= allowed or result not in _FLOATS:
