@@ -42,9 +42,9 @@ def checked(kernels: str) -> str:
     return kernels
 
 
-def rules(kernels: str) -> Callable[[Graph], Sequence[Match]]:
-    """All matches, in a graph, of the kernels that ``kernels`` allows. A broken one of another package is left out,
-    with a warning, unless it was asked for by name.
+def rules(kernels: str, *, differentiable: bool = False) -> Callable[[Graph], Sequence[Match]]:
+    """All matches, in a graph, of the kernels that ``kernels`` allows, of those with gradients if they have to be
+    ``differentiable``. A broken one of another package is left out, with a warning, unless it was asked for by name.
     """
     from .kernels import registry
 
@@ -59,7 +59,8 @@ def rules(kernels: str) -> Callable[[Graph], Sequence[Match]]:
             if named:
                 raise
             warnings.warn(f"kernel {name!r} is left out: {error.message}", stacklevel=2)
-    return lambda graph: [match for kernel in loaded for match in kernel.matches(graph)]
+    allowed = [kernel for kernel in loaded if kernel.is_differentiable or not differentiable]
+    return lambda graph: [match for kernel in allowed for match in kernel.matches(graph)]
 
 
 def choose(

@@ -199,10 +199,10 @@ def _within(
     )
 
 
-def _rules(options: BackendOptions) -> Callable[[Graph], Sequence[Match]]:
+def _rules(options: BackendOptions, differentiable: bool) -> Callable[[Graph], Sequence[Match]]:
     from .fusing import rules
 
-    return rules(options.kernels)
+    return rules(options.kernels, differentiable=differentiable)
 
 
 def _launch(

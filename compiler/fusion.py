@@ -99,8 +99,7 @@ class Uses:
         buffers = [tensor.buffer for tensor in outputs if tensor.name in self.graph.tensor]
         gone = {i for b in buffers for i in self.writers(b) if names & set(self.graph.ops[i].outputs)}
         needed = {tensor.buffer for tensor in operands}
-        if not all(self._is_free(index, gone, names) for index in gone):
-            return ()
+        first = tuple(gone)
         waiting = sorted(gone)
         while waiting:
             index = waiting.pop()
@@ -109,7 +108,8 @@ class Uses:
                 if other not in gone and not makes_operand and self._is_free(other, gone, names):
                     gone.add(other)
                     waiting.append(other)
-        return tuple(sorted(gone))
+        # What one of them writes besides may be read by operators that turned out to vanish.
+        return tuple(sorted(gone)) if all(self._is_free(index, gone, names) for index in first) else ()
 
     def _is_free(self, index: int, gone: Collection[int], names: Collection[str]) -> bool:
         """Whether operator ``index`` writes, but for ``names``, only buffers of its own that only ``gone`` touch."""

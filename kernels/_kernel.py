@@ -83,6 +83,11 @@ class Kernel:
         """Names of what ``operator`` returns: outputs without scratch, then new versions of what it mutates."""
         return (*(name for name in self.written if name not in self.scratch), *self.mutates)
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether autograd knows a backward of ``operator``."""
+        return getattr(self.operator, "_backward_fn", None) is not None
+
     def _flops(self, *arguments: Any, out_val: Any = None, **named: Any) -> int:
         """Multiplications and additions of matrix products and the like: those that ``eager`` has, by its shapes."""
         defaults = {p.name: p.default for p in inspect.signature(self.launch).parameters.values()}

@@ -108,6 +108,7 @@ class Backend:
             stack.enter_context(_functorch_settings(inner.options))
             token = LOADING.set(inner)
             stack.callback(LOADING.reset, token)
+            module = inner.differentiable(module)
             settings = {**MODES[inner.options.mode], **inner.settings}
             compiled: Any = compile_fx(module, inputs, inner_compile=inner, config_patches=settings)
         if not tag:

@@ -21,6 +21,7 @@ from ...partition import Partition, PartitionProblem
 from ...runtime.device.host import HostMemory, on_host, residents
 from ...runtime.device.layout import DevicePlan
 from ...runtime.device.program import Program
+from .differentiable import Differentiable, launch_differentiable
 from .explain import described
 from .fallbacks import Fallbacks
 from .figures import figured
@@ -48,16 +49,16 @@ class Planners:
     ``plan`` takes a program all of whose sizes are integers, a machine, the options, a limit in bytes or ``None``, and
     storages in host memory that may stay on the device between calls; where any are, it returns a ``HostPlan``.
     ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices. ``machine``
-    takes a device and the options. ``rules`` takes the options and returns the match rules of the fused kernels that
-    they allow; ``launch`` takes a graph, matches in it, the machine and the options, and returns which of them to
-    launch. ``partition`` takes a problem, the most bytes to save on the device, answers to
-    begin with, and the options.
+    takes a device and the options. ``rules`` takes the options, and whether kernels need gradients, and returns the
+    match rules of the fused kernels that they allow; ``launch`` takes a graph, matches in it, the machine and the
+    options, and returns which of them to launch. ``partition`` takes a problem, the most bytes to save on the device,
+    answers to begin with, and the options.
     """
 
     plan: Callable[[Program, HardwareModel, BackendOptions, int | None, frozenset[str]], DevicePlan]
     order: Callable[[Graph, BackendOptions], tuple[int, ...]]
     machine: Callable[[torch.device, BackendOptions], HardwareModel]
-    rules: Callable[[BackendOptions], Rules]
+    rules: Callable[[BackendOptions, bool], Rules]
     launch: Callable[[Graph, Sequence[Match], HardwareModel, BackendOptions], Sequence[Launch]]
     partition: Callable[[PartitionProblem, int, Sequence[Any], BackendOptions], Partition]
 
@@ -78,6 +79,7 @@ class Inner:
     limit: int | None = None
     partitioner: Partitioner | None = None
     memory: HostMemory | None = None
+    launches: Differentiable = ()
     reports: list[GraphReport] = field(default_factory=list)
     is_settled: bool = False
 
@@ -104,6 +106,17 @@ class Inner:
 
         partitioner = Partitioner(choose, self.machine, saved_limit, self.options.key)
         return dataclasses.replace(self, partitioner=partitioner, reports=[], is_settled=False)
+
+    def differentiable(self, module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        """``module``, a graph of Dynamo's, with kernels that have gradients, where they were asked for."""
+        if self.options.kernels in ("auto", "off"):  # what a backward costs that computes again, no prediction tells
+            return module
+
+        def choose(graph: Graph, matches: Sequence[Match]) -> Sequence[Launch]:
+            return self.planners.launch(graph, matches, self.machine, self.options)
+
+        module, self.launches = launch_differentiable(module, self.planners.rules(self.options, True), choose)
+        return module
 
     def settle(self) -> None:
         """Publish the reports: this is what runs."""
@@ -187,15 +200,16 @@ class Inner:
         """Put fused kernels into ``module``; returns each with the names of the calls that it replaces."""
         if self.options.kernels == "off" or (self.options.kernels == "auto" and not report.device.startswith("cuda")):
             return ()
+        known = self.launches if report.phase != "backward" else ()
         try:
-            found, matches = matched(module, self.planners.rules(self.options))
+            found, matches = matched(module, self.planners.rules(self.options, False))
         except ModelError as error:  # kernels are matched on plain tensors of known sizes; the graph runs without
             log.info("%s: no fused kernel is looked for: %s", report.name, error.message)
-            return ()
+            return known
         chosen = self.planners.launch(found.graph, matches, self.machine, self.options)
         if chosen:
             launch_instead(module, found, chosen)
-        return tuple((launch.match.kernel, launch.match.ops) for launch in chosen)
+        return (*known, *((launch.match.kernel, launch.match.ops) for launch in chosen))
 
     def _plan(self, program: Program, weights: Sequence[int] = ()) -> DevicePlan:
         limit = self.limit

@@ -9,9 +9,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch._guards import detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ....errors import InternalError, ModelError
 from ...fusion import Launch, Match
@@ -65,19 +65,23 @@ def _kind(match: Match) -> tuple[Any, ...]:
     return match.kernel, match.ops, match.before, tuple(arguments), tuple(t.name for t in match.outputs)
 
 
-def launch_instead(module: torch.fx.GraphModule, found: OperatorGraph, launches: Sequence[Launch]) -> None:
+def launch_instead(
+    module: torch.fx.GraphModule, found: OperatorGraph, launches: Sequence[Launch], *, functional: bool = False
+) -> None:
     """Put ``launches``, found in the graph of ``module``, in the place of what they replace.
 
     Where all sizes are numbers, a launch writes memory that is allocated beside it, which Inductor sees and our plan
-    places; where some are symbols, its functional operator allocates its own.
+    places; where some are symbols, or where it is to be ``functional``, as autograd needs it, its operator allocates
+    its own.
     """
-    mode = detect_fake_mode([n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)])
+    values_of_nodes = (node.meta.get("val") for node in module.graph.nodes)
+    mode = next((value.fake_mode for value in values_of_nodes if isinstance(value, FakeTensor)), None)
     if mode is None:
         raise InternalError("a traced module has no fake tensors", hint="please report this")
     values = dict(found.values)
     with mode, torch.no_grad():
         for launch in launches:
-            _Placing(module, values, launch).insert()
+            _Placing(module, values, launch, functional).insert()
     stable_topological_sort(module.graph)  # a launch stands behind its operands; who reads it may stand before
     module.graph.lint()
     module.graph.eliminate_dead_code()
@@ -91,6 +95,7 @@ class _Placing:
     module: torch.fx.GraphModule
     values: dict[str, torch.fx.Node]
     launch: Launch
+    functional: bool
 
     def insert(self) -> None:
         """Insert the launch and let every reader of what it replaces read its results."""
@@ -99,7 +104,8 @@ class _Placing:
             arguments = {k: self._node(v) if isinstance(v, Tensor) else v for k, v in match.arguments.items()}
             made = self.launch.allocate(*[_value(item) for item in arguments.values()])
             static = all(isinstance(size, int) for tensor in made for size in (*tensor.shape, *tensor.stride()))
-            results = self._writing(arguments, made) if static else self._functional(arguments)
+            writes = static and not self.functional
+            results = self._writing(arguments, made) if writes else self._functional(arguments)
         for tensor, result in zip(match.outputs, results, strict=True):
             replaced = self.values.get(tensor.name)
             if replaced is not None:

@@ -134,3 +134,57 @@ def test_sizes_that_are_equal_by_chance_are_no_match() -> None:
         seen.clear()
         torch.compile(lambda x: x + x.sin(), backend=backend, dynamic=dynamic)(torch.randn(4, 3))
         assert [len(matches) for matches in seen] == [count]
+
+
+def test_a_kernel_with_gradients_is_launched_before_autograd_divides_the_graph() -> None:
+    """Its backward half calls the kernel's own, instead of what the forward half would have to save."""
+    check(Block(), lambda: inputs(2, 3, 16, gradients=True), gradients=True, kernels="add_rms_norm")
+    operators = {report.phase: report.operators for report in reports()}
+    assert any("add_rms_norm_backward" in name for name in operators["backward"])
+    assert not any(report.launches for report in reports() if report.phase == "backward")
+
+
+def test_autocast_leaves_training_to_pytorch() -> None:
+    """Which casts autocast inserts depends on operators that a launch would replace."""
+    block, twin = Block(), Block()
+    twin.load_state_dict(block.state_dict())
+    function = compiled(block, kernels="add_rms_norm")
+    with torch.autocast("cpu", torch.bfloat16):
+        same(function(*inputs(2, 3, 16)), twin(*inputs(2, 3, 16)), 0.02)
+    assert {report.phase for report in reports()} == {"forward", "backward"}
+
+
+class Attention(nn.Module):
+    """What must come through tracing unchanged: dropout that is switched off, a buffer that moves, a view returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.dropout = Block(), nn.Dropout(0.0)
+        self.count = nn.Buffer(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Block`, transposed."""
+        self.count += 1
+        hidden, up = self.block(self.dropout(x), residual)
+        return hidden.transpose(0, 1), up
+
+
+def test_buffers_that_move_and_views_survive_the_earlier_tracing() -> None:
+    check(Attention(), lambda: inputs(2, 3, 16, gradients=True), gradients=True, kernels="add_rms_norm")
+    assert "add_rms_norm" in launched()
+
+
+def test_sizes_may_be_symbols_in_training() -> None:
+    block = Block()
+    function = compiled(block, dynamic=True, kernels="add_rms_norm")
+    for tokens in (3, 5, 8):
+        given = inputs(tokens, 2, 16, gradients=True)
+        found = function(*given)
+        (found[1].sum() + found[0].square().sum()).backward()
+        gradients = [tensor.grad for tensor in given]
+        same(found, block(*given))
+        twins = [tensor.detach().requires_grad_() for tensor in given]
+        expected = block(*twins)
+        (expected[1].sum() + expected[0].square().sum()).backward()
+        same(gradients, [tensor.grad for tensor in twins])
+    assert "add_rms_norm" in launched()
