@@ -15,7 +15,7 @@ from ..errors import ModelError
 from .graph import Graph, Op, Tensor, contiguous_strides
 from .runtime.calls import InputRef, format_call
 
-__all__ = ["Cost", "Launch", "Match", "Scalar", "Uses", "fused", "is_row_major"]
+__all__ = ["Called", "Cost", "Launch", "Match", "Scalar", "Uses", "fused", "is_row_major"]
 
 Scalar = float | int | bool | str | None
 
@@ -52,17 +52,26 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A match, and how its kernel is called: ``opweave::<kernel>_out`` takes its arguments and then ``written``.
+class Called:
+    """How a kernel is called: ``opweave::<kernel>_out`` takes its ``inputs`` and then what is ``written``.
 
-    ``results`` are the names, among the arguments and ``written``, of what the match's outputs are. ``allocate`` makes
-    what is written, in order, given the arguments.
+    ``results`` are the names, among both, of what ``opweave::<kernel>`` returns. ``allocate`` makes what is written, in
+    order, given the inputs.
     """
 
-    match: Match
+    kernel: str
+    inputs: tuple[str, ...]
     written: tuple[str, ...]
     results: tuple[str, ...]
     allocate: Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A match, and how its kernel is called."""
+
+    match: Match
+    called: Called
 
 
 def is_row_major(tensor: Tensor) -> bool:
