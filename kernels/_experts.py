@@ -2,9 +2,9 @@
 
 ``order`` lists assignments, sorted by expert: assignment ``a`` is choice ``a % top_k`` of token ``a // top_k``.
 ``ends`` says for each expert where its rows end: those of expert ``e`` are ``ends[e - 1]`` to ``ends[e]``, from zero
-for the first. It is ``offsets[1:]`` of ``expert_routing``, and what ``torch._grouped_mm`` takes. Launchers never read
-either, since the host would have to wait for them: ``ends`` must not decrease and has to end at the number of rows,
-and ``order`` has to be a permutation.
+for the first. It is what ``torch._grouped_mm`` takes; ``expert_routing`` makes both. Launchers never read either, since
+the host would have to wait for them: ``ends`` must not decrease and has to end at the number of rows, and ``order`` has
+to be a permutation.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def sizes_of(rows: int, experts: int, *operands: torch.Tensor) -> dict[str, int]
     return {**sizes, "ragged": int(ragged)}
 
 
-#: Of ``order``; PyTorch's own sort gives the wider one.
+#: Of ``order``; that of PyTorch's own sort is the wider one.
 INDICES = (torch.int32, torch.int64)
 
 

@@ -2,7 +2,7 @@
 
     indices = the top_k experts with the largest logits, largest first
     weights = softmax(logits)[indices], or with ``normalize`` softmax(logits[indices])
-    order   = the tokens * top_k assignments, stably sorted by expert; offsets[e] is where those of expert e begin
+    order   = the tokens * top_k assignments, stably sorted by expert; those of expert e end at ends[e]
 
 Mixtral's routing (arXiv 2401.04088) normalises: softmax over all logits divided by its sum over the chosen ones is
 softmax over the chosen ones. Qwen-MoE's does or does not, by its flag ``norm_topk_prob``. Equal logits go to the lower
@@ -124,8 +124,8 @@ def expert_routing_sum_kernel(
 def expert_routing_order_kernel(
     indices_pointer: tl.tensor,
     starts_pointer: tl.tensor,
-    offsets_pointer: tl.tensor,
     order_pointer: tl.tensor,
+    ends_pointer: tl.tensor,
     tokens: tl.tensor,
     blocks: tl.tensor,
     experts: tl.constexpr,
@@ -133,15 +133,14 @@ def expert_routing_order_kernel(
     block_tokens: tl.constexpr,
     block_experts: tl.constexpr,
 ) -> None:
-    """Put the assignments of one block of tokens where they belong; the first program writes the offsets."""
+    """Put the assignments of one block of tokens where they belong; the first program writes the ends."""
     block = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, block_experts)
     is_expert = expert < experts
     totals = tl.load(starts_pointer + tl.cast(blocks, tl.int64) * experts + expert, mask=is_expert, other=0)
     ends = tl.cumsum(totals, axis=0)
     if block == 0:
-        tl.store(offsets_pointer + expert, ends - totals, mask=is_expert)
-        tl.store(offsets_pointer + experts, tl.sum(totals, axis=0))
+        tl.store(ends_pointer + expert, ends, mask=is_expert)
     token = block * block_tokens + tl.arange(0, block_tokens)
     slot = tl.full([block_tokens, block_experts], -1, tl.int32)
     for step in tl.static_range(top_k):
@@ -150,7 +149,7 @@ def expert_routing_order_kernel(
     is_chosen = (slot >= 0).to(tl.int32)  # a token goes to no expert twice
     start = ends - totals + tl.load(starts_pointer + block * experts + expert, mask=is_expert, other=0)
     position = start[None, :] + tl.cumsum(is_chosen, axis=0) - is_chosen
-    tl.store(order_pointer + position, token.to(tl.int32)[:, None] * top_k + slot, mask=slot >= 0)
+    tl.store(order_pointer + position, token[:, None] * top_k + slot, mask=slot >= 0)
 
 
 def launch(
@@ -160,8 +159,8 @@ def launch(
     *,
     weights: torch.Tensor,
     indices: torch.Tensor,
-    offsets: torch.Tensor,
     order: torch.Tensor,
+    ends: torch.Tensor,
     counts: torch.Tensor,
     starts: torch.Tensor,
     config: Config | None = None,
@@ -174,8 +173,8 @@ def launch(
         normalize: whether the weights of a token sum to one, else they are its largest shares of all experts.
         weights: ``[..., top_k]`` of float32; written, as all that follow, and in memory of its own.
         indices: ``[..., top_k]`` of int64: the experts.
-        offsets: ``[experts + 1]`` of int32; ``offsets[1:]`` are the ``ends`` that other kernels take.
-        order: ``[tokens * top_k]`` of int32.
+        order: ``[tokens * top_k]`` of int64: assignments.
+        ends: ``[experts]`` of int32.
         counts: ``[blocks, experts]`` of int32, scratch, as ``allocate`` makes it.
         starts: ``[blocks + 1, experts]`` of int32, scratch.
         config: how to launch; chosen by ``experts`` if not given.
@@ -184,14 +183,14 @@ def launch(
         ExecutionError: a tensor has another shape, dtype, layout or device, or an output overlaps something.
     """
     experts, tokens = _check(logits, top_k)
-    written = {"weights": weights, "indices": indices, "offsets": offsets, "order": order}
+    written = {"weights": weights, "indices": indices, "order": order, "ends": ends}
     written |= {"counts": counts, "starts": starts}
     for (name, tensor), (shape, dtype) in zip(written.items(), _outputs(logits, top_k), strict=True):
         check_tensor(NAME, name, tensor, shape, dtype, logits.device)
     check_apart(NAME, written, {"logits": logits})
     check_device(NAME, expert_routing_choice_kernel, logits)
     if tokens == 0:
-        offsets.zero_()
+        ends.zero_()
         return
     config = config or CONFIGS.choose(logits.device, logits.dtype, experts=experts)
     options = dataclasses.replace(config, constants={}).options
@@ -207,7 +206,7 @@ def launch(
             counts, starts, blocks, experts=experts, **config.options
         )
         expert_routing_order_kernel[(blocks,)](
-            indices, starts, offsets, order, tokens, blocks, experts=experts, top_k=top_k, **tile, **options
+            indices, starts, order, ends, tokens, blocks, experts=experts, top_k=top_k, **tile, **options
         )
 
 
@@ -234,33 +233,28 @@ def _outputs(logits: torch.Tensor, top_k: int) -> tuple[tuple[tuple[int, ...], t
     return (
         ((*leading, top_k), torch.float32),
         ((*leading, top_k), torch.int64),
-        ((experts + 1,), torch.int32),
-        ((tokens * top_k,), torch.int32),
+        ((tokens * top_k,), torch.int64),
+        ((experts,), torch.int32),
         ((blocks, experts), torch.int32),
         ((blocks + 1, experts), torch.int32),
     )
 
 
 def allocate(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, ...]:
-    """New ``(weights, indices, offsets, order, counts, starts)``, not filled. Raises ExecutionError as ``launch``."""
+    """New ``(weights, indices, order, ends, counts, starts)``, not filled. Raises ExecutionError as ``launch``."""
     _check(logits, top_k)
     return tuple(torch.empty(shape, dtype=dtype, device=logits.device) for shape, dtype in _outputs(logits, top_k))
 
 
 def reference(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, ...]:
-    """``(weights, indices, offsets, order)`` by plain PyTorch on any device; shapes as ``launch``."""
+    """``(weights, indices, order, ends)`` by plain PyTorch on any device; shapes as ``launch``."""
     wide = logits.to(torch.float32)
     largest, indices = (part[..., :top_k] for part in wide.sort(dim=-1, descending=True, stable=True))
     weights = torch.softmax(largest, -1) if normalize else torch.softmax(wide, -1).gather(-1, indices)
-    offsets, order = _sorted(indices, logits.shape[-1])
-    return weights, indices.contiguous(), offsets, order
-
-
-def _sorted(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = indices.flatten()
-    counts = torch.zeros(experts, dtype=torch.int64, device=indices.device)
-    ends = counts.scatter_add(0, chosen, torch.ones_like(chosen)).cumsum(0)
-    return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), chosen.argsort(stable=True).to(torch.int32)
+    counts = torch.zeros(logits.shape[-1], dtype=torch.int64, device=logits.device)
+    counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
+    order = indices.flatten().argsort(stable=True)
+    return weights, indices.contiguous(), order, counts.cumsum(0, dtype=torch.int32)
 
 
 def eager(logits: torch.Tensor, top_k: int, normalize: bool) -> Any:
@@ -268,16 +262,18 @@ def eager(logits: torch.Tensor, top_k: int, normalize: bool) -> Any:
     weights, indices = torch.softmax(logits, -1, dtype=torch.float32).topk(top_k, -1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights, indices, *_sorted(indices, logits.shape[-1])
+    experts, order = indices.flatten().sort(stable=True)
+    counts = torch.histc(experts.float(), logits.shape[-1], 0, logits.shape[-1] - 1)
+    return weights, indices, order, counts.cumsum(0, dtype=torch.int32)
 
 
 def cost(dtype: str, tokens: int, experts: int, top_k: int) -> Cost:
-    """Flops and bytes of routing ``tokens``: logits read once, weights, indices, order and offsets written once.
+    """Flops and bytes of routing ``tokens``: logits read once, weights, indices, order and ends written once.
 
     Flops are those of one softmax over the logits; comparisons and the integers of the sort are none. Scratch of
     eight bytes for every expert and sixteen tokens is not counted: it stays in the cache.
     """
-    written = tokens * top_k * (4 + 8 + 4) + 4 * (experts + 1)
+    written = tokens * top_k * (4 + 8 + 8) + 4 * experts
     return Cost(tokens * (3 * experts - 1 + top_k), tokens * experts * DTYPE_BYTES[dtype] + written)
 
 

@@ -41,9 +41,9 @@ def test_gradients_of_narrow_and_strided_operands() -> None:
 
 def layer(x: Any, router: Any, gate: Any, up: Any, down: Any, top_k: int) -> torch.Tensor:
     """A sparse layer by this package's kernels."""
-    weights, _, offsets, order = ROUTING(x @ router, top_k, True)
-    hidden = KERNEL(x, gate, up, order, offsets[1:], top_k, "silu")
-    return SCATTER(hidden, down, order, offsets[1:], weights)
+    weights, _, order, ends = ROUTING(x @ router, top_k, True)
+    hidden = KERNEL(x, gate, up, order, ends, top_k, "silu")
+    return SCATTER(hidden, down, order, ends, weights)
 
 
 def dense(x: Any, router: Any, gate: Any, up: Any, down: Any, top_k: int) -> torch.Tensor:

@@ -32,12 +32,10 @@ def truth(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
     shares = rows.exp().gather(1, indices) / rows.exp().sum(1, keepdim=True)
     if normalize:
         shares = shares / shares.sum(1, keepdim=True)
-    offsets = [0]
-    for of_expert in assigned:
-        offsets.append(offsets[-1] + len(of_expert))
+    ends = torch.tensor([sum(map(len, assigned[: expert + 1])) for expert in range(experts)])
     order = [assignment for of_expert in assigned for assignment in of_expert]
     shape = (*logits.shape[:-1], top_k)
-    return shares.view(shape), indices.view(shape), torch.tensor(offsets), torch.tensor(order, dtype=torch.int64)
+    return shares.view(shape), indices.view(shape), torch.tensor(order, dtype=torch.int64), ends
 
 
 def _ties(given: dict[str, Any]) -> dict[str, Any]:
