@@ -81,6 +81,7 @@ def sizes_for(kernel: Kernel, number: int, dtype: torch.dtype, architecture: int
 
 
 def _candidates(kernel: Kernel, row: Config) -> Iterator[Mapping[str, Any]]:
+    """Workloads; then with every size that a row bounds; then with any one size as small as a bound of another name."""
     for workload in kernel.workloads:
         yield workload.sizes
     for workload in kernel.workloads:
@@ -89,6 +90,11 @@ def _candidates(kernel: Kernel, row: Config) -> Iterator[Mapping[str, Any]]:
             if isinstance(sizes.get(name), int):
                 sizes[name] = min(sizes[name], bound)
         yield sizes
+    for workload in kernel.workloads:
+        for bound in row.up_to.values():
+            for name, size in workload.sizes.items():
+                if isinstance(size, int) and not isinstance(size, bool) and size > bound > 0:
+                    yield {**workload.sizes, name: bound}
 
 
 def entries(
