@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ..compiler.graph import Tensor
 from ._match import Pattern, Walk, any_tensor, call, either, is_row_major, literal, reshaped, transposed
 
-__all__ = ["ACTIVATIONS", "Linear", "Norm", "activations", "linears", "norms"]
+__all__ = ["ACTIVATIONS", "Linear", "Norm", "activations", "linears", "norms", "sums"]
 
 _X = any_tensor("x")
 
@@ -160,3 +160,17 @@ def norms(walk: Walk, tensor: Tensor, kind: str) -> Iterator[Norm]:
             continue
         default = 2.0**-23 if kind == "rms" else 1e-5  # of the dtype that torch computes in, float32 for narrower ones
         yield Norm(x, weight, bias, default if given is None else float(given))
+
+
+def sums(walk: Walk, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Two tensors that ``tensor`` may be the sum of, without broadcasting or scaling, and the sum as it was written.
+
+    All three are row-major and have the shape and dtype of ``tensor``.
+    """
+    for found in walk.find(call("add", any_tensor("a"), any_tensor("b")), tensor):
+        one, other = (reshaped(found[name], tensor.shape) for name in ("a", "b"))
+        total = walk.graph.tensor[tensor.buffer]
+        if one is None or other is None or {t.dtype for t in (one, other, total)} != {tensor.dtype}:
+            continue
+        if total.shape == tensor.shape and all(is_row_major(t) for t in (one, other, total)):
+            yield one, other, total
