@@ -12,6 +12,7 @@ no digits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ import triton.language as tl
 
 from ..compiler.graph import DTYPE_BYTES, Graph
 from . import add_layer_norm_backward
-from ._checks import FLOATS, check_apart, check_device, check_tensor
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk
+from ._patterns import norms, sums
 from ._rows import loaded
 
 __all__ = ["KERNEL"]
@@ -191,8 +193,25 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    """Nothing yet."""
-    return ()
+    """Where a graph adds two tensors and normalises the sum.
+
+    The addition is ``aten.add`` of equal shapes. The sum may have other readers: the kernel writes it.
+    """
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("add", "layer_norm", "native_layer_norm", "_to_copy", "to", "convert_element_type"):
+        if out.dtype not in map(dtype_name, FLOATS) or not out.shape:
+            continue
+        for norm in norms(walk, out, "layer"):
+            if norm.bias is None or {norm.weight.dtype, norm.bias.dtype} != {out.dtype}:
+                continue
+            for x, residual, hidden in sums(walk, norm.x):
+                operands = {"x": x, "residual": residual, "weight": norm.weight, "bias": norm.bias}
+                launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), out.shape[-1])
+                match = walk.match(NAME, {**operands, "epsilon": norm.epsilon}, (hidden, out), launch_cost)
+                if match is not None:
+                    found.append(match)
+    return tuple(found)
 
 
 KERNEL = Kernel(

@@ -22,8 +22,8 @@ from . import add_rms_norm_backward
 from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match, Walk, any_tensor, call, reshaped
-from ._patterns import norms
+from ._match import Cost, Match, Walk
+from ._patterns import norms, sums
 
 __all__ = ["KERNEL"]
 
@@ -190,15 +190,13 @@ def matches(graph: Graph) -> tuple[Match, ...]:
         if out.dtype not in map(dtype_name, FLOATS) or not out.shape:
             continue
         for norm in norms(walk, out, "rms"):
-            for sum_of in walk.find(call("add", any_tensor("a"), any_tensor("b")), norm.x):
-                x, residual = (reshaped(sum_of[name], out.shape) for name in ("a", "b"))
-                hidden = graph.tensor[norm.x.buffer]
-                if x is None or residual is None or {x.dtype, residual.dtype, norm.weight.dtype} != {out.dtype}:
+            for x, residual, hidden in sums(walk, norm.x):
+                operands = {"x": x, "residual": residual, "weight": norm.weight}
+                if norm.weight.dtype != out.dtype:
                     continue
                 launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), out.shape[-1])
-                arguments = {"x": x, "residual": residual, "weight": norm.weight, "epsilon": norm.epsilon}
-                match = walk.match(NAME, arguments, (hidden, out), launch_cost)
-                if match is not None and hidden.shape == out.shape:
+                match = walk.match(NAME, {**operands, "epsilon": norm.epsilon}, (hidden, out), launch_cost)
+                if match is not None:
                     found.append(match)
     return tuple(found)
 

@@ -2,24 +2,26 @@
 
     hidden = x + residual
     normalized = hidden * rsqrt(mean(hidden ** 2) + epsilon) * weight
-    scale = max(abs(normalized)) / limit
+    scale = max(max(abs(normalized)) / limit, least_scale)
     out = round(normalized / scale)
 
 ``add_rms_norm`` for what is multiplied in 8 bits next: ``out`` is int8 (``limit`` 127, so that -128 is not used) or
 float8_e4m3fn (``limit`` 448), and ``out * scale`` is ``normalized`` again, with one float32 ``scale`` a row: the
-dynamic per-token quantisation of SmoothQuant (Xiao and others, ICML 2023) and of FP8 inference.
+dynamic per-token quantisation of SmoothQuant (Xiao and others, ICML 2023) and of FP8 inference. ``least_scale`` is for
+those who divide by the scale later; it may be zero.
 
 * ``hidden`` is rounded to the tensors' dtype before it is normalised, as it is when two operators do it. All arithmetic
   is in float32; ``normalized`` is not rounded in between, which separate operators would do.
 * The division is exact and ``out`` is rounded to nearest, ties to even. The largest element of a row becomes
   ``limit``; what rounding would put beyond saturates (only where a scale is a subnormal number can that be).
-* A row of zeros, or of numbers so small that the scale is zero, gives zeros and the scale zero.
+* A row of zeros gives zeros, and ``least_scale`` as its scale. Where the scale is zero, ``out`` is not divided by it.
 * A row whose normalisation holds a NaN gives the scale NaN. Its elements are NaN in float8 and unspecified in int8. An
   infinity in ``hidden`` makes such a row.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,10 +29,12 @@ import triton
 import triton.language as tl
 
 from ..compiler.graph import DTYPE_BYTES, Graph
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs, architecture_of
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk
+from ._patterns import norms, sums
+from ._quantisations import before_widening, quantisations
 from ._rows import loaded
 
 __all__ = ["KERNEL", "LIMITS"]
@@ -69,6 +73,7 @@ def add_rms_norm_quantize_kernel(
     out_pointer: tl.tensor,
     scale_pointer: tl.tensor,
     epsilon: tl.tensor,
+    least_scale: tl.tensor,
     limit: tl.constexpr,
     columns: tl.constexpr,
     block: tl.constexpr,
@@ -85,7 +90,7 @@ def add_rms_norm_quantize_kernel(
         root = tl.rsqrt(tl.sum(hidden * hidden, axis=0) / columns + epsilon)
         normalized = hidden * root * loaded(weight_pointer, lane, inside)
         largest = tl.reduce(tl.abs(normalized), 0, _larger)
-        scale = tl.div_rn(largest, tl.full([], limit, dtype=tl.float32))
+        scale = _larger(tl.div_rn(largest, tl.full([], limit, dtype=tl.float32)), least_scale)
         quantized = _quantized(normalized, scale, limit, out_pointer.dtype.element_ty)
         tl.store(out_pointer + row + lane, quantized, mask=inside)
     else:
@@ -106,7 +111,8 @@ def add_rms_norm_quantize_kernel(
             inside = column < columns
             normalized = loaded(hidden_pointer, row + column, inside) * root * loaded(weight_pointer, column, inside)
             larger = _larger(larger, tl.abs(normalized))
-        scale = tl.div_rn(tl.reduce(larger, 0, _larger), tl.full([], limit, dtype=tl.float32))
+        largest = tl.reduce(larger, 0, _larger)
+        scale = _larger(tl.div_rn(largest, tl.full([], limit, dtype=tl.float32)), least_scale)
         for first in range(0, columns, block):
             column = first + lane
             inside = column < columns
@@ -121,6 +127,7 @@ def launch(
     residual: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
+    least_scale: float,
     dtype: str,
     *,
     hidden: torch.Tensor,
@@ -135,10 +142,11 @@ def launch(
         residual: as ``x``.
         weight: ``[columns]``, of any of the three dtypes.
         epsilon: added to the mean of squares.
+        least_scale: below which no scale falls, zero or more.
         dtype: of ``out``: ``int8``, or ``float8_e4m3fn``, which compute capability 8.9 and later can convert to.
         hidden: as ``x``; written, as are the next two. None shares memory with any other argument.
         out: the shape of ``x`` in ``dtype``.
-        scale: float32, the shape of ``x`` without its last dimension.
+        scale: float32, ``[..., 1]``.
         config: how to launch; chosen by ``columns`` if not given.
 
     Raises:
@@ -148,7 +156,7 @@ def launch(
     _check(x, residual, weight, dtype)
     check_tensor(NAME, "hidden", hidden, x.shape, x.dtype, x.device)
     check_tensor(NAME, "out", out, x.shape, getattr(torch, dtype), x.device)
-    check_tensor(NAME, "scale", scale, x.shape[:-1], torch.float32, x.device)
+    check_tensor(NAME, "scale", scale, (*x.shape[:-1], 1), torch.float32, x.device)
     written = {"hidden": hidden, "out": out, "scale": scale}
     check_apart(NAME, written, {"x": x, "residual": residual, "weight": weight})
     check_device(NAME, add_rms_norm_quantize_kernel, x)
@@ -160,7 +168,7 @@ def launch(
             hint="quantise to int8",
         )
     if x.numel() == 0:
-        scale.zero_()  # rows without columns
+        scale.fill_(least_scale)  # rows without columns
         return
     columns = x.shape[-1]
     config = config or CONFIGS.choose(x.device, columns=columns)
@@ -173,6 +181,7 @@ def launch(
             out,
             scale,
             epsilon,
+            least_scale,
             limit=LIMITS[dtype],
             columns=columns,
             **config.options,
@@ -188,16 +197,16 @@ def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, dtype:
 
 
 def allocate(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: str
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, least_scale: float, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New ``(hidden, out, scale)``, not filled. Raises ExecutionError as ``launch`` does."""
     _check(x, residual, weight, dtype)
     out = torch.empty_like(x, dtype=getattr(torch, dtype))
-    return torch.empty_like(x), out, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(x), out, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: str
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, least_scale: float, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(hidden, out, scale)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
     hidden = x + residual
@@ -205,19 +214,25 @@ def reference(
     root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     normalized = wide * root * weight.to(torch.float32)
     if x.shape[-1] == 0:
-        return hidden, normalized.to(getattr(torch, dtype)), x.new_zeros(x.shape[:-1], dtype=torch.float32)
-    scale = normalized.abs().amax(-1, keepdim=True) / limit
+        return hidden, normalized.to(getattr(torch, dtype)), wide.new_full((*x.shape[:-1], 1), least_scale)
+    scale = (normalized.abs().amax(-1, keepdim=True) / limit).clamp(min=least_scale)
     quotient = (normalized / torch.where(scale == 0, 1.0, scale)).clamp(-limit, limit)
-    return hidden, (quotient.round() if dtype == "int8" else quotient).to(getattr(torch, dtype)), scale.squeeze(-1)
+    return hidden, (quotient.round() if dtype == "int8" else quotient).to(getattr(torch, dtype)), scale
 
 
-def eager(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: str) -> Any:
+def eager(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, least_scale: float, dtype: str
+) -> Any:
     """What a model says: an addition, a normalisation and a quantisation in float32."""
     hidden, limit = x + residual, LIMITS[dtype]
     wide = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], weight, epsilon).to(torch.float32)
     scale = wide.abs().amax(-1, keepdim=True) / limit
-    quotient = (wide / torch.where(scale == 0, 1.0, scale)).clamp(-limit, limit)
-    return hidden, (quotient.round() if dtype == "int8" else quotient).to(getattr(torch, dtype)), scale.squeeze(-1)
+    if least_scale > 0:
+        scale = scale.clamp(min=least_scale)
+        quotient = (wide / scale).clamp(-limit, limit)
+    else:
+        quotient = (wide / torch.where(scale == 0, 1.0, scale)).clamp(-limit, limit)
+    return hidden, (quotient.round() if dtype == "int8" else quotient).to(getattr(torch, dtype)), scale
 
 
 def cost(dtype: str, rows: int, columns: int, weight_dtype: str | None = None, quantized: str = "int8") -> Cost:
@@ -244,6 +259,7 @@ def arguments(
     columns: int,
     weight_dtype: str | None = None,
     quantized: str = "int8",
+    least_scale: float = 0.0,
 ) -> dict[str, Any]:
     """Random inputs of ``launch`` for such sizes, by name."""
     random = normal(device, seed)
@@ -253,13 +269,35 @@ def arguments(
         "residual": random(rows, columns).to(dtype),
         "weight": weight,
         "epsilon": 1e-5,
+        "least_scale": least_scale,
         "dtype": quantized,
     }
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    """Nothing yet."""
-    return ()
+    """Where a graph adds two tensors, normalises the sum and quantises that row by row.
+
+    Scales are ``amax(abs(y), -1, keepdim=True) / limit``, in float32, bounded from below or replaced by one where they
+    are zero before ``y`` is divided by them; quotients are clamped to the limits and, for int8, rounded. Where a model
+    rounds the normalisation to 16 bits before it quantises, the kernel rounds once less.
+    """
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("_to_copy", "to", "convert_element_type"):
+        for y, scale, least_scale in quantisations(walk, out, LIMITS[out.dtype]) if out.dtype in LIMITS else ():
+            for norm in norms(walk, before_widening(walk, y), "rms"):
+                for x, residual, hidden in sums(walk, before_widening(walk, norm.x)):
+                    if (scale.shape, scale.dtype) != ((*out.shape[:-1], 1), "float32") or hidden.shape != out.shape:
+                        continue
+                    weight, epsilon = norm.weight, norm.epsilon
+                    operands = {"x": x, "residual": residual, "weight": weight, "epsilon": epsilon}
+                    rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
+                    launch_cost = cost(x.dtype, rows, columns, weight.dtype, out.dtype)
+                    scalars = {"least_scale": least_scale, "dtype": out.dtype}
+                    match = walk.match(NAME, {**operands, **scalars}, (hidden, out, scale), launch_cost)
+                    if match is not None and {x.dtype, weight.dtype} <= set(map(dtype_name, FLOATS)):
+                        found.append(match)
+    return tuple(found)
 
 
 KERNEL = Kernel(

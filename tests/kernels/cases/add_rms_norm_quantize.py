@@ -18,13 +18,13 @@ _SMALL = Config({"block": 32}, num_warps=1)
 
 
 def truth(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: str
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, least_scale: float, dtype: str
 ) -> tuple[torch.Tensor, ...]:
     hidden = (x + residual).double()
     normalized = hidden / (hidden.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
-    largest = normalized.abs().amax(-1) if x.shape[-1] else normalized.new_zeros(x.shape[:-1])
-    scale = largest / LIMITS[dtype]
-    quotient = (normalized / scale.unsqueeze(-1)).nan_to_num(0.0)
+    largest = normalized.abs().amax(-1, keepdim=True) if x.shape[-1] else normalized.new_zeros((*x.shape[:-1], 1))
+    scale = (largest / LIMITS[dtype]).clamp(min=least_scale)
+    quotient = (normalized / scale).nan_to_num(0.0)
     if dtype == "int8":
         return hidden, quotient.round(), scale
     step = torch.exp2(quotient.abs().clamp(min=2.0**-6).log2().floor() - 3)  # of float8's three digits
@@ -85,6 +85,11 @@ CASES = Cases(
             for dtype in LIMITS
             for place, config in (("whole", None), ("blocks", _SMALL))
         ),
+        Case({"rows": 3, "columns": 37, "least_scale": 0.5}, change=_row_of_zeros, label="large least scale"),
+        Case(
+            {"rows": 3, "columns": 37, "least_scale": 0.5}, _SMALL, _row_of_zeros, label="large least scale in blocks"
+        ),
+        Case({"rows": 3, "columns": 0, "least_scale": 0.5}),
         Case({"rows": 5, "columns": 57, "weight_dtype": "float32"}, change=exact),
         Case(
             {"rows": 6, "columns": 33},
