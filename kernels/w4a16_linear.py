@@ -239,8 +239,9 @@ def eager(
 ) -> torch.Tensor:
     """Dequantise, then multiply: what one writes without a kernel."""
     depth = x.shape[-1]
-    integers = unpack(packed, depth) - (_SYMMETRIC if zeros is None else spread(zeros, group, depth))
-    weight = integers.to(x.dtype) * spread(scales, group, depth).to(x.dtype)
+    integers = unpack(packed, depth).to(x.dtype)
+    centred = integers - (_SYMMETRIC if zeros is None else spread(zeros, group, depth).to(x.dtype))
+    weight = centred * spread(scales, group, depth).to(x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -292,6 +293,10 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
+    """None: ATen has no integers of 4 bits, and every library packs them in a layout of its own.
+
+    A model calls the operator; `opweave.kernels._quantized_module.quantized_linear` makes a layer that does.
+    """
     return ()
 
 

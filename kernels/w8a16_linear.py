@@ -12,18 +12,20 @@ programs where there are few rows (split-K), and ``out`` is rounded once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
-from ._checks import check_apart, check_device, check_tensor
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
+from ._checks import check_apart, check_device, check_tensor, dtype_name
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import CASTS, Cost, Match, Walk, any_tensor, call, either, reshaped, transposed
 from ._packing import Quantized, quantize
+from ._patterns import Linear, linears
 from ._quantized import (
     HALVES,
     check_product,
@@ -210,7 +212,92 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph multiplies by int8 weights with a scale for each output channel.
+
+    The scale multiplies the weights, cast to the dtype of ``x``, before a linear layer, or its result, as in torchao
+    and gpt-fast; a bias comes last. The kernel rounds neither the weights nor the result before it is scaled.
+    """
+    walk = Walk(graph)
+    if not any(graph.tensor[name].dtype == "int8" for op in graph.ops for name in op.inputs):
+        return ()
+    halves = {dtype_name(dtype) for dtype in HALVES}
+    tensors = (graph.tensor[op.outputs[0]] for op in graph.ops if op.outputs)
+    found = [match for out in tensors if out.dtype in halves and out.shape for match in _ending(walk, out)]
+    return tuple(match for match in found if not any({*match.ops} < {*other.ops} for other in found))
+
+
+_PRODUCT, _SCALE, _BIAS = any_tensor("product"), any_tensor("scale"), any_tensor("bias")
+_SCALED = call("mul", _PRODUCT, _SCALE)
+
+
+def _ending(walk: Walk, out: Tensor) -> Iterator[Match]:
+    """Launches that compute ``out``."""
+    for linear in linears(walk, out):
+        for integers, scale in _integers(walk, linear.weight):
+            if scale is not None:
+                yield from _match(walk, linear, integers, scale, linear.bias, out)
+    for scaled in walk.find(either(_SCALED, call("add", _SCALED, _BIAS)), out):
+        bias, columns = scaled.tensors.get("bias"), out.shape[-1:]
+        scale, product = _vector(scaled["scale"], columns), reshaped(scaled["product"], out.shape)
+        if product is None or scaled["product"].shape[-1:] != columns or scale is None:
+            continue
+        if bias is not None and _vector(bias, columns) is None:
+            continue
+        for linear in linears(walk, product):
+            for integers, other in _integers(walk, linear.weight):
+                if other is None and linear.bias is None:
+                    yield from _match(walk, linear, integers, scale, bias, out)
+
+
+def _vector(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor, if it has ``shape``, but for leading dimensions of one, and is row-major."""
+    if tuple(tensor.shape[-1:]) != shape or math.prod(tensor.shape) != math.prod(shape):
+        return None
+    return reshaped(tensor, shape)
+
+
+def _integers(walk: Walk, weight: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The int8 ``[columns, depth]`` that ``weight`` [depth, columns] was made of, and the scale, if it has one."""
+    for lies, across in ((transposed(weight), False), (weight, True)):
+        plain = _uncast(walk, lies)
+        if plain is not None:
+            yield (transposed(plain) if across else plain), None
+        columns = weight.shape[1:]
+        for found in walk.find(_SCALED, lies):
+            plain = _uncast(walk, found["product"])
+            scale = found["scale"] if across else _last_dropped(found["scale"])
+            vector = None if scale is None else _vector(scale, columns)
+            if plain is not None and plain.shape == lies.shape and vector is not None:
+                yield (transposed(plain) if across else plain), vector
+
+
+def _last_dropped(scale: Tensor) -> Tensor | None:
+    """A scale ``[columns, 1]`` as a vector."""
+    return reshaped(scale, scale.shape[:1]) if len(scale.shape) == 2 and scale.shape[1] == 1 else None
+
+
+def _uncast(walk: Walk, tensor: Tensor) -> Tensor | None:
+    """The int8 integers that were cast to make ``tensor``."""
+    made = walk.writer(tensor)
+    if made is None or made[0].target not in CASTS:
+        return None
+    source = walk.graph.tensor[made[0].inputs[0]]
+    return source if source.dtype == "int8" and source.shape == tensor.shape else None
+
+
+def _match(
+    walk: Walk, linear: Linear, integers: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> Iterator[Match]:
+    columns, depth = integers.shape
+    if scale.dtype != out.dtype or (bias is not None and bias.dtype != out.dtype) or depth == 0:
+        return
+    launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), depth, columns, bias=bias is not None)
+    scales = reshaped(scale, (1, columns))
+    bias = None if bias is None else reshaped(bias, (columns,))
+    arguments = {"x": linear.x, "weight": integers, "scales": scales, "bias": bias, "group": depth}
+    match = walk.match(NAME, arguments, (out,), launch_cost)
+    if match is not None:
+        yield match
 
 
 #: Layers of Llama-3 8B and 70B, and of Qwen2.5-7B: name, depth, columns.
