@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from .compiler.fusion import Launch, Match
+from .compiler.fusion import Called, Match
 from .compiler.graph import Graph
 from .compiler.pipeline import Budget
 from .errors import ModelError, OptionError
@@ -16,7 +16,7 @@ from .hw_models.model import HardwareModel
 if TYPE_CHECKING:
     from .passes.fusion.choice import Choice
 
-__all__ = ["KERNELS", "as_planned", "checked", "choose", "launches", "rules"]
+__all__ = ["KERNELS", "as_planned", "checked", "called", "choose", "rules"]
 
 #: What an option ``kernels`` takes, in words.
 KERNELS = "'auto', 'all', 'off', or names of kernels with commas between them"
@@ -78,14 +78,14 @@ def choose(
     return choose_matches(graph, matches, machine, budget, others_fuse=others_fuse, required=kernels != "auto")
 
 
-def launches(matches: Sequence[Match]) -> list[Launch]:
-    """How the kernels of ``matches`` are called."""
+def called(name: str) -> Called | None:
+    """How the kernel of that name is called; ``None`` where there is none."""
     from .kernels import registry
 
-    kernels = {match.kernel: registry.load(match.kernel) for match in matches}
-    return [
-        Launch(m, kernels[m.kernel].written, kernels[m.kernel].results, kernels[m.kernel].allocate) for m in matches
-    ]
+    if name not in registry.names():
+        return None
+    kernel = registry.load(name)
+    return Called(kernel.name, kernel.inputs, kernel.written, kernel.results, kernel.allocate)
 
 
 def as_planned(graph: Graph, planned: Graph) -> Graph:

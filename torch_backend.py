@@ -19,12 +19,12 @@ from .compiler.pipeline import Budget
 from .compiler.runtime.device.arena import ALIGNMENT_BYTES
 from .compiler.runtime.device.program import Origin
 from .errors import InternalError, MachineError, OptionError
-from .fusing import checked
+from .fusing import called, checked
 from .hw_models.model import HardwareModel
 from .hw_models.registry import load as hardware
 
 if TYPE_CHECKING:
-    from .compiler.fusion import Launch, Match
+    from .compiler.fusion import Match
     from .compiler.graph import Graph
     from .compiler.partition import Partition, PartitionProblem
     from .compiler.runtime.device.layout import DevicePlan
@@ -133,7 +133,7 @@ def _backend() -> Backend:
     """One for the process: Dynamo calls a function, and users ask afterwards what it did."""
     from . import __version__
 
-    planners = Planners(_plan, _order, _machine, _rules, _launch, _partition)
+    planners = Planners(_plan, _order, _machine, _rules, _launch, called, _partition)
     return Backend(planners, f"{__version__} kernels {_kernels_digest()}")
 
 
@@ -205,13 +205,10 @@ def _rules(options: BackendOptions, differentiable: bool) -> Callable[[Graph], S
     return rules(options.kernels, differentiable=differentiable)
 
 
-def _launch(
-    graph: Graph, matches: Sequence[Match], machine: HardwareModel, options: BackendOptions
-) -> Sequence[Launch]:
-    from .fusing import choose, launches
+def _launch(graph: Graph, matches: Sequence[Match], machine: HardwareModel, options: BackendOptions) -> Sequence[Match]:
+    from .fusing import choose
 
-    chosen = choose(graph, matches, options.kernels, machine, _budget(options).share(0.2), others_fuse=True)
-    return launches(chosen.matches)
+    return choose(graph, matches, options.kernels, machine, _budget(options).share(0.2), others_fuse=True).matches
 
 
 def _kernels_digest() -> str:

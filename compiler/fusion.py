@@ -15,7 +15,7 @@ from ..errors import ModelError
 from .graph import Graph, Op, Tensor, contiguous_strides
 from .runtime.calls import InputRef, format_call
 
-__all__ = ["Called", "Cost", "Launch", "Match", "Scalar", "Uses", "fused", "is_row_major"]
+__all__ = ["Called", "Cost", "Match", "Scalar", "Uses", "fused", "is_row_major"]
 
 Scalar = float | int | bool | str | None
 
@@ -64,14 +64,6 @@ class Called:
     written: tuple[str, ...]
     results: tuple[str, ...]
     allocate: Callable[..., tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A match, and how its kernel is called."""
-
-    match: Match
-    called: Called
 
 
 def is_row_major(tensor: Tensor) -> bool:

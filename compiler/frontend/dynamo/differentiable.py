@@ -14,7 +14,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ....errors import ModelError
-from ...fusion import Launch, Match
+from ...fusion import Match
 from ...graph import Graph
 from .launches import Rules, launch_instead, matched
 from .traced import copied
@@ -25,7 +25,7 @@ log = logging.getLogger("opweave.backend")
 
 #: What such launches replaced: kernels, and the names of calls.
 Differentiable = tuple[tuple[str, tuple[str, ...]], ...]
-Choose = Callable[[Graph, Sequence[Match]], Sequence[Launch]]
+Choose = Callable[[Graph, Sequence[Match]], Sequence[Match]]
 
 
 def launch_differentiable(
@@ -55,7 +55,7 @@ def launch_differentiable(
     chosen = choose(found.graph, matches)
     if not chosen:
         return module, ()
-    launch_instead(traced, found, chosen, functional=True)
+    launch_instead(traced, found, chosen)
     for node in traced.graph.nodes:  # these values are of Dynamo's mode; AOTAutograd makes its own
         node.meta.pop("val", None)
     fresh = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -64,4 +64,4 @@ def launch_differentiable(
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     traced.meta = dict(module.meta)
-    return traced, tuple((launch.match.kernel, launch.match.ops) for launch in chosen)
+    return traced, tuple((match.kernel, match.ops) for match in chosen)

@@ -15,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 
 from ....errors import ExecutionError, ModelError
 from ....hw_models.model import HardwareModel
-from ...fusion import Launch, Match
+from ...fusion import Called, Match
 from ...graph import Graph
 from ...partition import Partition, PartitionProblem
 from ...runtime.device.host import HostMemory, on_host, residents
@@ -27,7 +27,7 @@ from .fallbacks import Fallbacks
 from .figures import figured
 from .hosted import HostedGraph
 from .joint import Halves
-from .launches import Rules, launch_instead, matched
+from .launches import Rules, launch_instead, matched, write_beside
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
 from .planned import PlannedGraph, StockGraph
@@ -51,15 +51,16 @@ class Planners:
     ``order`` takes the graph of stock Inductor's scheduler and the options, and returns operator indices. ``machine``
     takes a device and the options. ``rules`` takes the options, and whether kernels need gradients, and returns the
     match rules of the fused kernels that they allow; ``launch`` takes a graph, matches in it, the machine and the
-    options, and returns which of them to launch. ``partition`` takes a problem, the most bytes to save on the device,
-    answers to begin with, and the options.
+    options, and returns which of them to launch; ``called`` says of a kernel's name how it is called. ``partition``
+    takes a problem, the most bytes to save on the device, answers to begin with, and the options.
     """
 
     plan: Callable[[Program, HardwareModel, BackendOptions, int | None, frozenset[str]], DevicePlan]
     order: Callable[[Graph, BackendOptions], tuple[int, ...]]
     machine: Callable[[torch.device, BackendOptions], HardwareModel]
     rules: Callable[[BackendOptions, bool], Rules]
-    launch: Callable[[Graph, Sequence[Match], HardwareModel, BackendOptions], Sequence[Launch]]
+    launch: Callable[[Graph, Sequence[Match], HardwareModel, BackendOptions], Sequence[Match]]
+    called: Callable[[str], Called | None]
     partition: Callable[[PartitionProblem, int, Sequence[Any], BackendOptions], Partition]
 
 
@@ -112,7 +113,7 @@ class Inner:
         if self.options.kernels in ("auto", "off"):  # what a backward costs that computes again, no prediction tells
             return module
 
-        def choose(graph: Graph, matches: Sequence[Match]) -> Sequence[Launch]:
+        def choose(graph: Graph, matches: Sequence[Match]) -> Sequence[Match]:
             return self.planners.launch(graph, matches, self.machine, self.options)
 
         module, self.launches = launch_differentiable(module, self.planners.rules(self.options, True), choose)
@@ -165,6 +166,7 @@ class Inner:
         begin = time.monotonic()
         changed = copied(module)
         report = dataclasses.replace(report, launches=self._launched(changed, report))
+        write_beside(changed, self.planners.called)
         program = lower(
             changed,
             inputs,
@@ -209,7 +211,7 @@ class Inner:
         chosen = self.planners.launch(found.graph, matches, self.machine, self.options)
         if chosen:
             launch_instead(module, found, chosen)
-        return (*known, *((launch.match.kernel, launch.match.ops) for launch in chosen))
+        return (*known, *((match.kernel, match.ops) for match in chosen))
 
     def _plan(self, program: Program, weights: Sequence[int] = ()) -> DevicePlan:
         limit = self.limit

@@ -11,14 +11,14 @@ import sympy
 import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ....errors import InternalError, ModelError
-from ...fusion import Launch, Match
+from ...fusion import Called, Match
 from ...graph import DTYPE_BYTES, Graph, Tensor
 from .operators import OperatorGraph, operator_graph
 
-__all__ = ["Rules", "launch_instead", "matched"]
+__all__ = ["Rules", "launch_instead", "matched", "write_beside"]
 
 _ATEN = torch.ops.aten
 Rules = Callable[[Graph], Sequence[Match]]
@@ -50,7 +50,7 @@ def matched(module: torch.fx.GraphModule, rules: Rules) -> tuple[OperatorGraph, 
     return found, known
 
 
-def _size(size: int | torch.SymInt, others: Mapping[sympy.Symbol, int] | None = None) -> int:
+def _size(size: Any, others: Mapping[sympy.Symbol, int] | None = None) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
     value = size.node.expr.subs(others) if others is not None else size.node.hint if size.node.has_hint() else None
@@ -65,27 +65,59 @@ def _kind(match: Match) -> tuple[Any, ...]:
     return match.kernel, match.ops, match.before, tuple(arguments), tuple(t.name for t in match.outputs)
 
 
-def launch_instead(
-    module: torch.fx.GraphModule, found: OperatorGraph, launches: Sequence[Launch], *, functional: bool = False
-) -> None:
-    """Put ``launches``, found in the graph of ``module``, in the place of what they replace.
-
-    Where all sizes are numbers, a launch writes memory that is allocated beside it, which Inductor sees and our plan
-    places; where some are symbols, or where it is to be ``functional``, as autograd needs it, its operator allocates
-    its own.
-    """
-    values_of_nodes = (node.meta.get("val") for node in module.graph.nodes)
-    mode = next((value.fake_mode for value in values_of_nodes if isinstance(value, FakeTensor)), None)
-    if mode is None:
-        raise InternalError("a traced module has no fake tensors", hint="please report this")
+def launch_instead(module: torch.fx.GraphModule, found: OperatorGraph, matches: Sequence[Match]) -> None:
+    """Put calls of ``opweave::<kernel>`` in the place of what ``matches``, found in ``module``, replace."""
     values = dict(found.values)
-    with mode, torch.no_grad():
-        for launch in launches:
-            _Placing(module, values, launch, functional).insert()
+    with _mode_of(module), torch.no_grad():
+        for match in matches:
+            _Placing(module, values, match).insert()
     stable_topological_sort(module.graph)  # a launch stands behind its operands; who reads it may stand before
     module.graph.lint()
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def write_beside(module: torch.fx.GraphModule, called: Callable[[str], Called | None]) -> None:
+    """Let each call of a functional ``opweave::<kernel>`` write memory that is allocated beside it.
+
+    Inductor sees the allocations, and our plan places them; the functional operator would allocate for itself, as it
+    does where sizes are symbols. ``called`` says how a kernel is called, ``None`` of what is none.
+    """
+    nodes = [node for node in module.graph.nodes if getattr(node.target, "namespace", "") == "opweave"]
+    kernels = {node: called(node.target._opname) for node in nodes}
+    if not any(kernels.values()):
+        return
+    with _mode_of(module), torch.no_grad():
+        for node, kernel in kernels.items():
+            if kernel is not None:
+                _write(module, node, kernel)
+    module.graph.lint()
+    module.recompile()
+
+
+def _write(module: torch.fx.GraphModule, node: torch.fx.Node, kernel: Called) -> None:
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}  # type: ignore[union-attr]
+    arguments = {**defaults, **dict(zip(kernel.inputs, node.args, strict=False)), **node.kwargs}
+    arguments = {name: arguments[name] for name in kernel.inputs}
+    made = kernel.allocate(*torch.fx.node.map_arg(tuple(arguments.values()), _value))
+    if not all(isinstance(size, int) for tensor in made for size in (*tensor.shape, *tensor.stride())):
+        return
+    with module.graph.inserting_before(node):
+        outputs = {}
+        for name, tensor in zip(kernel.written, made, strict=True):
+            layout = {"dtype": tensor.dtype, "device": tensor.device}
+            sizes, strides = list(tensor.shape), list(tensor.stride())
+            outputs[name] = _call(module, _ATEN.empty_strided.default, sizes, strides, **layout)
+        target = getattr(torch.ops.opweave, f"{kernel.kernel}_out").default
+        mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written = _call(module, auto_functionalized, target, **arguments, **outputs)
+        results = [_call(module, operator.getitem, written, 1 + mutated.index(name)) for name in kernel.results]
+    if len(results) == 1:
+        node.replace_all_uses_with(results[0])
+    for user in list(node.users):  # each picks a result out
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
 
 
 @dataclass
@@ -94,18 +126,17 @@ class _Placing:
 
     module: torch.fx.GraphModule
     values: dict[str, torch.fx.Node]
-    launch: Launch
-    functional: bool
+    match: Match
 
     def insert(self) -> None:
         """Insert the launch and let every reader of what it replaces read its results."""
-        match = self.launch.match
+        match = self.match
         with self.module.graph.inserting_before(self._behind_operands()):
-            arguments = {k: self._node(v) if isinstance(v, Tensor) else v for k, v in match.arguments.items()}
-            made = self.launch.allocate(*[_value(item) for item in arguments.values()])
-            static = all(isinstance(size, int) for tensor in made for size in (*tensor.shape, *tensor.stride()))
-            writes = static and not self.functional
-            results = self._writing(arguments, made) if writes else self._functional(arguments)
+            arguments = [self._node(v) if isinstance(v, Tensor) else v for v in match.arguments.values()]
+            call = _call(self.module, getattr(torch.ops.opweave, match.kernel).default, *arguments)
+            results = [call]
+            if len(match.outputs) > 1:
+                results = [_call(self.module, operator.getitem, call, i) for i in range(len(match.outputs))]
         for tensor, result in zip(match.outputs, results, strict=True):
             replaced = self.values.get(tensor.name)
             if replaced is not None:
@@ -117,7 +148,7 @@ class _Placing:
 
     def _behind_operands(self) -> torch.fx.Node:
         order = {node: number for number, node in enumerate(self.module.graph.nodes)}
-        operands = [self.values.get(t.name) or self.values[t.buffer] for t in self.launch.match.operands]
+        operands = [self.values.get(t.name) or self.values[t.buffer] for t in self.match.operands]
         following: torch.fx.Node = max(operands, key=order.__getitem__).next
         while following.op in ("placeholder", "get_attr"):
             following = following.next
@@ -130,32 +161,24 @@ class _Placing:
             return known
         base = self.values[tensor.buffer]
         offset = tensor.offset_bytes // DTYPE_BYTES[tensor.dtype] + _value(base).storage_offset()
-        return self._call(_ATEN.as_strided.default, base, list(tensor.shape), list(tensor.element_strides), offset)
+        shape, strides = list(tensor.shape), list(tensor.element_strides)
+        return _call(self.module, _ATEN.as_strided.default, base, shape, strides, offset)
 
-    def _writing(self, arguments: dict[str, Any], made: Sequence[torch.Tensor]) -> list[torch.fx.Node]:
-        outputs = {}
-        for name, tensor in zip(self.launch.written, made, strict=True):
-            sizes, strides = list(tensor.shape), list(tensor.stride())
-            outputs[name] = self._call(
-                _ATEN.empty_strided.default, sizes, strides, dtype=tensor.dtype, device=tensor.device
-            )
-        target = getattr(torch.ops.opweave, f"{self.launch.match.kernel}_out").default
-        mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        call = self._call(auto_functionalized, target, **arguments, **outputs)
-        return [self._call(operator.getitem, call, 1 + mutated.index(name)) for name in self.launch.results]
 
-    def _functional(self, arguments: dict[str, Any]) -> list[torch.fx.Node]:
-        call = self._call(getattr(torch.ops.opweave, self.launch.match.kernel).default, *arguments.values())
-        if len(self.launch.results) == 1:
-            return [call]
-        return [self._call(operator.getitem, call, position) for position in range(len(self.launch.results))]
-
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        node: torch.fx.Node = self.module.graph.call_function(target, args, kwargs)
-        given = torch.fx.node.map_arg((args, kwargs), _value)
-        node.meta["val"] = target(*given[0], **given[1])
-        return node
+def _call(module: torch.fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+    node: torch.fx.Node = module.graph.call_function(target, args, kwargs)
+    given = torch.fx.node.map_arg((args, kwargs), _value)
+    node.meta["val"] = target(*given[0], **given[1])
+    return node
 
 
 def _value(item: Any) -> Any:
     return item.meta["val"] if isinstance(item, torch.fx.Node) else item
+
+
+def _mode_of(module: torch.fx.GraphModule) -> FakeTensorMode:
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    if mode is None:
+        raise InternalError("a traced module has no fake tensors", hint="please report this")
+    return mode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -120,10 +122,10 @@ def test_sizes_that_are_equal_by_chance_are_no_match() -> None:
     """With four rows in the example, only a rule that holds for any number of rows may take a symbolic graph."""
     seen: list[list[Match]] = []
 
-    def backend(module: torch.fx.GraphModule, examples: object) -> object:
+    def backend(module: torch.fx.GraphModule, examples: Any) -> Any:
         from torch._dynamo.backends.common import aot_autograd
 
-        def compile_inner(traced: torch.fx.GraphModule, inputs: object) -> object:
+        def compile_inner(traced: torch.fx.GraphModule, inputs: object) -> Any:
             seen.append(doubled(traced, 4))
             return traced.forward
 
@@ -134,6 +136,17 @@ def test_sizes_that_are_equal_by_chance_are_no_match() -> None:
         seen.clear()
         torch.compile(lambda x: x + x.sin(), backend=backend, dynamic=dynamic)(torch.randn(4, 3))
         assert [len(matches) for matches in seen] == [count]
+
+
+@torch.no_grad()
+def test_an_operator_that_a_model_calls_itself_writes_planned_memory() -> None:
+    """The functional operator would allocate for itself; the plan places what it writes, whatever ``kernels`` says."""
+    from opweave.kernels.add_rms_norm import KERNEL
+
+    weight = torch.rand(16)
+    check(lambda x, residual: KERNEL(x, residual, weight, 1e-5)[1] * 2, lambda: inputs(2, 3, 16), kernels="off")
+    (report,) = reports()
+    assert report.operators == {"opweave.add_rms_norm_out.default": 1}
 
 
 def test_a_kernel_with_gradients_is_launched_before_autograd_divides_the_graph() -> None:
@@ -164,7 +177,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Block`, transposed."""
-        self.count += 1
+        self.count.add_(1)
         hidden, up = self.block(self.dropout(x), residual)
         return hidden.transpose(0, 1), up
 
