@@ -22,6 +22,7 @@ __all__ = [
     "check_dropout",
     "check_offsets",
     "even_offsets",
+    "layout_of",
     "owners",
     "segment",
     "split_segment",
@@ -166,6 +167,18 @@ def token_splits(tokens: int, programs: int) -> int:
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """``x`` with all but its last dimension made one."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def layout_of(x: torch.Tensor, *weights: torch.Tensor, columns: int = 0) -> dict[str, int]:
+    """By what configurations are chosen besides sizes: ``element_bytes`` and ``ragged``.
+
+    ``ragged`` is 1 where rows of ``x``, of a result with ``columns``, or a weight cannot be read 16 bytes at a time;
+    loads then go element by element and through registers, which large tiles have no room for.
+    """
+    strides = [stride for weight in weights for stride in weight.stride()]
+    lengths = [x.shape[-1], columns, *(stride for stride in strides if stride != 1)]
+    ragged = any(length * x.element_size() % 16 for length in lengths) or any(1 not in w.stride() for w in weights)
+    return {"element_bytes": x.element_size(), "ragged": int(ragged)}
 
 
 def owners(offsets: torch.Tensor | None, tokens: int, device: torch.device) -> torch.Tensor:

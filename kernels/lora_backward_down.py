@@ -26,13 +26,25 @@ from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._lora import as_matrix, check_adapter, even_offsets, owners, split_segment, strides, sum_pieces, token_splits
+from ._lora import (
+    as_matrix,
+    check_adapter,
+    even_offsets,
+    layout_of,
+    owners,
+    split_segment,
+    strides,
+    sum_pieces,
+    token_splits,
+)
 from ._match import Cost, Match
 
 __all__ = ["KERNEL"]
 
 NAME = "lora_backward_down"
 CONFIGS = Configs.beside(__file__)
+#: Columns of a piece in any configuration: scratch memory is allocated for all of them.
+WIDTHS = sorted({row.constants["block_n"] for rows in CONFIGS.rows.values() for row in rows})
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -118,10 +130,11 @@ def launch(
     _check(grad_y, s, b, offsets)
     check_tensor(NAME, "grad_s", grad_s, s.shape, s.dtype, s.device)
     check_tensor(NAME, "grad_b", grad_b, b.shape, b.dtype, b.device)
-    config = config or _choose(grad_y, s)
     columns, rank, adapters = grad_y.shape[-1], s.shape[-1], 1 if offsets is None else b.shape[0]
     tokens = math.prod(grad_y.shape[:-1])
-    wide, splits = _grid(tokens, columns, adapters, config)
+    sizes = {"tokens": tokens, "columns": columns, "rank": rank}
+    config = config or CONFIGS.choose(grad_y.device, **sizes, **layout_of(grad_y))
+    wide, splits = _grid(tokens, columns, adapters, config.constants["block_n"])
     needed = wide * grad_s.numel() + splits * grad_b.numel()
     check_tensor(NAME, "pieces", pieces, (None,), torch.float32, grad_y.device)
     if pieces.numel() < needed:
@@ -155,14 +168,9 @@ def launch(
             sum_pieces(s_pieces, wide, grad_s, scale, offsets)
 
 
-def _choose(grad_y: torch.Tensor, s: torch.Tensor) -> Config:
-    sizes = {"tokens": math.prod(s.shape[:-1]), "columns": grad_y.shape[-1], "rank": s.shape[-1]}
-    return CONFIGS.choose(grad_y.device, **sizes, element_bytes=grad_y.element_size())
-
-
-def _grid(tokens: int, columns: int, adapters: int, config: Config) -> tuple[int, int]:
+def _grid(tokens: int, columns: int, adapters: int, block_n: int) -> tuple[int, int]:
     """Pieces along the columns, and parts of each adapter's tokens."""
-    wide = triton.cdiv(columns, config.constants["block_n"])
+    wide = triton.cdiv(columns, block_n)
     return wide, token_splits(tokens, wide * adapters)
 
 
@@ -178,8 +186,9 @@ def allocate(
     """New ``(grad_s, grad_b, pieces)``, not filled. Raises ExecutionError as ``launch`` does."""
     _check(grad_y, s, b, offsets)
     adapters = 1 if offsets is None else b.shape[0]
-    wide, splits = _grid(math.prod(s.shape[:-1]), grad_y.shape[-1], adapters, _choose(grad_y, s))
-    pieces = grad_y.new_empty(wide * s.numel() + splits * b.numel(), dtype=torch.float32)
+    grids = [_grid(math.prod(s.shape[:-1]), grad_y.shape[-1], adapters, block_n) for block_n in WIDTHS]
+    most = max(wide for wide, _ in grids) * s.numel() + max(splits for _, splits in grids) * b.numel()
+    pieces = grad_y.new_empty(most, dtype=torch.float32)
     return torch.empty_like(s), b.new_empty(b.shape), pieces
 
 

@@ -31,6 +31,7 @@ from ._lora import (
     check_adapter,
     check_dropout,
     even_offsets,
+    layout_of,
     owners,
     segment,
     strides,
@@ -151,8 +152,7 @@ def launch(
         columns=columns,
         depth=depth,
         rank=rank,
-        element_bytes=grad_y.element_size(),
-        dropout=int(p > 0),
+        **layout_of(grad_y, w, columns=depth),
     )
     tiles = triton.cdiv(tokens, config.constants["block_m"]) * triton.cdiv(depth, config.constants["block_n"])
     with torch.accelerator.device_index(grad_y.device.index):

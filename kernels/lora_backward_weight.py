@@ -30,6 +30,7 @@ from ._lora import (
     check_dropout,
     check_offsets,
     even_offsets,
+    layout_of,
     owners,
     split_segment,
     sum_pieces,
@@ -41,6 +42,8 @@ __all__ = ["KERNEL"]
 
 NAME = "lora_backward_weight"
 CONFIGS = Configs.beside(__file__)
+#: The widest tile of any configuration, of which there are fewest and which splits tokens most.
+WIDEST = max(row.constants["block_k"] for rows in CONFIGS.rows.values() for row in rows)
 
 
 @triton.jit(do_not_specialize=["least"])  # type: ignore[untyped-decorator] # triton ships no types
@@ -119,10 +122,10 @@ def launch(
     """
     _check(x, grad_s, seed, offsets, p)
     check_tensor(NAME, "grad_a", grad_a, _shape(x, grad_s, offsets), x.dtype, x.device)
-    config = config or _choose(x, grad_s, p)
     depth, rank, adapters = x.shape[-1], grad_s.shape[-1], 1 if offsets is None else grad_a.shape[0]
     tokens = math.prod(x.shape[:-1])
-    wide, splits = _grid(tokens, depth, adapters, config)
+    config = config or CONFIGS.choose(x.device, tokens=tokens, depth=depth, rank=rank, **layout_of(x))
+    wide, splits = _grid(tokens, depth, adapters, config.constants["block_k"])
     check_tensor(NAME, "pieces", pieces, (None,), torch.float32, x.device)
     if pieces.numel() < splits * grad_a.numel():
         raise fail(NAME, f"needs pieces of {splits * grad_a.numel()} elements; got {pieces.numel()}")
@@ -151,14 +154,9 @@ def launch(
         sum_pieces(pieces, splits, grad_a, scaling(p))
 
 
-def _choose(x: torch.Tensor, grad_s: torch.Tensor, p: float) -> Config:
-    sizes = {"tokens": math.prod(x.shape[:-1]), "depth": x.shape[-1], "rank": grad_s.shape[-1]}
-    return CONFIGS.choose(x.device, **sizes, element_bytes=x.element_size(), dropout=int(p > 0))
-
-
-def _grid(tokens: int, depth: int, adapters: int, config: Config) -> tuple[int, int]:
+def _grid(tokens: int, depth: int, adapters: int, block_k: int) -> tuple[int, int]:
     """Pieces along the columns of ``x``, and parts of each adapter's tokens."""
-    wide = triton.cdiv(depth, config.constants["block_k"])
+    wide = triton.cdiv(depth, block_k)
     return wide, token_splits(tokens, wide * adapters)
 
 
@@ -187,7 +185,7 @@ def allocate(
     _check(x, grad_s, seed, offsets, p)
     grad_a = x.new_empty(_shape(x, grad_s, offsets))
     adapters = 1 if offsets is None else len(offsets) - 1
-    _, splits = _grid(math.prod(x.shape[:-1]), x.shape[-1], adapters, _choose(x, grad_s, p))
+    _, splits = _grid(math.prod(x.shape[:-1]), x.shape[-1], adapters, WIDEST)
     return grad_a, x.new_empty(splits * grad_a.numel(), dtype=torch.float32)
 
 

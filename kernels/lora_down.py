@@ -27,7 +27,7 @@ from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._dropout import kept, mask, scaling, threshold
 from ._kernel import Kernel, Workload, normal
-from ._lora import as_matrix, check_adapter, check_dropout, even_offsets, owners, segment, strides, touched
+from ._lora import as_matrix, check_adapter, check_dropout, even_offsets, layout_of, owners, segment, strides, touched
 from ._match import Cost, Match
 
 __all__ = ["KERNEL"]
@@ -132,9 +132,7 @@ def launch(
     if s.numel() == 0:
         return
     tokens, adapters = s.numel() // rank, 1 if offsets is None else a.shape[0]
-    config = config or CONFIGS.choose(
-        x.device, tokens=tokens, depth=depth, rank=rank, element_bytes=x.element_size(), dropout=int(p > 0)
-    )
+    config = config or CONFIGS.choose(x.device, tokens=tokens, depth=depth, rank=rank, **layout_of(x, a))
     grid = (triton.cdiv(tokens, config.constants["block_m"]), triton.cdiv(rank, config.constants["block_r"]))
     with torch.accelerator.device_index(x.device.index):
         lora_down_kernel[grid](

@@ -25,7 +25,7 @@ from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._lora import accumulated, as_matrix, check_adapter, even_offsets, owners, segment, strides, touched
+from ._lora import accumulated, as_matrix, check_adapter, even_offsets, layout_of, owners, segment, strides, touched
 from ._match import Cost, Match
 from ._tiles import swizzled
 
@@ -136,7 +136,7 @@ def launch(
         return
     tokens, adapters = y.numel() // columns, 1 if offsets is None else b.shape[0]
     config = config or CONFIGS.choose(
-        x.device, tokens=tokens, columns=columns, depth=depth, rank=rank, element_bytes=x.element_size()
+        x.device, tokens=tokens, columns=columns, depth=depth, rank=rank, **layout_of(x, w, columns=columns)
     )
     tiles = triton.cdiv(tokens, config.constants["block_m"]) * triton.cdiv(columns, config.constants["block_n"])
     with torch.accelerator.device_index(x.device.index):
