@@ -50,13 +50,13 @@ def linear_cross_entropy_partials_kernel(
     partials_pointer: tl.tensor,
     target_logits_pointer: tl.tensor,
     tokens: tl.tensor,
-    stride_k: tl.tensor,
-    stride_v: tl.tensor,
     soft_cap: tl.tensor,
     has_cap: tl.constexpr,
     is_smooth: tl.constexpr,
     vocabulary: tl.constexpr,
     depth: tl.constexpr,
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
     columns: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -231,9 +231,9 @@ def launch(
     with torch.accelerator.device_index(x.device.index):
         if partials.numel():
             linear_cross_entropy_partials_kernel[(blocks * slices,)](
-                x, weight, target, partials, target_logits, tokens, weight.stride(1), weight.stride(0), soft_cap,
-                has_cap=soft_cap != 0.0, is_smooth=is_smooth, vocabulary=vocabulary, depth=depth, columns=SLICE,
-                **config.options,
+                x, weight, target, partials, target_logits, tokens, soft_cap,
+                has_cap=soft_cap != 0.0, is_smooth=is_smooth, vocabulary=vocabulary, depth=depth,
+                stride_k=weight.stride(1), stride_v=weight.stride(0), columns=SLICE, **config.options,
             )  # fmt: skip
         if tokens:
             linear_cross_entropy_merge_kernel[(-(-tokens // 64),)](

@@ -63,8 +63,6 @@ def linear_cross_entropy_backward_kernel(
     tokens: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
-    stride_k: tl.tensor,
-    stride_v: tl.tensor,
     ignore_index: tl.tensor,
     label_smoothing: tl.tensor,
     z_loss: tl.tensor,
@@ -72,6 +70,8 @@ def linear_cross_entropy_backward_kernel(
     has_cap: tl.constexpr,
     vocabulary: tl.constexpr,
     depth: tl.constexpr,
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
@@ -166,8 +166,9 @@ def launch(
             last = min(first + width, vocabulary)
             linear_cross_entropy_backward_kernel[(tiles,)](
                 x, weight, target, log_sum_exp, gradient, logit_gradients, tokens, first, width,
-                weight.stride(1), weight.stride(0), ignore_index, label_smoothing, z_loss, soft_cap,
-                has_cap=soft_cap != 0.0, vocabulary=vocabulary, depth=depth, **config.options,
+                ignore_index, label_smoothing, z_loss, soft_cap,
+                has_cap=soft_cap != 0.0, vocabulary=vocabulary, depth=depth,
+                stride_k=weight.stride(1), stride_v=weight.stride(0), **config.options,
             )  # fmt: skip
             chunk = logit_gradients[:, : last - first]
             torch.mm(chunk.t(), rows, out=dweight[first:last])
