@@ -394,15 +394,15 @@ KERNEL = Kernel(
 )
 
 
-def _setup_context(context: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, cos, sin, positions, *context.scalars, context.inverse = inputs
-    context.save_for_backward(cos, sin, positions)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, cos, sin, positions, *ctx.scalars, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
 
 
-def _backward(context: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any, ...]:
     """Rotate back. Tables are constants: they get no gradient."""
     grads = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_q, grad_k))
-    return (*KERNEL.operator(*grads, *context.saved_tensors, *context.scalars, not context.inverse), *[None] * 8)
+    return (*KERNEL.operator(*grads, *ctx.saved_tensors, *ctx.scalars, not ctx.inverse), *[None] * 8)
 
 
 KERNEL.operator.register_autograd(_backward, setup_context=_setup_context)
