@@ -67,17 +67,21 @@ def finish(
     value: tl.tensor,
     row: tl.tensor,
     first: tl.tensor,
-    scale_pointer: tl.tensor,
     bias_pointer: tl.tensor,
+    mean_pointer: tl.tensor,
+    variance_pointer: tl.tensor,
+    gamma_pointer: tl.tensor,
+    beta_pointer: tl.tensor,
     residual_pointer: tl.tensor,
     out_pointer: tl.tensor,
+    epsilon: tl.tensor,
     rows: tl.tensor,
     stride_bias: tl.constexpr,
     columns: tl.constexpr,
     activation: tl.constexpr,
     residual_first: tl.constexpr,
 ) -> None:
-    """Store sums, from column ``first`` on, scaled, shifted by the bias and activated.
+    """Store sums, from column ``first`` on, shifted by the bias, normalised, and activated.
 
     The residual is added before the activation or after it. Pointers that are None change nothing. ``residual`` and
     ``out`` are row-major ``[rows, columns]``.
@@ -91,10 +95,14 @@ def finish(
             left,
             row,
             first,
-            scale_pointer,
             bias_pointer,
+            mean_pointer,
+            variance_pointer,
+            gamma_pointer,
+            beta_pointer,
             residual_pointer,
             out_pointer,
+            epsilon,
             rows,
             stride_bias,
             columns,
@@ -105,10 +113,14 @@ def finish(
             right,
             row,
             first + half,
-            scale_pointer,
             bias_pointer,
+            mean_pointer,
+            variance_pointer,
+            gamma_pointer,
+            beta_pointer,
             residual_pointer,
             out_pointer,
+            epsilon,
             rows,
             stride_bias,
             columns,
@@ -118,13 +130,24 @@ def finish(
     else:
         column = first + tl.arange(0, width)
         has_column = column < columns
+        scale = tl.full([width], 1.0, tl.float32)
+        shift = tl.zeros([width], tl.float32)
+        if bias_pointer is not None:
+            at_bias = bias_pointer + column.to(tl.int64) * stride_bias
+            shift += tl.load(at_bias, mask=has_column, other=0.0).to(tl.float32)
+        if mean_pointer is not None:
+            variance = tl.load(variance_pointer + column, mask=has_column, other=1.0).to(tl.float32)
+            scale = tl.rsqrt(variance + epsilon)
+            shift = (shift - tl.load(mean_pointer + column, mask=has_column, other=0.0).to(tl.float32)) * scale
+        if gamma_pointer is not None:
+            gamma = tl.load(gamma_pointer + column, mask=has_column, other=0.0).to(tl.float32)
+            scale *= gamma
+            shift *= gamma
+        if beta_pointer is not None:
+            shift += tl.load(beta_pointer + column, mask=has_column, other=0.0).to(tl.float32)
+        value = value * scale[None, :] + shift[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & has_column[None, :]
-        if scale_pointer is not None:
-            value *= tl.load(scale_pointer + column, mask=has_column, other=0.0).to(tl.float32)[None, :]
-        if bias_pointer is not None:
-            bias = tl.load(bias_pointer + column.to(tl.int64) * stride_bias, mask=has_column, other=0.0)
-            value += bias.to(tl.float32)[None, :]
         if not residual_first:
             value = activated(value, activation)
         if residual_pointer is not None:

@@ -1,16 +1,18 @@
 """A convolution of one by one pixels as a matrix product, with what follows it in its epilogue; channels last.
 
-    out = activation(conv1x1(x, weight) * scale + shift + residual)
+    out = activation((conv1x1(x, weight) + bias - mean) / sqrt(variance + epsilon) * gamma + beta + residual)
 
-with scale and shift per channel (a folded batch normalisation; a bias is a shift), residual and activation optional.
-The residual comes before the activation, as in ResNet (He et al., 2016); where it comes last, as in MobileNetV2 and
-EfficientNet, nothing is activated. Products are summed in float32, the epilogue is computed in float32, and ``out`` is
-rounded once.
+The normalisation is that of inference, folded into one scale and one shift for each channel when a program ends. What
+is not given adds nothing and scales by one: ``gamma`` and ``beta`` alone are a scale and a shift folded before, while
+``bias`` and ``gamma`` alone are ConvNeXt's layer scale. The residual comes before the activation, as in ResNet (He et
+al., 2016); where it comes last, as in MobileNetV2 and EfficientNet, nothing is activated. Products are summed in
+float32, the epilogue is computed in float32, and ``out`` is rounded once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,10 +40,14 @@ KNOWN = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
 def pointwise_conv_kernel(
     x_pointer: tl.tensor,
     weight_pointer: tl.tensor,
-    scale_pointer: tl.tensor,
-    shift_pointer: tl.tensor,
+    bias_pointer: tl.tensor,
+    mean_pointer: tl.tensor,
+    variance_pointer: tl.tensor,
+    gamma_pointer: tl.tensor,
+    beta_pointer: tl.tensor,
     residual_pointer: tl.tensor,
     out_pointer: tl.tensor,
+    epsilon: tl.tensor,
     pixels: tl.tensor,
     stride_in: tl.constexpr,
     stride_out: tl.constexpr,
@@ -62,10 +68,14 @@ def pointwise_conv_kernel(
         value,
         pixel,
         tile_n * block_n,
-        scale_pointer,
-        shift_pointer,
+        bias_pointer,
+        mean_pointer,
+        variance_pointer,
+        gamma_pointer,
+        beta_pointer,
         residual_pointer,
         out_pointer,
+        epsilon,
         pixels,
         1,
         filters,
@@ -77,22 +87,30 @@ def pointwise_conv_kernel(
 def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    epsilon: float = 0.0,
     activation: str = "none",
     *,
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write ``activation(conv(x, weight) * scale + shift + residual)`` into ``out``, on the current stream.
+    """Write the convolved, normalised and activated ``x`` into ``out``, on the current stream.
 
     Args:
         x: ``[images, channels, height, width]``, float32, float16 or bfloat16, channels last, on a CUDA device.
         weight: ``[filters, channels, 1, 1]`` of x's dtype and any strides.
-        scale: ``[filters]``, of any of the three dtypes, or None.
-        shift: likewise.
+        bias: ``[filters]`` of any of the three dtypes, row-major, or None.
+        mean: as ``bias``; of the normalisation.
+        variance: as ``bias``; given where ``mean`` is.
+        gamma: as ``bias``; the normalisation's weight, or a scale.
+        beta: as ``bias``; the normalisation's bias, or a shift.
         residual: as ``out``, or None.
+        epsilon: added to the variance.
         activation: ``none``, ``relu``, ``relu6``, ``silu``, ``hardswish``, ``gelu`` or ``gelu_tanh``.
         out: ``[images, filters, height, width]`` of x's dtype, channels last; written, shares no memory with any other
             argument.
@@ -102,9 +120,10 @@ def launch(
         ExecutionError: a tensor has another shape, dtype, layout or device, the output overlaps something, or there is
             no such activation.
     """
-    _check(x, weight, scale, shift, residual, activation)
+    vectors = {"bias": bias, "mean": mean, "variance": variance, "gamma": gamma, "beta": beta}
+    _check(x, weight, vectors, residual, activation)
     _check_image("out", out, _shape(x, weight), x)
-    read = {"x": x, "weight": weight, "scale": scale, "shift": shift, "residual": residual}
+    read = {"x": x, "weight": weight, **vectors, "residual": residual}
     check_apart(NAME, {"out": out}, {name: tensor for name, tensor in read.items() if tensor is not None})
     check_device(NAME, pointwise_conv_kernel, x)
     if out.numel() == 0:
@@ -118,10 +137,10 @@ def launch(
         pointwise_conv_kernel[(tiles,)](
             x,
             weight,
-            scale,
-            shift,
+            *vectors.values(),
             residual,
             out,
+            epsilon,
             pixels,
             stride_in=matrix.stride(0),
             stride_out=matrix.stride(1),
@@ -139,14 +158,15 @@ def _shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    vectors: Mapping[str, torch.Tensor | None],
     residual: torch.Tensor | None,
     activation: str,
 ) -> None:
     _check_image("x", x, (None,) * 4, x)
     check_tensor(NAME, "weight", weight, (None, x.shape[1], 1, 1), x.dtype, x.device, row_major=False)
-    for name, tensor in {"scale": scale, "shift": shift}.items():
+    if (vectors["mean"] is None) != (vectors["variance"] is None):
+        raise fail(NAME, "needs mean and variance both, or neither")
+    for name, tensor in vectors.items():
         if tensor is not None:
             check_tensor(NAME, name, tensor, weight.shape[:1], FLOATS, x.device)
     if residual is not None:
@@ -168,13 +188,18 @@ def _check_image(name: str, image: torch.Tensor, shape: tuple[int | None, ...], 
 def allocate(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    epsilon: float = 0.0,
     activation: str = "none",
 ) -> tuple[torch.Tensor]:
     """A new ``out``, channels last, not filled. Raises ExecutionError as ``launch`` does."""
-    _check(x, weight, scale, shift, residual, activation)
+    vectors = {"bias": bias, "mean": mean, "variance": variance, "gamma": gamma, "beta": beta}
+    _check(x, weight, vectors, residual, activation)
     shape = _shape(x, weight)
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last),)
 
@@ -182,37 +207,45 @@ def allocate(
 def reference(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    epsilon: float = 0.0,
     activation: str = "none",
 ) -> tuple[torch.Tensor]:
     """``(out,)`` by plain PyTorch on any device, with the kernel's one rounding; shapes and layout as ``launch``."""
     value = x.float().permute(0, 2, 3, 1) @ weight[:, :, 0, 0].t().float()
-    if scale is not None:
-        value = value * scale.float()
-    if shift is not None:
-        value = value + shift.float()
-    value = value.permute(0, 3, 1, 2)
-    if residual is not None:
-        value = value + residual.float()
-    return (ACTIVATIONS[activation](value).to(x.dtype, memory_format=torch.channels_last),)
+    value = value if bias is None else value + bias.float()
+    if mean is not None and variance is not None:
+        value = (value - mean.float()) * torch.rsqrt(variance.float() + epsilon)
+    value = value if gamma is None else value * gamma.float()
+    value = value if beta is None else value + beta.float()
+    value = value if residual is None else value + residual.permute(0, 2, 3, 1).float()
+    return (ACTIVATIONS[activation](value).to(x.dtype).permute(0, 3, 1, 2),)
 
 
 def eager(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    epsilon: float = 0.0,
     activation: str = "none",
 ) -> torch.Tensor:
     """What a model says: a convolution, a normalisation, an addition and an activation."""
-    if scale is None:
-        value = torch.nn.functional.conv2d(x, weight, shift)
+    value = torch.nn.functional.conv2d(x, weight, bias)
+    if mean is not None:
+        value = torch.nn.functional.batch_norm(value, mean, variance, gamma, beta, eps=epsilon)
     else:
-        value = torch.nn.functional.conv2d(x, weight) * scale[:, None, None]
-        value = value if shift is None else value + shift[:, None, None]
+        value = value if gamma is None else value * gamma[:, None, None]
+        value = value if beta is None else value + beta[:, None, None]
     return ACTIVATIONS[activation](value if residual is None else value + residual)
 
 
@@ -224,19 +257,20 @@ def cost(
     height: int,
     width: int,
     activation: str = "none",
-    scale: bool = True,
-    shift: bool = True,
+    norm: bool = True,
+    bias: bool = False,
+    scale: bool = False,
     residual: bool = False,
 ) -> Cost:
     """Flops and bytes of one launch: a multiplication and an addition for each pixel, channel and filter.
 
-    Scale, shift, residual and activation count one operation each for every element. Bytes are compulsory, each tensor
-    read or written once.
+    Behind them, bias, layer scale (``scale``, a gamma without a normalisation), residual and activation count one
+    operation each for every element, and the normalisation two. Bytes are compulsory, each tensor read or written once.
     """
     pixels = images * height * width
     elements = pixels * filters
-    epilogue = scale + shift + residual + (activation != "none")
-    values = pixels * channels + channels * filters + filters * (scale + shift) + elements * (1 + residual)
+    epilogue = bias + 2 * norm + scale + residual + (activation != "none")
+    values = pixels * channels + filters * (channels + bias + 4 * norm + scale) + elements * (1 + residual)
     return Cost(elements * (2 * channels + epilogue), values * DTYPE_BYTES[dtype])
 
 
@@ -251,19 +285,31 @@ def arguments(
     height: int,
     width: int,
     activation: str = "none",
-    scale: bool = True,
-    shift: bool = True,
+    norm: bool = True,
+    bias: bool = False,
+    scale: bool = False,
     residual: bool = False,
 ) -> dict[str, Any]:
-    """Random inputs of ``launch`` for such sizes, by name."""
+    """Random inputs of ``launch`` for such sizes, by name; with ``scale``, ``gamma`` is there without ``norm``."""
     random = normal(device, seed)
     last = torch.channels_last
+
+    def positive(wanted: bool) -> torch.Tensor | None:
+        return (1 + random(filters).abs() / 8).to(dtype) if wanted else None
+
+    def vector(wanted: bool) -> torch.Tensor | None:
+        return random(filters).to(dtype) if wanted else None
+
     return {
         "x": random(images, channels, height, width).to(dtype, memory_format=last),
         "weight": (random(filters, channels, 1, 1) / math.sqrt(max(channels, 1))).to(dtype),
-        "scale": (1 + random(filters) / 8).to(dtype) if scale else None,
-        "shift": random(filters).to(dtype) if shift else None,
+        "bias": vector(bias),
+        "mean": vector(norm),
+        "variance": positive(norm),
+        "gamma": positive(norm or scale),
+        "beta": vector(norm),
         "residual": random(images, filters, height, width).to(dtype, memory_format=last) if residual else None,
+        "epsilon": 1e-5,
         "activation": activation,
     }
 
@@ -291,8 +337,17 @@ KERNEL = Kernel(
         _workload("ResNet-50 layer 4 reduction", 2048, 512, 7, activation="relu"),
         _workload("MobileNetV2 first expansion", 16, 96, 112, activation="relu6"),
         _workload("MobileNetV2 projection + residual", 144, 24, 56, residual=True),
-        _workload("ConvNeXt-T stage 2 up + GELU", 192, 768, 28, activation="gelu", scale=False),
-        _workload("ConvNeXt-T stage 2 down + layer scale + residual", 768, 192, 28, residual=True),
+        _workload("ConvNeXt-T stage 2 up + GELU", 192, 768, 28, activation="gelu", norm=False, bias=True),
+        _workload(
+            "ConvNeXt-T stage 2 down + layer scale + residual",
+            768,
+            192,
+            28,
+            norm=False,
+            bias=True,
+            scale=True,
+            residual=True,
+        ),
     ),
     dtypes=FLOATS,
     configs=CONFIGS,

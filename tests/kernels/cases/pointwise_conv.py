@@ -27,13 +27,18 @@ def activated(value: torch.Tensor, activation: str) -> torch.Tensor:
 def truth(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
     residual: torch.Tensor | None,
+    epsilon: float,
     activation: str,
 ) -> tuple[torch.Tensor]:
     value = torch.einsum("nchw,fc->nfhw", x.double(), weight.double()[..., 0, 0])
-    for name, one in (("mul", scale), ("add", shift)):
+    spread = (variance.double() + epsilon).sqrt() if variance is not None else None
+    for name, one in (("add", bias), ("sub", mean), ("div", spread), ("mul", gamma), ("add", beta)):
         value = value if one is None else getattr(value, name)(one.double()[:, None, None])
     return (activated(value if residual is None else value + residual.double(), activation),)
 
@@ -50,7 +55,11 @@ def _wide(given: dict[str, Any]) -> dict[str, Any]:
 
 def _strided_weight(given: dict[str, Any]) -> dict[str, Any]:
     weight = given["weight"].repeat_interleave(2, 1)[:, ::2]
-    return given | {"weight": weight.transpose(0, 1).contiguous().transpose(0, 1), "scale": given["scale"].float()}
+    return given | {"weight": weight.transpose(0, 1).contiguous().transpose(0, 1), "mean": given["mean"].float()}
+
+
+def _folded(given: dict[str, Any]) -> dict[str, Any]:
+    return given | {"mean": None, "variance": None}
 
 
 CASES = Cases(
@@ -59,12 +68,13 @@ CASES = Cases(
     (
         Case(_sizes(1, 1, 1, 1, 1)),
         Case(_sizes(2, 31, 13, 5, 3, "relu6", residual=True), change=_wide),
-        Case(_sizes(3, 53, 37, 3, 7, "hardswish", residual=True), config=_SMALL, change=_wide),
-        Case(_sizes(1, 16, 16, 4, 4, "relu", scale=False), config=_SMALL),
-        Case(_sizes(2, 48, 33, 3, 5, "silu", shift=False), config=_SMALL),
-        Case(_sizes(1, 15, 17, 3, 5, "gelu", scale=False, shift=False), config=_SMALL),
+        Case(_sizes(3, 53, 37, 3, 7, "hardswish", residual=True, bias=True), config=_SMALL, change=_wide),
+        Case(_sizes(1, 16, 16, 4, 4, "relu", norm=False, bias=True), config=_SMALL),
+        Case(_sizes(2, 48, 33, 3, 5, "silu", norm=False, bias=True, scale=True, residual=True), config=_SMALL),
+        Case(_sizes(1, 15, 17, 3, 5, "gelu", norm=False), config=_SMALL),
         Case(_sizes(2, 65, 300, 5, 4, "hardswish", residual=True), config=_HALVES, change=_wide),
         Case(_sizes(2, 70, 33, 9, 9, "gelu_tanh", residual=True)),
+        Case(_sizes(2, 20, 19, 3, 3, "none"), change=_folded, label="folded normalisation"),
         Case(_sizes(2, 24, 19, 3, 3, "relu"), config=_SMALL, change=_strided_weight, label="strided weight"),
         Case(_sizes(3, 17, 5, 1, 1, "none", residual=True)),
         Case(_sizes(3, 1, 5, 2, 3, "relu")),
