@@ -11,18 +11,18 @@ _WRITTEN, _READ = 0xA5, 0xFF
 
 
 class Guarded:
-    """A copy of a tensor, with its strides, in the middle of an allocation filled with sentinels.
+    """A copy of a tensor, with its strides, in the middle of an allocation filled with sentinels, on ``device``.
 
     Around an input they are NaN in every floating-point dtype, so that what is read there shows in the result. An
     output is filled with NaN (-1 in integers) itself, so that what is not written shows.
     """
 
-    def __init__(self, like: torch.Tensor, *, output: bool = False) -> None:
+    def __init__(self, like: torch.Tensor, *, output: bool = False, device: str | None = None) -> None:
         extents = zip(like.shape, like.stride(), strict=True)
         nbytes = (sum((e - 1) * s for e, s in extents) + 1) * like.element_size() if like.numel() else 0
         self._sentinel = _WRITTEN if output else _READ
         self._memory = torch.full(
-            (nbytes + 2 * _SENTINEL_BYTES,), self._sentinel, dtype=torch.uint8, device=like.device
+            (nbytes + 2 * _SENTINEL_BYTES,), self._sentinel, dtype=torch.uint8, device=device or like.device
         )
         self._end = _SENTINEL_BYTES + nbytes
         middle = self._memory[_SENTINEL_BYTES : self._end]
