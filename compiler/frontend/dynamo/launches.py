@@ -33,15 +33,9 @@ def matched(module: torch.fx.GraphModule, rules: Rules) -> tuple[OperatorGraph, 
     found = operator_graph(module, _size)
     matches = list(rules(found.graph))
     values = [node.meta.get("val") for node in module.graph.nodes]
-    symbols = {s for v in values if isinstance(v, torch.SymInt) for s in v.node.expr.free_symbols}
-    symbols |= {
-        s
-        for v in values
-        if isinstance(v, torch.Tensor)
-        for size in v.shape
-        if isinstance(size, torch.SymInt)
-        for s in size.node.expr.free_symbols
-    }
+    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    sizes += values
+    symbols = {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
     if not matches or not symbols:
         return found, matches
     others = {symbol: 1009 + 2 * number for number, symbol in enumerate(sorted(symbols, key=str))}
