@@ -14,6 +14,7 @@ of the filter once for the four. Rows are read again by the taps above and below
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,21 +26,9 @@ from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._activations import ACTIVATIONS, activated
 from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
+from ._convolutions import convolutions
 from ._kernel import Kernel, Workload, normal
-from ._match import (
-    Cost,
-    Found,
-    Match,
-    Walk,
-    any_tensor,
-    call,
-    either,
-    is_row_major,
-    literal,
-    number,
-    reshaped,
-)
-from ._patterns import activations
+from ._match import Cost, Match, Walk
 
 __all__ = ["KERNEL", "channels_inside"]
 
@@ -337,8 +326,8 @@ def reference(
     activation: str,
 ) -> tuple[torch.Tensor]:
     """``(out,)`` by plain PyTorch on any device, with the kernel's one rounding; shapes as ``launch``."""
-    wide = [None if vector is None else vector.float() for vector in (bias, mean, variance, gamma, beta)]
-    value = eager(x.float(), weight.float(), *wide, stride, padding, dilation, epsilon, activation)
+    wide: list[Any] = [None if vector is None else vector.float() for vector in (bias, mean, variance, gamma, beta)]
+    value = eager(x.float(), weight.float(), *wide, stride, padding, dilation, epsilon, activation)  # type: ignore[call-arg] # five of them
     out = value.to(x.dtype).permute(0, 2, 3, 1).contiguous()
     return (out.permute(0, 3, 1, 2),)
 
@@ -434,33 +423,6 @@ def arguments(
     }
 
 
-_X, _WEIGHT = any_tensor("x"), any_tensor("weight")
-_PADDED = (literal("stride"), literal("padding"), literal("dilation"))
-_BIAS = either(any_tensor("bias"), literal("no_bias"))
-_CONV = either(
-    call("conv2d", _X, _WEIGHT, _BIAS, *_PADDED, number("groups")),
-    call("convolution", _X, _WEIGHT, _BIAS, *_PADDED, False, [0, 0], number("groups")),
-)
-_GAMMA, _BETA, _MEAN, _VARIANCE = (any_tensor(name) for name in ("gamma", "beta", "mean", "variance"))
-_VECTORS = (either(_GAMMA, literal("no_gamma")), either(_BETA, literal("no_beta")), _MEAN, _VARIANCE)
-_EPSILON = number("epsilon")
-#: Normalisations as one call, which takes vectors; and spelled out, where they are spread over pixels.
-_WHOLE = either(
-    call("batch_norm", _CONV, *_VECTORS, False, literal("momentum"), _EPSILON, literal("cudnn")),
-    call("_native_batch_norm_legit_no_training", _CONV, *_VECTORS, literal("momentum"), _EPSILON),
-)
-_SHIFTED = call("add", _VARIANCE, _EPSILON)
-_ROOT = either(call("mul", call("reciprocal", call("sqrt", _SHIFTED)), 1), call("rsqrt", _SHIFTED))
-_NORMALISED = call("mul", call("sub", _CONV, _MEAN), any_tensor("root"))
-_SPREAD = either(
-    call("add", call("mul", _NORMALISED, _GAMMA), _BETA),
-    _NORMALISED,
-    call("add", call("mul", _CONV, _GAMMA), _BETA),
-    call("mul", _CONV, _GAMMA),
-    call("add", _CONV, _BETA),
-)
-
-
 def matches(graph: Graph) -> tuple[Match, ...]:
     """Where a graph convolves with as many groups as channels, channels last, with what follows that the kernel knows.
 
@@ -469,84 +431,42 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     the same convolution, those that replace most are returned.
     """
     walk = Walk(graph)
-    results = walk.results("conv2d", "convolution")
-    convolved = {t.name for t in results for conv in walk.find(_CONV, t) if conv["weight"].shape[1:2] == (1,)}
+    convolved = {tensor.name for tensor in walk.results("conv2d", "convolution") if [*_depthwise(walk, tensor)]}
     if not convolved:
         return ()
     floats = {dtype_name(dtype) for dtype in FLOATS}
     tensors = (graph.tensor[op.outputs[0]] for op in graph.ops if op.outputs)
-    found = [match for out in tensors if out.dtype in floats and len(out.shape) == 4 for match in _ending(walk, out)]
+    found = [match for out in tensors if out.dtype in floats and len(out.shape) == 4 for match in _depthwise(walk, out)]
     writes = {op.name: op.outputs[0] for op in graph.ops if op.outputs}
     found = [match for match in found if convolved & {writes.get(name) for name in match.ops}]  # computed only once
     return tuple(match for match in found if not any({*match.ops} < {*other.ops} for other in found))
 
 
-def _ending(walk: Walk, out: Tensor) -> Iterator[Match]:
+def _depthwise(walk: Walk, out: Tensor) -> Iterator[Match]:
     """Launches that compute ``out``."""
-    if out.element_strides != _channels_last(out.shape):
-        return
-    for activation, inner in (("none", out), *activations(walk, out)):
-        for conv, spread in _convolutions(walk, inner, out.dtype):
-            match = _match(walk, conv, inner, out, activation, spread=spread)
-            if match is not None:
-                yield match
-
-
-def _convolutions(walk: Walk, tensor: Tensor, result: str) -> Iterator[tuple[Found, bool]]:
-    """Convolutions whose normalised result is ``tensor``; and whether vectors are spread over pixels there."""
-    for pattern in (_WHOLE, _CONV):
-        yield from ((conv, False) for conv in walk.find(pattern, tensor, result=result))
-    for conv in walk.find(_SPREAD, tensor, result=result):
-        root = conv.tensors.get("root")
-        if root is None:
-            yield conv, True
-        elif _is_spread(root, conv["weight"].shape[0]):
-            yield from ((whole, True) for whole in walk.find(_ROOT, root, conv, result=result))
-
-
-def _is_spread(vector: Tensor, channels: int) -> bool:
-    """Whether the vector has one element for each channel of images."""
-    return vector.shape in ((channels, 1, 1), (1, channels, 1, 1))
-
-
-def _match(walk: Walk, conv: Found, inner: Tensor, out: Tensor, activation: str, *, spread: bool) -> Match | None:
-    """A launch for what was found, if shapes, dtypes, strides and steps are those of the kernel."""
-    x, weight, steps = conv["x"], conv["weight"], [conv.literals[name] for name in ("stride", "padding", "dilation")]
-    channels, kernel = weight.shape[0], weight.shape[-1]
-    if not all(isinstance(step, list) and len({*step}) == 1 and type(step[0]) is int for step in steps):
-        return None
-    vectors: dict[str, Tensor | None] = {}
-    for name in ("bias", "mean", "variance", "gamma", "beta"):
-        given = conv.tensors.get(name)
-        vector = vectors[name] = reshaped(given, (channels,)) if given is not None else None
-        if given is not None and (vector is None or not is_row_major(vector)):
-            return None
-        if given is not None and spread and name in ("mean", "gamma", "beta") and not _is_spread(given, channels):
-            return None
-        if conv.literals.get(f"no_{name}") is not None or (vector and vector.dtype not in map(dtype_name, FLOATS)):
-            return None
-    fits = (
-        weight.shape == (channels, 1, kernel, kernel)
-        and 1 <= kernel <= LARGEST
-        and conv.literals["groups"] == channels == x.shape[1]
-        and {x.dtype, weight.dtype} == {out.dtype}
-        and inner.shape == out.shape
-    )
-    if not fits:
-        return None
-    stride, padding, dilation = (step[0] for step in steps)
-    sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
-    more = {"norm": vectors["mean"] is not None, "bias": vectors["bias"] is not None, "activation": activation}
-    launch_cost = cost(out.dtype, **sizes, kernel=kernel, stride=stride, dilation=dilation, padding=padding, **more)
-    arguments = {"x": x, "weight": weight, **vectors, "stride": stride, "padding": padding, "dilation": dilation}
-    arguments |= {"epsilon": float(conv.literals.get("epsilon", 0.0)), "activation": activation}
-    return walk.match(NAME, arguments, (out,), launch_cost, row_major=False)
-
-
-def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of what `allocate` makes."""
-    _, channels, height, width = shape
-    return (height * width * channels, 1, width * channels, channels)
+    floats = {dtype_name(dtype) for dtype in FLOATS}
+    batch, channels = out.shape[:2]
+    strides = (math.prod(out.shape[1:]), 1, out.shape[-1] * channels, channels)  # those of `allocate`
+    for conv in convolutions(walk, out) if out.element_strides == strides else ():
+        height, width = conv.x.shape[2:]
+        kernel = conv.weight.shape[-1]
+        if (conv.weight.shape, conv.groups, conv.x.shape[1]) != ((channels, 1, kernel, kernel), channels, channels):
+            continue
+        vectors = conv.vectors
+        if not 1 <= kernel <= LARGEST or not {v.dtype for v in vectors.values() if v is not None} <= floats:
+            continue
+        if {conv.x.dtype, conv.weight.dtype} != {out.dtype}:
+            continue
+        steps = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        norm, bias = vectors["mean"] is not None, vectors["bias"] is not None
+        launch_cost = cost(
+            out.dtype, batch, channels, height, width, kernel, **steps, norm=norm, bias=bias, activation=conv.activation
+        )
+        last = {"epsilon": conv.epsilon, "activation": conv.activation}
+        arguments: dict[str, Any] = {"x": conv.x, "weight": conv.weight, **vectors, **steps, **last}
+        match = walk.match(NAME, arguments, (out,), launch_cost, row_major=False)
+        if match is not None:
+            yield match
 
 
 _RELU6, _SILU, _HARDSWISH = ({"activation": name} for name in ("relu6", "silu", "hardswish"))

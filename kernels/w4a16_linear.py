@@ -105,13 +105,13 @@ def _of_groups(
     values = ()
     for start in tl.static_range(0, 256, span):
         if pointer is None:
-            values += (tl.full([n.shape[0]], default, tl.float32),)
+            values += (tl.full([n.shape[0]], default, tl.float32),)  # type: ignore[assignment] # it grows
         else:
             index = (block * 256 + start) // group
             inside = (n < columns) & (index * group < depth)
             at = index * columns + n  # of a 32nd of the weights at most: 32 bits will do
             value = tl.load(pointer + at, mask=inside, other=0)
-            values += (value.to(tl.float32),)
+            values += (value.to(tl.float32),)  # type: ignore[assignment] # it grows
     return values
 
 

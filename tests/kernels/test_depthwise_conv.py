@@ -73,7 +73,7 @@ def test_cost_is_what_was_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"stride": 2, "kernel": 5}, {"dilation": 2, "padding": 1}, {"kernel": 2}])
 def test_cost_counts_the_pixels_that_are_computed(more: dict[str, int]) -> None:
-    given = arguments(**{key: value for key, value in more.items() if key != "padding"})
+    given = arguments(torch.float32, **{key: value for key, value in more.items() if key != "padding"})
     given["padding"] = more.get("padding", given["padding"])
     (out,) = KERNEL.allocate(*given.values())
     sizes = SIZES | more | {"norm": False}
@@ -108,9 +108,9 @@ class Block(nn.Module):
         options = {"kernel_size": 3, "padding": 1, "groups": 8, "bias": not norm} | more
         self.conv = nn.Conv2d(8, 8, **options)
         self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
-        if norm:
-            for tensor in (self.norm.weight, self.norm.bias, self.norm.running_mean, self.norm.running_var):
-                tensor.data.uniform_(0.5, 1.5)
+        for tensor in self.norm.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,8 @@ def test_matches_its_own_eager_spelling(kind: str, dtype: torch.dtype, decompose
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
 
     def function(*values: torch.Tensor) -> torch.Tensor:
-        return KERNEL.eager(**(given | dict(zip(tensors, values, strict=True))))
+        out: torch.Tensor = KERNEL.eager(**(given | dict(zip(tensors, values, strict=True))))
+        return out
 
     tolerance = TOLERANCE[dtype]
     inputs = list(tensors.values())

@@ -117,9 +117,8 @@ def test_a_quantised_layer_stands_for_a_float_one(
 
 def test_layers_are_exported_and_saved() -> None:
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.SiLU(), nn.Linear(48, 8)).to(HALF)
-    model[0] = quantized_linear(model[0], 4, 32, symmetric=False)
-    model[2] = quantized_linear(model[2], 8)
+    up, down = nn.Linear(64, 48, bias=False).to(HALF), nn.Linear(48, 8).to(HALF)
+    model = nn.Sequential(quantized_linear(up, 4, 32, symmetric=False), nn.SiLU(), quantized_linear(down, 8))
     x = torch.randn(3, 64).to(HALF)
     program = torch.export.export(model, (x,), strict=False)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

@@ -117,7 +117,8 @@ def test_matches_its_own_eager_spelling(bias: bool, decomposed: bool) -> None:
     tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
 
     def function(*values: torch.Tensor) -> torch.Tensor:
-        return KERNEL.eager(*values, *([] if bias else [None]), 96)
+        out: torch.Tensor = KERNEL.eager(*values, *([] if bias else [None]), 96)
+        return out
 
     check_fusion(KERNEL, function, tensors, rtol=0.05, atol=0.05, decomposed=decomposed)
 
