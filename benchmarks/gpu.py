@@ -1,9 +1,11 @@
 """Every check and benchmark that needs a GPU, by one command, in less time than it is given.
 
-``python -m benchmarks.gpu --out DIR [--minutes 9] [--wheels DIR] [--only tests backend memory_limit] [--models NAME
-...]``, in the repository's root, with the Python that has torch. Steps:
+``python -m benchmarks.gpu --out DIR [--minutes 9] [--wheels DIR] [--only kernels backend ...] [--models NAME ...]``, in
+the repository's root, with the Python that has torch. Steps:
 
-* ``tests``: the tests marked ``gpu``;
+* ``tests``: the tests of compiled models that are marked ``gpu``, and kernels with offsets beyond 32 bits;
+* ``kernel_tests``: all other tests of the kernels, in eight processes where pytest-xdist is installed;
+* ``kernels``: ``benchmarks.kernels``, every kernel beside its peers, into a folder of its own;
 * ``backend``: ``benchmarks.bench_backend``;
 * ``memory_limit``: ``benchmarks.bench_memory_limit``.
 
@@ -28,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
@@ -39,35 +42,54 @@ NEEDED = (
     *("torch", "triton", "numpy", "onnx", "pulp", "highspy", "ortools", "numba", "ml_dtypes", "msgspec", "typer"),
     *("matplotlib", "transformers", "pytest", "hypothesis"),
 )
+PROCESSES = "8"
 SPARE_S = 30.0  # of a step's time in which it begins nothing more
 FAILED, MISSING = 1, 2
 
 
+class Kind(Enum):
+    """Tests take no arguments, or a number of processes; benchmarks a file and their time; the kernels' a folder."""
+
+    TESTS = "tests"
+    PARALLEL_TESTS = "parallel tests"
+    BENCHMARK = "benchmark"
+    KERNELS = "kernels"
+
+
 @dataclass(frozen=True)
 class Step:
-    """One command; ``weight`` is its part of the time, ``measures`` whether it takes the arguments of a benchmark."""
+    """One command; ``weight`` is its part of the time, ``kind`` says which arguments it takes."""
 
     name: str
     module: str
     weight: float
-    measures: bool = True
+    kind: Kind = Kind.BENCHMARK
     arguments: tuple[str, ...] = ()
 
-    def command(self, out: Path, seconds: float, models: Sequence[str]) -> list[str]:
-        """What to run, to end in about ``seconds``."""
+    def command(self, out: Path, seconds: float, models: Sequence[str], parallel: bool = False) -> list[str]:
+        """What to run, to end in about ``seconds``; with ``parallel``, tests that can share their work do."""
         command = [sys.executable, "-m", self.module, *self.arguments]
-        if not self.measures:
+        minutes = ("--minutes", f"{max(seconds - SPARE_S, 10.0) / 60:.2f}")
+        if self.kind is Kind.TESTS:
             return command
-        command += ["--json", str(out / f"{self.name}.json"), "--minutes", f"{max(seconds - SPARE_S, 10.0) / 60:.2f}"]
+        if self.kind is Kind.PARALLEL_TESTS:
+            return [*command, *(("-n", PROCESSES) if parallel else ())]
+        if self.kind is Kind.KERNELS:
+            return [*command, "--out", str(out / self.name), *minutes]
+        command += ["--json", str(out / f"{self.name}.json"), *minutes]
         return [*command, *(("--models", *models) if models else ())]
 
 
 #: Where the tests are that need a GPU: to collect all others takes time.
+KERNELS = "tests/kernels/test_kernels_on_gpu.py"
 TESTS = ("tests/kernels", "tests/compiler/frontend/dynamo/test_gpu.py")
+PYTEST = ("-m", "gpu", "-q", "-p", "no:cacheprovider")
 STEPS = (
-    Step("tests", "pytest", 2.0, measures=False, arguments=("-m", "gpu", "-q", "-p", "no:cacheprovider", *TESTS)),
-    Step("backend", "benchmarks.bench_backend", 4.5),
-    Step("memory_limit", "benchmarks.bench_memory_limit", 3.0),
+    Step("tests", "pytest", 1.5, Kind.TESTS, (*PYTEST, "-k", "not what_it_says and not full_size", *TESTS)),
+    Step("kernel_tests", "pytest", 1.5, Kind.PARALLEL_TESTS, (*PYTEST, "-k", "what_it_says", KERNELS)),
+    Step("kernels", "benchmarks.kernels", 4.0, Kind.KERNELS),
+    Step("backend", "benchmarks.bench_backend", 3.0),
+    Step("memory_limit", "benchmarks.bench_memory_limit", 2.0),
 )
 
 
@@ -120,9 +142,9 @@ def _environment(wheels: Path | None) -> Iterator[Mapping[str, str]]:
         yield {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def _missing(environment: Mapping[str, str]) -> list[str]:
+def _missing(environment: Mapping[str, str], names: Sequence[str] = NEEDED) -> list[str]:
     code = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util.find_spec(n) is None))"
-    command = [sys.executable, "-c", code, *NEEDED]
+    command = [sys.executable, "-c", code, *names]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
 
@@ -142,7 +164,7 @@ def _run(
 ) -> tuple[int, str]:
     """Run a step, at most for ``seconds``; its exit status and the last line it printed."""
     print(f"--- {step.name}, {seconds:.0f} s", flush=True)
-    command = step.command(out, seconds, models)
+    command = step.command(out, seconds, models, not _missing(environment, ("xdist",)))
     process = subprocess.Popen(
         *(command,),
         cwd=ROOT,

@@ -202,17 +202,28 @@ def test_interrupted_benchmarks_keep_what_they_measured(tmp_path: Path) -> None:
 
 def test_steps_share_the_time_that_is_left(tmp_path: Path) -> None:
     assert sum(gpu.shares(gpu.STEPS, 540.0)) == pytest.approx(540.0)
-    assert gpu.shares(gpu.STEPS[1:], 400.0) == pytest.approx((240.0, 160.0))
-    command = gpu.STEPS[1].command(tmp_path, 300.0, ["gpt2:infer"])
+    steps = {step.name: step for step in gpu.STEPS}
+    backend, limit = steps["backend"], steps["memory_limit"]
+    assert gpu.shares([backend, limit], 400.0) == pytest.approx((240.0, 160.0))
+    command = backend.command(tmp_path, 300.0, ["gpt2:infer"])
     assert command[1:3] == ["-m", "benchmarks.bench_backend"]
     assert command[command.index("--minutes") + 1] == "4.50"
     assert command[-2:] == ["--models", "gpt2:infer"]
-    assert "--json" not in gpu.STEPS[0].command(tmp_path, 60.0, ["gpt2:infer"])
+    assert "--json" not in steps["tests"].command(tmp_path, 60.0, ["gpt2:infer"])
+
+
+def test_kernels_are_tested_in_parallel_and_measured_into_a_folder(tmp_path: Path) -> None:
+    steps = {step.name: step for step in gpu.STEPS}
+    assert "-n" not in steps["kernel_tests"].command(tmp_path, 60.0, [])
+    assert steps["kernel_tests"].command(tmp_path, 60.0, [], True)[-2:] == ["-n", "8"]
+    assert "-n" not in steps["tests"].command(tmp_path, 60.0, [], True)
+    command = steps["kernels"].command(tmp_path, 240.0, ["gpt2:infer"])
+    assert command[1:] == ["-m", "benchmarks.kernels", "--out", str(tmp_path / "kernels"), "--minutes", "3.50"]
 
 
 def test_a_step_that_takes_too_long_is_interrupted_and_its_output_kept(tmp_path: Path) -> None:
     code = "import time; print('begun', flush=True); time.sleep(600)"
-    step = gpu.Step("endless", "", 1.0, measures=False)
+    step = gpu.Step("endless", "", 1.0)
     endless = type("Endless", (gpu.Step,), {"command": lambda *_: [sys.executable, "-c", code]})
     status, line = gpu._run(endless(step.name, "", 1.0), tmp_path, 3.0, [], dict(os.environ))
     assert status != 0
