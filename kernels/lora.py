@@ -14,6 +14,7 @@ and has no gradient.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from ._checks import FLOATS, fail
 from ._configs import Config
 from ._kernel import Kernel, Workload
 from ._lora import as_matrix
-from ._match import Cost, Match
+from ._lora_rules import low_rank_sums, product_of
+from ._match import Cost, Match, Walk
 
 __all__ = ["KERNEL", "lora"]
 
@@ -195,7 +197,25 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph adds a product of low rank, scaled or not, to a linear layer of the same input.
+
+    That is LoRA without dropout; PyTorch's dropout draws other masks than this kernel, so it is not matched. Nobody needs
+    ``s``; if somebody reads the graph's own, that one stays.
+    """
+    walk = Walk(graph)
+    found = []
+    for item in low_rank_sums(walk):
+        base, (depth, columns) = item.base, item.base.weight.shape
+        for a in product_of(walk, item.s, base.x):
+            tokens, has_bias = math.prod(item.out.shape[:-1]), base.bias is not None
+            launch_cost = cost(item.out.dtype, tokens, depth, columns, item.rank, bias=has_bias)
+            arguments = {"x": base.x, "w": base.weight, "a": a, "b": item.b, "bias": base.bias}
+            arguments |= {"seed": None, "offsets": None, "scale": item.scale, "p": 0.0}
+            s = walk.fresh(item.out, "low_rank", item.s.shape, item.out.dtype)
+            match = walk.match(NAME, arguments, (item.out, s), launch_cost)
+            if match is not None:
+                found.append(match)
+    return tuple(found)
 
 
 def _workload(name: str, tokens: int, depth: int, columns: int, rank: int, adapters: int = 0) -> Workload:

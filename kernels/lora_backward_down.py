@@ -253,6 +253,10 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
+    """None: autograd of PyTorch's layers computes the gradient of their weight, the transpose of ``grad_b``.
+
+    The operator is called directly, or by `lora`'s autograd.
+    """
     return ()
 
 

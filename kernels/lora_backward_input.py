@@ -287,6 +287,10 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
+    """None: autograd emits this sum for PyTorch's dropout, with a stored mask of another generator.
+
+    Without dropout it is a sum that `lora_linear` matches. The operator is called directly, or by `lora`'s autograd.
+    """
     return ()
 
 

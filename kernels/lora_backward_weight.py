@@ -253,6 +253,10 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
+    """None: without dropout this is a plain product; for PyTorch's dropout autograd reads a mask of another generator.
+
+    The operator is called directly, or by `lora`'s autograd.
+    """
     return ()
 
 

@@ -241,6 +241,10 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
+    """None: without dropout this is a plain product, and PyTorch's dropout draws other masks.
+
+    The operator is called directly, or by `lora`.
+    """
     return ()
 
 

@@ -26,7 +26,8 @@ from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
 from ._lora import accumulated, as_matrix, check_adapter, even_offsets, layout_of, owners, segment, strides, touched
-from ._match import Cost, Match
+from ._lora_rules import low_rank_sums
+from ._match import Cost, Match, Walk
 from ._tiles import swizzled
 
 __all__ = ["KERNEL"]
@@ -269,7 +270,22 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph adds a product of low rank, scaled or not, to a linear layer: ``linear(x, w) + 2 * (s @ b)``.
+
+    Whatever computed ``s`` stays: a product with or without PyTorch's dropout. The same sum is the gradient of the
+    input of a layer without dropout, ``grad_y @ w.T + grad_s @ a.T``. Where a model rounds both products and the
+    scaled one, the kernel rounds the sum.
+    """
+    walk = Walk(graph)
+    found = []
+    for item in low_rank_sums(walk):
+        (depth, columns), tokens = item.base.weight.shape, math.prod(item.out.shape[:-1])
+        arguments = {"x": item.base.x, "w": item.base.weight, "s": item.s, "b": item.b, "bias": item.base.bias}
+        launch_cost = cost(item.out.dtype, tokens, depth, columns, item.rank, bias=item.base.bias is not None)
+        match = walk.match(NAME, {**arguments, "offsets": None, "scale": item.scale}, (item.out,), launch_cost)
+        if match is not None:
+            found.append(match)
+    return tuple(found)
 
 
 def _workload(name: str, tokens: int, depth: int, columns: int, rank: int, adapters: int = 0) -> Workload:
