@@ -12,9 +12,9 @@ rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -32,6 +32,7 @@ __all__ = ["KERNEL"]
 
 NAME = "rope_cache"
 CONFIGS = Configs.beside(__file__)
+_Item = TypeVar("_Item")
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -356,19 +357,25 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     turned = [r for r in rotations(walk) if len(r.x.shape) == 3 and not r.angles.heads_first]
     turned = [r for r in turned if is_row_major(r.out)]
     stored = list(_stored(walk)) if turned else []
-    keys = {r.out.buffer: index for index, r in enumerate(turned)}
+    where = {r.out.buffer: index for index, r in enumerate(turned)}
+    keys = {rows.rows.buffer for rows in stored}
     found = []
     for here, keyed in enumerate(stored):
-        index = keys.get(keyed.rows.buffer)
-        if index is None:
+        if keyed.rows.buffer not in where:
             continue
-        near = sorted((i for i in range(len(turned)) if i != index), key=lambda i: abs(i - index))
-        queries = [turned[i] for i in near if turned[i].key == turned[index].key]
-        beside = sorted(range(len(stored)), key=lambda i: abs(i - here))
-        values = [stored[i] for i in beside if stored[i].rows.buffer not in keys and stored[i].place == keyed.place]
-        if queries and values:
-            found.append(_match(walk, queries[0], turned[index], keyed, values[0]))
+        index = where[keyed.rows.buffer]
+        queries = _beside(turned, index, lambda r, k=turned[index]: r.key == k.key and r.out.buffer not in keys)
+        values = _beside(stored, here, lambda v, k=keyed: v.place == k.place and v.rows.buffer not in where)
+        tried = (_match(walk, q, turned[index], keyed, v) for q in queries for v in values)
+        found.append(next((match for match in tried if match is not None), None))
     return tuple(match for match in found if match is not None)
+
+
+def _beside(items: Sequence[_Item], index: int, fits: Callable[[_Item], bool]) -> list[_Item]:
+    """The nearest item that fits on either side: in a model of many layers, others belong to other layers."""
+    before = next(filter(fits, reversed(items[:index])), None)
+    behind = next(filter(fits, items[index + 1 :]), None)
+    return [item for item in (behind, before) if item is not None]
 
 
 @dataclass(frozen=True)
