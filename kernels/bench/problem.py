@@ -103,6 +103,11 @@ class Problem:
         if case.mode == TRAINING:
             self._find_gradients(seed)
 
+    @property
+    def is_random(self) -> bool:
+        """Whether values are dropped at random, with a probability ``p``: others draw other numbers than the kernel."""
+        return bool(self.inputs.get("p", 0.0))
+
     def given(self) -> list[Any]:
         """The inputs in order; those that are written, or that gradients are taken of, are copies."""
         values = dict(self.inputs)
@@ -162,14 +167,14 @@ class Problem:
 
     def _reference(self, dtype: torch.dtype) -> list[torch.Tensor]:
         trained = set(self.trained)
-        values = {
-            name: value.detach().to(dtype).requires_grad_(name in trained)
-            if isinstance(value, torch.Tensor) and value.dtype == self.case.dtype
-            else value
-            for name, value in self.inputs.items()
-        }
+        values = dict(self.inputs)
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dtype == self.case.dtype:
+                values[name] = value.to(dtype)
         for name in self.kernel.mutates:
             values[name] = values[name].clone()
+        for name in trained:
+            values[name] = values[name].detach().clone().requires_grad_()
         results = list(self.kernel.reference(*values.values()))
         if not trained:
             return results
