@@ -56,10 +56,13 @@ ACTIVATIONS: Mapping[str, Pattern] = MappingProxyType(
 )
 
 
-def activations(walk: Walk, tensor: Tensor, *allowed: str) -> Iterator[tuple[str, Tensor]]:
-    """Which activation ``tensor`` is the result of, by its name in ``ACTIVATIONS``, and of what."""
+def activations(walk: Walk, tensor: Tensor, *allowed: str, result: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Which activation ``tensor`` is the result of, by its name in ``ACTIVATIONS``, and of what.
+
+    ``result`` is the dtype of the launch's result, where ``tensor`` is a step on the way and has another.
+    """
     for name in allowed or ACTIVATIONS:
-        for found in walk.find(ACTIVATIONS[name], tensor):
+        for found in walk.find(ACTIVATIONS[name], tensor, result=result):
             yield name, found["x"]
             break
 
