@@ -137,7 +137,8 @@ class Uses:
         for tensor in outputs:
             between = [i for i in self._touching.get(tensor.buffer, ()) if begin <= i <= end and i not in members]
             is_new = tensor.name == tensor.buffer
-            if (is_new and row_major and not is_row_major(tensor)) or (not is_new and between):
+            changed = [i for i in between if i in self.writers(tensor.buffer)]  # what vanishes may have read that
+            if (is_new and row_major and not is_row_major(tensor)) or changed or (not is_new and between):
                 return None
             readers = [i for i in self._touching.get(tensor.buffer, ()) if i > begin and i not in members]
             high = min([high, *readers])

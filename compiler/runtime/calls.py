@@ -238,6 +238,8 @@ def evaluate(body: str, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor,
     keywords = {key: _bind(value, operands, call) for key, value in call.keywords}
     if call.target in _TRAINING_FLAG:
         _refuse_training(call, operator)
+    if any(argument.name == "device" and not argument.has_default_value() for argument in operator._schema.arguments):
+        keywords.setdefault("device", operands[0].device if operands else torch.get_default_device())  # as aten does
     try:
         return tuple(_tensors(operator(*arguments, **keywords)))
     except OpweaveError:

@@ -52,7 +52,7 @@ def launch_differentiable(
     except (ModelError, RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
         log.info("no kernel with gradients is looked for: %s", str(error).partition("\n")[0])
         return module, ()
-    chosen = choose(found.graph, matches)
+    chosen = choose(found.graph, [match for match in matches if _is_settled(found.graph, match)])
     if not chosen:
         return module, ()
     launch_instead(traced, found, chosen)
@@ -65,3 +65,10 @@ def launch_differentiable(
             new._dynamo_source = old._dynamo_source
     traced.meta = dict(module.meta)
     return traced, tuple((match.kernel, match.ops) for match in chosen)
+
+
+def _is_settled(graph: Graph, match: Match) -> bool:
+    """Whether nothing is written in place that the launch reads or makes: its backward may have saved it."""
+    buffers = {tensor.buffer for tensor in (*match.operands, *match.outputs)}
+    versions = (graph.tensor[name] for op in graph.ops for name in op.outputs)
+    return not any(version.buffer in buffers and version.name != version.buffer for version in versions)

@@ -201,3 +201,18 @@ def test_sizes_may_be_symbols_in_training() -> None:
         (expected[1].sum() + expected[0].square().sum()).backward()
         same(gradients, [tensor.grad for tensor in twins])
     assert "add_rms_norm" in launched()
+
+
+class Scaled(Block):
+    """A block whose sum is scaled in place behind its normalisation: a backward may have saved it before."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scaled sum, and what the linear layer makes of a normalisation of it before."""
+        hidden = x + residual
+        normalized = torch.nn.functional.rms_norm(hidden.detach(), (16,))
+        hidden.mul_(2)
+        return hidden, self.up(self.norm(normalized + residual)).mul_(0.5)
+
+
+def test_results_that_are_changed_in_place_afterwards() -> None:
+    check(Scaled(), lambda: inputs(2, 3, 16, gradients=True), gradients=True, kernels="all", tolerance=1e-4)
