@@ -175,5 +175,6 @@ def sums(walk: Walk, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         total = walk.graph.tensor[tensor.buffer]
         if one is None or other is None or {t.dtype for t in (one, other, total)} != {tensor.dtype}:
             continue
-        if total.shape == tensor.shape and all(is_row_major(t) for t in (one, other, total)):
+        is_whole = total.shape == tensor.shape and walk.writer(total) == walk.writer(tensor)  # not written in place
+        if is_whole and all(is_row_major(t) for t in (one, other, total)):
             yield one, other, total
