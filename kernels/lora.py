@@ -199,8 +199,8 @@ def arguments(
 def matches(graph: Graph) -> tuple[Match, ...]:
     """Where a graph adds a product of low rank, scaled or not, to a linear layer of the same input.
 
-    That is LoRA without dropout; PyTorch's dropout draws other masks than this kernel, so it is not matched. Nobody needs
-    ``s``; if somebody reads the graph's own, that one stays.
+    That is LoRA without dropout; PyTorch's dropout draws other masks than this kernel, so it is not matched. Nobody
+    needs ``s``; if somebody reads the graph's own, that one stays.
     """
     walk = Walk(graph)
     found = []
