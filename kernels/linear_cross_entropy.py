@@ -28,8 +28,9 @@ from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._cross_entropy import capped, check_operands, dense_logits, is_chosen
+from ._cross_entropy_patterns import Loss, losses
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk
 from ._matmul import multiplied, sizes_of
 from ._tiles import swizzled
 from .linear_cross_entropy_backward import KERNEL as BACKWARD
@@ -363,7 +364,27 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph computes float32 losses, each token's or their mean, of a linear layer without bias.
+
+    What the graph computes in a narrower dtype than the loss is rounded less here. Where logits have other readers, as
+    in training, they stay, and nothing is won: there the operator itself is to be called, which autograd knows.
+    """
+    walk = Walk(graph)
+    found = [match for loss in losses(walk) if (match := _match(walk, loss)) is not None]
+    return tuple(m for m in found if not any(set(m.ops) < set(other.ops) for other in found))
+
+
+def _match(walk: Walk, loss: Loss) -> Match | None:
+    (tokens, depth), vocabulary = loss.x.shape, loss.weight.shape[0]
+    each, log_sum_exp = (walk.fresh(loss.out, name, (tokens,), "float32") for name in ("losses", "log_sum_exp"))
+    if loss.is_mean:
+        outputs = (loss.out, each, log_sum_exp)
+    else:
+        outputs = (walk.fresh(loss.out, "mean", (), "float32"), loss.out, log_sum_exp)
+    factors = {"label_smoothing": loss.label_smoothing, "z_loss": 0.0, "soft_cap": loss.soft_cap}
+    operands = {"x": loss.x, "weight": loss.weight, "target": loss.target, "ignore_index": loss.ignore_index}
+    launch_cost = cost(loss.x.dtype, tokens, depth, vocabulary, **factors)
+    return walk.match(NAME, {**operands, **factors}, outputs, launch_cost)
 
 
 KERNEL = Kernel(
@@ -387,20 +408,20 @@ KERNEL = Kernel(
 )
 
 
-def _save(context: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, weight, target, *factors = inputs
-    context.save_for_backward(x, weight, target, output[2])
-    context.mark_non_differentiable(output[2])
-    context.factors = factors
+    ctx.save_for_backward(x, weight, target, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.factors = factors
 
 
 def _backward(
-    context: Any, loss_gradient: torch.Tensor, losses_gradient: torch.Tensor, _: torch.Tensor
+    ctx: Any, loss_gradient: torch.Tensor, losses_gradient: torch.Tensor, _: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    x, weight, target, log_sum_exp = context.saved_tensors
-    count = (target != context.factors[0]).sum()
+    x, weight, target, log_sum_exp = ctx.saved_tensors
+    count = (target != ctx.factors[0]).sum()
     gradient = losses_gradient + loss_gradient / count  # of ignored targets, the kernel reads none
-    return (*BACKWARD(x, weight, target, log_sum_exp, gradient, *context.factors), None, *[None] * 4)
+    return (*BACKWARD(x, weight, target, log_sum_exp, gradient, *ctx.factors), None, *[None] * 4)
 
 
 KERNEL.operator.register_autograd(_backward, setup_context=_save)

@@ -351,6 +351,10 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
+    """Nothing: graphs of training keep log-probabilities, of which no operator writes the log-sum-exp by itself.
+
+    The operator is called by autograd, as the backward of ``linear_cross_entropy``.
+    """
     return ()
 
 
