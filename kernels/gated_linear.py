@@ -10,19 +10,22 @@ operators round after each. The backward computes both products again instead of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from msgspec.structs import replace
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor, contiguous_strides
 from ._activations import ACTIVATIONS, activated
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, any_tensor, call, reshaped
 from ._matmul import sizes_of
+from ._patterns import activations, linears
 from ._tiles import swizzled
 from .gated_activation_backward import GATES
 from .gated_activation_backward import KERNEL as GATED_ACTIVATION_BACKWARD
@@ -190,7 +193,60 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph multiplies a linear layer by another one of the same tensor that is activated, both without bias.
+
+    Both may be parts of one linear layer, as where a model packs its weights.
+    """
+    walk = Walk(graph)
+    if not any(walk.results("linear", "mm", "matmul")):
+        return ()
+    found: list[Match] = []
+    for out in walk.results("mul", "_to_copy", "to", "convert_element_type"):
+        if out.dtype not in map(dtype_name, FLOATS) or not out.shape:
+            continue
+        for factors in walk.find(call("mul", any_tensor("opened"), any_tensor("passed")), out):
+            opened, passed = (reshaped(factors[name], out.shape) for name in ("opened", "passed"))
+            if opened is None or passed is None:
+                continue
+            for activation, inner in activations(walk, opened, *GATES, result=out.dtype):
+                for x, gate in _projections(walk, inner, out):
+                    for other, up in _projections(walk, passed, out):
+                        if other == x and gate.shape == up.shape:
+                            found += _matched(walk, x, gate, up, activation, out)
+    return tuple(found)
+
+
+def _projections(walk: Walk, tensor: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """``x`` and ``weight`` of linear layers without bias whose columns, all or some, ``tensor`` may be."""
+    base = walk.graph.buffers[tensor.buffer]
+    columns, all_columns = out.shape[-1], base.shape[-1] if base.shape else 0
+    begin, is_part = tensor.offset_bytes // DTYPE_BYTES[tensor.dtype], all_columns > columns
+    whole = tensor
+    if is_part:  # rows as long as those of all columns, of which it has neighbours
+        strides = (*contiguous_strides((*out.shape[:-1], all_columns))[:-1], 1)
+        whole = reshaped(base, (*out.shape[:-1], all_columns)) or base
+        if (tensor.shape, tensor.element_strides) != (out.shape, strides) or begin + columns > all_columns:
+            return
+    elif tensor.shape != out.shape:
+        return
+    for linear in linears(walk, whole):
+        if linear.bias is None and linear.x.dtype == out.dtype:
+            yield linear.x, _columns(linear.weight, begin, columns) if is_part else linear.weight
+
+
+def _columns(weight: Tensor, begin: int, count: int) -> Tensor:
+    """A view of neighbouring columns."""
+    offset = weight.offset_bytes + begin * weight.element_strides[1] * DTYPE_BYTES[weight.dtype]
+    strides = weight.element_strides
+    return replace(weight, name="", shape=(weight.shape[0], count), strides=strides, offset_bytes=offset)
+
+
+def _matched(walk: Walk, x: Tensor, gate: Tensor, up: Tensor, activation: str, out: Tensor) -> list[Match]:
+    depth, columns = gate.shape
+    launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), depth, columns, activation)
+    arguments = {"x": x, "gate": gate, "up": up, "activation": activation}
+    match = walk.match(NAME, arguments, (out,), launch_cost)
+    return [] if match is None else [match]
 
 
 KERNEL = Kernel(

@@ -10,19 +10,22 @@ tanh that approximates it), SiLU, or none. Products are summed in float32, the e
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._activations import ACTIVATIONS
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
+from ._epilogues import addends, outermost
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, is_row_major, reshaped
 from ._matmul import finish, multiplied, sizes_of
+from ._patterns import activations, linears
 from ._tiles import swizzled
 
 __all__ = ["KERNEL"]
@@ -234,7 +237,38 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph activates a linear layer, adds a tensor of its shape to it, or both.
+
+    A product and a bias alone are left to the vendor's library. Of launches that replace the same operators, those that
+    replace most are returned.
+    """
+    walk = Walk(graph)
+    if not any(walk.results("linear", "addmm", "mm", "matmul")):
+        return ()
+    tensors = (graph.tensor[op.outputs[0]] for op in graph.ops if op.outputs)
+    floats = {dtype_name(dtype) for dtype in FLOATS}
+    found = (match for out in tensors if out.dtype in floats and out.shape for match in _ending(walk, out))
+    return outermost(found)
+
+
+def _ending(walk: Walk, out: Tensor) -> Iterator[Match]:
+    """Launches that compute ``out``."""
+    columns = out.shape[-1]
+    for inner, residual in ((out, None), *addends(walk, out)):
+        for activation, before in (("none", inner), *activations(walk, inner, *KNOWN[1:])):
+            product = reshaped(before, out.shape)
+            if product is None or (residual is None and activation == "none"):
+                continue
+            if residual is not None and not is_row_major(residual):
+                continue
+            for linear in linears(walk, product):
+                depth, bias = linear.weight.shape[0], linear.bias is not None
+                more = {"activation": activation, "bias": bias, "residual": residual is not None}
+                launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), depth, columns, **more)
+                operands = {"x": linear.x, "weight": linear.weight, "bias": linear.bias, "residual": residual}
+                match = walk.match(NAME, {**operands, "activation": activation}, (out,), launch_cost)
+                if match is not None:
+                    yield match
 
 
 KERNEL = Kernel(
