@@ -72,6 +72,13 @@ def test_a_device_is_left_out() -> None:
     assert format_call("aten.to.device", [InputRef(0), torch.device("cpu")]) == "aten.to.device(%0, 'cpu')"
 
 
+def test_an_operator_that_has_to_be_told_its_device_is_told() -> None:
+    """What Inductor decomposes ``arange`` to."""
+    body = "prims.iota.default(3, start=0, step=1, dtype=torch.int64, requires_grad=False)"
+    (numbers,) = evaluate(body, ())
+    assert numbers.tolist() == [0, 1, 2]
+
+
 def test_an_argument_without_a_text_form_is_named() -> None:
     with pytest.raises(UnsupportedOperator, match=r"aten\.f\.default has an argument of type object"):
         format_call("aten.f.default", [object()])
