@@ -17,6 +17,7 @@ and since nothing is added atomically, the same logits give the same order.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ import triton.language as tl
 from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
+from ._expert_patterns import Routing, routings
 from ._experts import MOST_EXPERTS, WORKLOADS
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, is_row_major
 
 __all__ = ["KERNEL"]
 
@@ -292,7 +294,35 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph chooses experts by ``topk``: see `_expert_patterns.routings`.
+
+    Where the graph sorts the assignments or counts them, as models do before a grouped product, the launch does that,
+    too. Softmax before the choice has to be in float32; a result in another dtype is cast by the graph.
+    """
+    walk = Walk(graph)
+    found: dict[str, Match] = {}
+    for routing in routings(walk):
+        match = _match(walk, routing)
+        if match is not None and (routing.normalize or routing.indices.name not in found):
+            found[routing.indices.name] = match
+    return tuple(found.values())
+
+
+def _match(walk: Walk, routing: Routing) -> Match | None:
+    """The launch that does most of a routing: what else is read of a sort keeps the sort."""
+    logits, top_k, indices = routing.logits, routing.top_k, routing.indices
+    experts, assignments = logits.shape[-1], math.prod(indices.shape)
+    if top_k > MOST_CHOICES or assignments >= 2**31 or not is_row_major(routing.weights):
+        return None
+    arguments = {"logits": logits, "top_k": top_k, "normalize": routing.normalize}
+    launch_cost = cost(logits.dtype, assignments // top_k, experts, top_k)
+    for order, ends in ((routing.order, routing.ends), (None, routing.ends), (None, None)):
+        order = order or walk.fresh(indices, "order", (assignments,), "int64")
+        ends = ends or walk.fresh(indices, "ends", (experts,), "int32")
+        match = walk.match(NAME, arguments, (routing.weights, indices, order, ends), launch_cost)
+        if match is not None:
+            return match
+    return None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

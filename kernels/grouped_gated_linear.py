@@ -19,10 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._activations import ACTIVATIONS, activated
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
+from ._expert_patterns import GroupedProduct, gathered, grouped_product, tokens
 from ._experts import (
     INDICES,
     WORKLOADS,
@@ -38,7 +39,8 @@ from ._experts import (
     tokens_of,
 )
 from ._kernel import Kernel, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, any_tensor, call, is_row_major
+from ._patterns import activations
 from .gated_activation_backward import GATES
 from .gated_activation_backward import KERNEL as GATED_ACTIVATION_BACKWARD
 from .grouped_linear import KERNEL as GROUPED_LINEAR
@@ -276,7 +278,41 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph multiplies an activated ``torch._grouped_mm`` by another, of rows ``x[order // top_k]``.
+
+    Both may be halves of one product. ``order`` has to come from a sort, so that it is certain to be a permutation.
+    """
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("mul"):
+        if len(out.shape) != 2 or out.dtype not in map(dtype_name, FLOATS):
+            continue
+        for factors in walk.find(call("mul", any_tensor("gate"), any_tensor("up")), out):
+            up = grouped_product(walk, walk.uncast(factors["up"], out.dtype))
+            if up is None:
+                continue
+            for activation, inner in activations(walk, factors["gate"], *GATES):
+                gate = grouped_product(walk, walk.uncast(inner, out.dtype))
+                if gate is not None and (gate.x, gate.ends) == (up.x, up.ends):
+                    found.append(_match(walk, gate, up, activation, out))
+    return tuple(match for match in found if match is not None)
+
+
+def _match(walk: Walk, gate: GroupedProduct, up: GroupedProduct, activation: str, out: Tensor) -> Match | None:
+    source = gathered(walk, gate.x)
+    index = None if source is None else tokens(walk, source[1])
+    if source is None or index is None:
+        return None
+    x, (order, top_k) = source[0], index
+    if len(x.shape) != 2 or len(gate.weight.shape) != 3 or not is_row_major(x):
+        return None
+    (tokens_of_x, hidden), (experts, depth, columns) = x.shape, gate.weight.shape
+    shapes = ((experts, hidden, columns), (experts,), (tokens_of_x * top_k,), (tokens_of_x * top_k, columns))
+    if (up.weight.shape, gate.ends.shape, order.shape, out.shape) != shapes or depth != hidden or x.dtype != out.dtype:
+        return None
+    arguments = {"x": x, "gate_weight": gate.weight, "up_weight": up.weight, "order": order, "ends": gate.ends}
+    launch_cost = cost(out.dtype, tokens_of_x, experts, top_k, hidden, columns)
+    return walk.match(NAME, {**arguments, "top_k": top_k, "activation": activation}, (out,), launch_cost)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ import triton.language as tl
 from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
+from ._expert_patterns import grouped_product
 from ._experts import (
     WORKLOADS,
     check_ends,
@@ -33,7 +34,7 @@ from ._experts import (
     sorted_by_expert,
 )
 from ._kernel import Kernel, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, is_row_major
 from ._matmul import multiplied
 from .grouped_linear_weight_gradient import KERNEL as WEIGHT_GRADIENT
 
@@ -173,7 +174,18 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph calls ``torch._grouped_mm`` of rows and a weight for each expert, without bias."""
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("_grouped_mm"):
+        product = grouped_product(walk, out)
+        if product is None or (len(product.x.shape), len(product.weight.shape)) != (2, 3):
+            continue
+        (rows, depth), (experts, _, columns) = product.x.shape, product.weight.shape
+        if is_row_major(product.x) and experts == product.ends.shape[0] and out.shape == (rows, columns):
+            arguments = {"x": product.x, "weight": product.weight, "ends": product.ends}
+            found.append(walk.match(NAME, arguments, (out,), cost(out.dtype, rows, experts, 1, depth, columns)))
+    return tuple(match for match in found if match is not None)
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

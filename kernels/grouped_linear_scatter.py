@@ -15,15 +15,17 @@ finds its tile by ``ends``, or that it has none.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
+from ._expert_patterns import GroupedProduct, gathered, grouped_product, inverted
 from ._experts import (
     INDICES,
     WORKLOADS,
@@ -39,7 +41,7 @@ from ._experts import (
     tokens_of,
 )
 from ._kernel import Kernel, normal
-from ._match import Cost, Match
+from ._match import CASTS, Cost, Match, Walk, any_tensor, call, is_row_major, literal, reshaped
 from ._matmul import multiplied
 from .grouped_linear import KERNEL as GROUPED_LINEAR
 from .grouped_linear_weight_gradient import KERNEL as WEIGHT_GRADIENT
@@ -48,6 +50,7 @@ __all__ = ["KERNEL"]
 
 NAME = "grouped_linear_scatter"
 CONFIGS = Configs.beside(__file__)
+_CAST_NAMES = tuple(target.split(".")[1] for target in CASTS)
 #: Columns that one program sums.
 _BLOCK_SUM = 1024
 
@@ -241,7 +244,51 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph weighs the rows of a ``torch._grouped_mm``, puts them back in order and sums those of a token.
+
+    Shares are gathered by the ``order`` that the rows have, which comes from a sort; rows are put back by its inverse.
+    """
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("sum", *_CAST_NAMES):
+        if len(out.shape) == 2 and out.dtype in map(dtype_name, FLOATS):
+            for summed in walk.find(call("sum", any_tensor("rows"), literal("dims")), out):
+                rows, dims = summed["rows"], summed.literals["dims"]
+                if len(rows.shape) == 3 and dims in ([1], [-2]) and (rows.shape[0], rows.shape[2]) == out.shape:
+                    found += [_match(walk, *parts, out) for parts in _weighted(walk, rows, out)]
+    return tuple(match for match in found if match is not None)
+
+
+def _weighted(walk: Walk, rows: Tensor, out: Tensor) -> Iterator[tuple[GroupedProduct, Tensor, Tensor]]:
+    """``(product, order, weights)`` whose rows, by assignment, are ``rows`` ``[tokens, top_k, hidden]``."""
+    tokens, top_k, hidden = rows.shape
+    flat = reshaped(rows, (tokens * top_k, hidden))
+    source = None if flat is None else gathered(walk, flat)
+    order = None if source is None else inverted(walk, source[1])
+    if source is None or order is None:
+        return
+    for found in walk.find(call("mul", any_tensor("product"), any_tensor("share")), source[0]):
+        product = grouped_product(walk, walk.uncast(found["product"], out.dtype))
+        share = reshaped(found["share"], (tokens * top_k,))
+        shares = None if share is None or found["share"].shape[-1] != 1 else gathered(walk, share)
+        if product is None or shares is None or shares[1].name != order.name:
+            continue
+        weights = reshaped(shares[0], (tokens, top_k))
+        if weights is not None and is_row_major(weights) and weights.dtype in map(dtype_name, FLOATS):
+            yield product, order, weights
+
+
+def _match(walk: Walk, product: GroupedProduct, order: Tensor, weights: Tensor, out: Tensor) -> Match | None:
+    x, weight, ends = product.x, product.weight, product.ends
+    if (len(x.shape), len(weight.shape)) != (2, 3) or not is_row_major(x) or x.dtype != out.dtype:
+        return None
+    experts, depth, columns = weight.shape
+    rows, (tokens, top_k) = order.shape[0], weights.shape
+    shapes = ((rows, depth), (experts,), (tokens, columns), tokens * top_k)
+    if (x.shape, ends.shape, out.shape, rows) != shapes:
+        return None
+    arguments = {"x": x, "weight": weight, "order": order, "ends": ends, "weights": weights}
+    return walk.match(NAME, arguments, (out,), cost(out.dtype, tokens, experts, top_k, columns, depth))
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -19,9 +19,10 @@ import triton.language as tl
 from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
+from ._expert_patterns import grouped_product
 from ._experts import WORKLOADS, check_ends, counts_of, expert_of_row, sizes_of, sorted_by_expert
 from ._kernel import Kernel, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk, is_row_major, transposed
 from ._tiles import swizzled
 
 __all__ = ["KERNEL"]
@@ -168,7 +169,20 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph calls ``torch._grouped_mm`` of transposed rows and rows, as the backward of that operator does."""
+    walk = Walk(graph)
+    found = []
+    for out in walk.results("_grouped_mm"):
+        product = grouped_product(walk, out)
+        if product is None or (len(product.x.shape), len(product.weight.shape)) != (2, 2):
+            continue
+        x, gradient, ends = transposed(product.x), product.weight, product.ends
+        (rows, height), columns = x.shape, gradient.shape[1]
+        if is_row_major(x) and is_row_major(gradient) and out.shape == (*ends.shape, height, columns):
+            arguments = {"x": x, "gradient": gradient, "ends": ends}
+            launch_cost = cost(out.dtype, rows, ends.shape[0], 1, height, columns)
+            found.append(walk.match(NAME, arguments, (out,), launch_cost))
+    return tuple(match for match in found if match is not None)
 
 
 KERNEL = Kernel(

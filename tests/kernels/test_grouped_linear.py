@@ -15,6 +15,7 @@ from opweave.errors import ExecutionError
 from opweave.kernels._experts import count_tiles, sizes_of
 from opweave.kernels.grouped_linear import CONFIGS, KERNEL, cost, launch
 from tests.kernels.experts import check_gradients, check_refusal, inputs_for
+from tests.kernels.matching import check_fusion, check_matches, exported
 
 
 def test_is_torch_s_grouped_product() -> None:
@@ -100,3 +101,27 @@ def test_needs_a_device() -> None:
     given = inputs_for(KERNEL)
     with pytest.raises(ExecutionError, match="needs tensors on a CUDA device; they are on cpu"):
         launch(**given, out=torch.zeros(18, 7))
+
+
+def product(x: Any, weight: Any, ends: Any) -> Any:
+    return torch._grouped_mm(x, weight, offs=ends)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_matches_torch_s_grouped_product(decomposed: bool) -> None:
+    given = inputs_for(KERNEL, torch.bfloat16, hidden=16, intermediate=24)
+    check_fusion(KERNEL, product, [*given.values()], rtol=1e-2, atol=1e-2, decomposed=decomposed)
+    given["weight"] = given["weight"].transpose(1, 2).contiguous()
+    spelled = lambda x, w, ends: torch._grouped_mm(x, w.transpose(1, 2), offs=ends)  # noqa: E731
+    check_fusion(KERNEL, spelled, [*given.values()], rtol=1e-2, atol=1e-2, decomposed=decomposed)
+
+
+def test_does_not_match_what_it_cannot_compute() -> None:
+    given = inputs_for(KERNEL, torch.bfloat16, tokens=8, hidden=16, intermediate=24)
+    x, weight, ends = given.values()
+    for function, inputs in (
+        (lambda x, w, ends: product(x.t(), w, ends), (x.t().contiguous(), weight, ends)),  # columns first
+        (lambda x, w, ends: product(x.t(), x, ends), (x, weight, ends)),  # a gradient of weights
+        (lambda x, w, ends: torch.bmm(x, w), (x.view(4, 4, 16), weight, ends)),
+    ):
+        assert check_matches(KERNEL, exported(function, inputs, decomposed=False).graph) == ()

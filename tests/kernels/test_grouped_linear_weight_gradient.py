@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 from opweave.kernels._experts import sizes_of
 from opweave.kernels.grouped_linear_weight_gradient import CONFIGS, KERNEL, cost
 from tests.kernels.experts import check_refusal, inputs_for
+from tests.kernels.matching import check_fusion, check_matches, exported
 
 
 def test_is_torch_s_grouped_product_over_rows() -> None:
@@ -61,3 +62,23 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_it_cannot_compute(case: str) -> None:
     check_refusal(KERNEL, inputs_for(KERNEL), *REFUSED[case])
+
+
+def product(x: Any, gradient: Any, ends: Any) -> Any:
+    return torch._grouped_mm(x.t(), gradient, offs=ends)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_matches_torch_s_grouped_product_over_rows(decomposed: bool) -> None:
+    given = inputs_for(KERNEL, torch.bfloat16, tokens=8, hidden=16, intermediate=24)
+    check_fusion(KERNEL, product, [*given.values()], rtol=1e-2, atol=1e-2, decomposed=decomposed)
+
+
+def test_does_not_match_what_it_cannot_compute() -> None:
+    x, gradient, ends = inputs_for(KERNEL, torch.bfloat16, tokens=8, hidden=16, intermediate=24).values()
+    weight = torch.zeros(4, 16, 24, dtype=x.dtype)
+    for function, inputs in (
+        (lambda x, g, ends: torch._grouped_mm(x, g, offs=ends), (x.t().contiguous(), gradient, ends)),  # columns first
+        (lambda x, w, ends: torch._grouped_mm(x, w, offs=ends), (x, weight, ends)),  # rows by weights
+    ):
+        assert check_matches(KERNEL, exported(function, inputs, decomposed=False).graph) == ()
