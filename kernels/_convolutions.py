@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from ..compiler.graph import Tensor
 from ._match import Found, Walk, any_tensor, call, either, is_row_major, literal, number, reshaped
@@ -13,8 +15,11 @@ __all__ = ["Convolution", "convolutions"]
 
 _X, _WEIGHT = any_tensor("x"), any_tensor("weight")
 _PADDED = (literal("stride"), literal("padding"), literal("dilation"))
+_DEFAULTS: Mapping[str, Any] = MappingProxyType({"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1})
 _BIAS = either(any_tensor("bias"), literal("no_bias"))
 _CONV = either(
+    call("conv2d", _X, _WEIGHT),  # what is left out at the end is as in `_DEFAULTS`
+    *(call("conv2d", _X, _WEIGHT, _BIAS, *_PADDED[:given]) for given in range(4)),
     call("conv2d", _X, _WEIGHT, _BIAS, *_PADDED, number("groups")),
     call("convolution", _X, _WEIGHT, _BIAS, *_PADDED, False, [0, 0], number("groups")),
 )
@@ -62,11 +67,12 @@ def convolutions(walk: Walk, out: Tensor) -> Iterator[Convolution]:
     for activation, inner in (("none", out), *activations(walk, out)):
         for found, spread in _normalised(walk, inner, out.dtype):
             vectors = _vectors(found, found["weight"].shape[0], spread=spread)
-            steps = [found.literals[name] for name in ("stride", "padding", "dilation")]
+            given = _DEFAULTS | found.literals
+            steps = [given[name] for name in ("stride", "padding", "dilation")]
             if vectors is None or inner.shape != out.shape or not all(_is_square(step) for step in steps):
                 continue
             stride, padding, dilation = (step[0] for step in steps)
-            groups, epsilon = int(found.literals["groups"]), float(found.literals.get("epsilon", 0.0))
+            groups, epsilon = int(given["groups"]), float(found.literals.get("epsilon", 0.0))
             x, weight = found["x"], found["weight"]
             yield Convolution(x, weight, vectors, stride, padding, dilation, groups, epsilon, activation)
 

@@ -12,20 +12,23 @@ float32, the epilogue is computed in float32, and ``out`` is rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._activations import ACTIVATIONS
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
+from ._convolutions import Convolution, convolutions
+from ._epilogues import addends, outermost
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Match, Walk
 from ._matmul import finish, multiplied, sizes_of
+from ._patterns import activations
 from ._tiles import swizzled
 
 __all__ = ["KERNEL"]
@@ -315,7 +318,68 @@ def arguments(
 
 
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where a graph convolves pixels one by one, channels last, with something behind it that the kernel knows.
+
+    That is a normalisation of inference, whole or decomposed, or a scale and a shift of each channel; then the addition
+    of an image of the same shape; then an activation. A convolution and a bias alone are left to the vendor's library.
+    Of launches that replace the same operators, those that replace most are returned.
+    """
+    walk = Walk(graph)
+    if not any(_is_pointwise(walk, tensor) for tensor in walk.results("conv2d", "convolution")):
+        return ()
+    floats = {dtype_name(dtype) for dtype in FLOATS}
+    tensors = (graph.tensor[op.outputs[0]] for op in graph.ops if op.outputs)
+    images = (out for out in tensors if out.dtype in floats and len(out.shape) == 4 and _is_channels_last(out))
+    return outermost(match for out in images for match in _ending(walk, out) if len(match.ops) > 1)
+
+
+def _is_pointwise(walk: Walk, tensor: Tensor) -> bool:
+    return any(conv.weight.shape[2:] == (1, 1) for conv in convolutions(walk, tensor))
+
+
+def _ending(walk: Walk, out: Tensor) -> Iterator[Match]:
+    """Launches that compute ``out``."""
+    for conv in convolutions(walk, out):
+        yield from _matched(walk, conv, None, conv.activation, out)
+    for activation, inner in (("none", out), *activations(walk, out, *KNOWN[1:])):
+        for term, residual in addends(walk, inner):
+            for conv in convolutions(walk, term):
+                if conv.activation == "none" and (residual.shape, residual.dtype) == (out.shape, out.dtype):
+                    yield from _matched(walk, conv, residual, activation, out)
+
+
+def _matched(walk: Walk, conv: Convolution, residual: Tensor | None, activation: str, out: Tensor) -> Iterator[Match]:
+    """A launch for what was found, if shapes, dtypes, strides and steps are those of the kernel."""
+    images, filters, height, width = out.shape
+    channels = conv.x.shape[1]
+    floats = {dtype_name(dtype) for dtype in FLOATS}
+    fits = (
+        conv.weight.shape == (filters, channels, 1, 1)
+        and (conv.groups, conv.stride, conv.padding) == (1, 1, 0)
+        and {conv.x.dtype, conv.weight.dtype} == {out.dtype}
+        and {vector.dtype for vector in conv.vectors.values() if vector is not None} <= floats
+        and all(_is_channels_last(image) for image in (conv.x, residual or conv.x))
+        and activation in KNOWN
+    )
+    if not fits:
+        return
+    norm, bias = conv.vectors["mean"] is not None, conv.vectors["bias"] is not None
+    more = {"norm": norm, "bias": bias, "scale": not norm and conv.vectors["gamma"] is not None}
+    launch_cost = cost(
+        out.dtype, images, channels, filters, height, width, activation, residual=residual is not None, **more
+    )
+    last = {"residual": residual, "epsilon": conv.epsilon, "activation": activation}
+    match = walk.match(
+        NAME, {"x": conv.x, "weight": conv.weight, **conv.vectors, **last}, (out,), launch_cost, row_major=False
+    )
+    if match is not None:
+        yield match
+
+
+def _is_channels_last(image: Tensor) -> bool:
+    """Whether it has the strides that `allocate` gives an image."""
+    _, channels, height, width = image.shape
+    return image.element_strides == (height * width * channels, 1, width * channels, channels)
 
 
 def _workload(name: str, channels: int, filters: int, side: int, **more: Any) -> Workload:
