@@ -1,7 +1,7 @@
 """What each configuration needs of an H100: within its budget, and as the committed table says.
 
-The table is made anew by ``opweave bench resources --dtype bfloat16 --dtype float16 --dtype float32 --output
-benchmarks/results/sm_90a/resources.csv`` with the pinned triton. In the gate one row of each kernel is compiled; all
+The table is made anew by ``opweave bench resources --dtype all --output benchmarks/results/sm_90a/resources.csv`` with
+the pinned triton. In the gate one row of each kernel is compiled; all
 of them are in the slow lane, and on the oldest and the newest Triton besides.
 """
 
