@@ -242,34 +242,35 @@ def _narrower(walk: Walk, tensor: Tensor) -> Tensor:
 
 def _sorted(walk: Walk, indices: Tensor, experts: int) -> tuple[Tensor | None, Tensor | None]:
     """``(order, ends)``: where the assignments of ``indices`` are sorted by expert, and where their counts add up."""
-    graph, flat = walk.graph, reshaped(indices, (math.prod(indices.shape),))
-    order, sources = None, [flat]
-    if walk.writer(_view(indices)) is None:
+    flat = reshaped(indices, (math.prod(indices.shape),))
+    if flat is None or walk.writer(_view(indices)) is None:
         return None, None
     for op in walk.readers(indices, *_ORDER_OF):
         arguments, keywords = walk.arguments(op)
         if _is_all(arguments[0], flat) and _ascends(arguments[1:], keywords):
-            names = op.outputs
-            order = graph.tensor[names[_ORDER_OF[_name(op)]]]
-            sources += [graph.tensor[names[0]]] if len(names) > 1 else []
-            break
-    for source in sources:
-        for cast in walk.readers(source, *_CAST_NAMES) if source is not None else ():
-            if not _is_all(walk.arguments(cast)[0][0], source) or walk.writer(_view(source)) is None:
-                continue
-            numbers = graph.tensor[cast.outputs[0]]
-            for count in walk.readers(numbers, "histc") if numbers.dtype in ("float32", "int32") else ():
-                if walk.arguments(count) == ([numbers, experts, 0, experts - 1], {}):
-                    ends = _added_up(walk, graph.tensor[count.outputs[0]])
-                    if ends is not None:
-                        return order, ends
-    return order, None
+            results = [walk.graph.tensor[name] for name in op.outputs]
+            ends = _ends(walk, results[0], experts) if len(results) > 1 else None
+            return results[_ORDER_OF[_name(op)]], ends or _ends(walk, flat, experts)
+    return None, _ends(walk, flat, experts)
 
 
-def _is_all(tensor: Tensor, flat: Tensor | None) -> bool:
+def _ends(walk: Walk, chosen: Tensor, experts: int) -> Tensor | None:
+    """The running sum of the histogram of ``chosen`` experts, which ``histc`` makes of another dtype."""
+    graph = walk.graph
+    for cast in walk.readers(chosen, *_CAST_NAMES):
+        numbers = graph.tensor[cast.outputs[0]]
+        is_exact = numbers.dtype in ("float32", "int32") and walk.writer(_view(chosen)) is not None
+        for count in walk.readers(numbers, "histc") if is_exact else ():
+            counts = walk.arguments(count) == ([numbers, experts, 0, experts - 1], {})
+            if counts and _is_all(walk.arguments(cast)[0][0], chosen):
+                return _added_up(walk, graph.tensor[count.outputs[0]])
+    return None
+
+
+def _is_all(tensor: Tensor, flat: Tensor) -> bool:
     """Whether ``tensor`` has the elements of ``flat``, in one dimension."""
     place = (tensor.buffer, tensor.shape, tensor.offset_bytes)
-    return flat is not None and place == (flat.buffer, flat.shape, flat.offset_bytes) and is_row_major(tensor)
+    return place == (flat.buffer, flat.shape, flat.offset_bytes) and is_row_major(tensor)
 
 
 def _added_up(walk: Walk, counts: Tensor) -> Tensor | None:

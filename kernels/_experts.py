@@ -92,7 +92,7 @@ def expert_tile(
 
 def count_tiles(rows: int, experts: int, columns: int, block_m: int, block_n: int) -> int:
     """As many tiles as ``rows`` can have: each expert that has rows adds at most one that is not full."""
-    return (rows // block_m + min(rows, experts)) * triton.cdiv(columns, block_n)
+    return (rows // block_m + min(rows, experts)) * -(-columns // block_n)
 
 
 def sizes_of(rows: int, experts: int, *operands: torch.Tensor) -> dict[str, int]:

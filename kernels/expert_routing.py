@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.fusion import Scalar
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
 from ._configs import Config, Configs
 from ._expert_patterns import Routing, routings
@@ -314,7 +315,7 @@ def _match(walk: Walk, routing: Routing) -> Match | None:
     experts, assignments = logits.shape[-1], math.prod(indices.shape)
     if top_k > MOST_CHOICES or assignments >= 2**31 or not is_row_major(routing.weights):
         return None
-    arguments = {"logits": logits, "top_k": top_k, "normalize": routing.normalize}
+    arguments: dict[str, Tensor | Scalar] = {"logits": logits, "top_k": top_k, "normalize": routing.normalize}
     launch_cost = cost(logits.dtype, assignments // top_k, experts, top_k)
     for order, ends in ((routing.order, routing.ends), (None, routing.ends), (None, None)):
         order = order or walk.fresh(indices, "order", (assignments,), "int64")

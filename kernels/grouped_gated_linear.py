@@ -233,7 +233,7 @@ def eager(
     counts = counts_of(ends, len(rows))
     products = [
         ACTIVATIONS[activation](part @ gate) * (part @ up)
-        for part, gate, up in zip(rows.split(counts), gate_weight, up_weight, strict=True)
+        for part, gate, up in zip(torch.split(rows, counts), gate_weight, up_weight, strict=True)
     ]
     return torch.cat(products)
 

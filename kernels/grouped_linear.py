@@ -141,7 +141,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tupl
 
 def eager(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> Any:
     """A loop of matrix products over experts; the host waits for the counts."""
-    parts = x.split(counts_of(ends, len(x)))
+    parts = torch.split(x, counts_of(ends, len(x)))
     return torch.cat([part @ of_expert for part, of_expert in zip(parts, weight, strict=True)])
 
 

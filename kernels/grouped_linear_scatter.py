@@ -206,7 +206,9 @@ def eager(x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, ends: torc
     """A loop over experts that multiplies, weighs and adds to the tokens; the host waits for the counts."""
     out = x.new_zeros(weights.numel() // weights.shape[-1], weight.shape[2])
     counts = counts_of(ends, len(x))
-    for part, of_expert, assignments in zip(x.split(counts), weight, order.long().split(counts), strict=True):
+    for part, of_expert, assignments in zip(
+        torch.split(x, counts), weight, torch.split(order.long(), counts), strict=True
+    ):
         share = weights.reshape(-1)[assignments].to(x.dtype)
         out = out.index_add(0, assignments // weights.shape[-1], part @ of_expert * share[:, None])
     return out.view(*weights.shape[:-1], weight.shape[2])

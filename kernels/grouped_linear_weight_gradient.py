@@ -139,7 +139,7 @@ def reference(x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor) -> tu
 def eager(x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor) -> Any:
     """A loop of matrix products over experts; the host waits for the counts."""
     counts = counts_of(ends, len(x))
-    return torch.stack([a.t() @ b for a, b in zip(x.split(counts), gradient.split(counts), strict=True)])
+    return torch.stack([a.t() @ b for a, b in zip(torch.split(x, counts), torch.split(gradient, counts), strict=True)])
 
 
 def cost(dtype: str, tokens: int, experts: int, top_k: int, hidden: int, intermediate: int) -> Cost:
