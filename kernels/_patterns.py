@@ -142,13 +142,15 @@ class Norm:
     epsilon: float
 
 
-def norms(walk: Walk, tensor: Tensor, kind: str) -> Iterator[Norm]:
+def norms(walk: Walk, tensor: Tensor, kind: str, *, result: str = "") -> Iterator[Norm]:
     """RMS (``kind="rms"``) or layer (``"layer"``) normalisations that ``tensor`` may be the result of.
 
     They are one call, or what it decomposes to; where the dtype is narrower, computed in float32 or in the dtype
-    itself. ``x``, weight and result are row-major, ``x`` has the result's shape and dtype.
+    itself. ``x``, weight and ``tensor`` are row-major. ``x`` has the shape of ``tensor`` and the dtype ``result``,
+    which is that of ``tensor`` where none is given.
     """
-    for found in walk.find(_RMS_NORM if kind == "rms" else _LAYER_NORM, tensor):
+    result = result or tensor.dtype
+    for found in walk.find(_RMS_NORM if kind == "rms" else _LAYER_NORM, tensor, result=result):
         columns = tensor.shape[-1:]
         dims = found.literals.get("dims", [-1])
         given = found.literals.get("epsilon")
@@ -157,7 +159,7 @@ def norms(walk: Walk, tensor: Tensor, kind: str) -> Iterator[Norm]:
             continue
         if dims not in ([-1], [len(found["x"].shape) - 1]) or found["x"].shape[-1:] != columns:
             continue
-        if x.dtype != tensor.dtype or not all(is_row_major(t) for t in (x, weight, bias or weight)):
+        if x.dtype != result or not all(is_row_major(t) for t in (x, weight, bias or weight)):
             continue
         if bias is not None and bias.shape != columns:
             continue
