@@ -1,4 +1,4 @@
-"""Finds dynamic quantisations in a graph: each row is divided by what makes its largest element the largest of 8 bits."""
+"""Finds dynamic quantisations in a graph: each row is scaled so that its largest element is the largest in 8 bits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from ..compiler.graph import Tensor
-from ._checks import FLOATS, dtype_name
-from ._match import CASTS, Pattern, Walk, any_tensor, call, either, literal, number, reshaped
+from ._match import Pattern, Walk, any_tensor, call, either, literal, number
 
-__all__ = ["before_widening", "quantisations"]
+__all__ = ["quantisations"]
 
 _Y, _LIMIT, _LEAST = any_tensor("y"), number("limit"), number("least")
 _LARGEST = call("amax", call("abs", _Y), literal("dims"), True)
@@ -57,12 +56,3 @@ def quantisations(walk: Walk, out: Tensor, limit: float) -> Iterator[tuple[Tenso
                     continue
                 if divisor is _NOT_ZERO or least > 0:  # else rows of zeros are divided by zero
                     yield found["y"], found["scale"], float(least)
-
-
-def before_widening(walk: Walk, tensor: Tensor) -> Tensor:
-    """What was cast to the float32 ``tensor`` from a narrower dtype of the kernel's, or ``tensor``."""
-    made = walk.writer(tensor)
-    if made is None or tensor.dtype != "float32" or made[0].target not in CASTS:
-        return tensor
-    source = walk.graph.tensor[made[0].inputs[0]]
-    return (reshaped(source, tensor.shape) or tensor) if source.dtype in map(dtype_name, FLOATS) else tensor

@@ -200,7 +200,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     walk = Walk(graph)
     found = []
     for out in walk.results("add", "layer_norm", "native_layer_norm", "_to_copy", "to", "convert_element_type"):
-        if out.dtype not in map(dtype_name, FLOATS) or not out.shape:
+        if out.dtype not in map(dtype_name, FLOATS) or not out.shape or out.name != out.buffer:
             continue
         for norm in norms(walk, out, "layer"):
             if norm.bias is None or {norm.weight.dtype, norm.bias.dtype} != {out.dtype}:

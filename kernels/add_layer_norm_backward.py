@@ -269,10 +269,10 @@ def cost(dtype: str, rows: int, columns: int, weight_dtype: str | None = None, *
     Partial sums are not counted: they are few and stay in cache.
     """
     matrix = rows * columns * DTYPE_BYTES[dtype]
-    # An element: ten for four sums over its row (the last addition stands for the mean's division), four for the sum's
-    # gradient and one more where another comes in, one and two additions to the row before for weight and bias. A row:
+    # An element: nine for four sums over its row (the last addition stands for the mean's division), four for the sum's
+    # gradient and one more where another comes in, one for the weight's, and two additions to the row before. A row:
     # epsilon and rsqrt.
-    flops = rows * ((15 + hidden_gradient) * columns + 2) + 2 * max(rows - 1, 0) * columns
+    flops = rows * ((14 + hidden_gradient) * columns + 2) + 2 * max(rows - 1, 0) * columns
     return Cost(flops, (3 + hidden_gradient) * matrix + 3 * columns * DTYPE_BYTES[weight_dtype or dtype])
 
 

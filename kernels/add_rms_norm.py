@@ -187,7 +187,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     walk = Walk(graph)
     found = []
     for out in walk.results("mul", "rms_norm", "_fused_rms_norm", "_to_copy", "to", "convert_element_type"):
-        if out.dtype not in map(dtype_name, FLOATS) or not out.shape:
+        if out.dtype not in map(dtype_name, FLOATS) or not out.shape or out.name != out.buffer:
             continue
         for norm in norms(walk, out, "rms"):
             for x, residual, hidden in sums(walk, norm.x):

@@ -34,7 +34,7 @@ from ._configs import Config, Configs, architecture_of
 from ._kernel import Kernel, Workload, normal
 from ._match import Cost, Match, Walk
 from ._patterns import norms, sums
-from ._quantisations import before_widening, quantisations
+from ._quantisations import quantisations
 from ._rows import loaded
 
 __all__ = ["KERNEL", "LIMITS"]
@@ -50,6 +50,7 @@ _FLOAT8_ARCHITECTURE = 89
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def _larger(left: tl.tensor, right: tl.tensor) -> tl.tensor:
+    """The larger one, or NaN if one of them is."""
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -153,7 +154,7 @@ def launch(
         ExecutionError: a tensor has another shape, dtype, layout or device, an output overlaps something, or the GPU
             cannot convert to ``dtype``.
     """
-    _check(x, residual, weight, dtype)
+    _check(x, residual, weight, least_scale, dtype)
     check_tensor(NAME, "hidden", hidden, x.shape, x.dtype, x.device)
     check_tensor(NAME, "out", out, x.shape, getattr(torch, dtype), x.device)
     check_tensor(NAME, "scale", scale, (*x.shape[:-1], 1), torch.float32, x.device)
@@ -188,19 +189,21 @@ def launch(
         )
 
 
-def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, dtype: str) -> None:
+def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, least_scale: float, dtype: str) -> None:
     check_tensor(NAME, "x", x, (*[None] * max(x.dim(), 1),), FLOATS, x.device)
     check_tensor(NAME, "residual", residual, x.shape, x.dtype, x.device)
     check_tensor(NAME, "weight", weight, x.shape[-1:], FLOATS, x.device)
     if dtype not in LIMITS:
         raise fail(NAME, f"quantises to {' or '.join(LIMITS)}; got {dtype!r}")
+    if not least_scale >= 0:
+        raise fail(NAME, f"needs a least scale of zero or more; got {least_scale}")
 
 
 def allocate(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, least_scale: float, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New ``(hidden, out, scale)``, not filled. Raises ExecutionError as ``launch`` does."""
-    _check(x, residual, weight, dtype)
+    _check(x, residual, weight, least_scale, dtype)
     out = torch.empty_like(x, dtype=getattr(torch, dtype))
     return torch.empty_like(x), out, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
@@ -285,17 +288,18 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     found = []
     for out in walk.results("_to_copy", "to", "convert_element_type"):
         for y, scale, least_scale in quantisations(walk, out, LIMITS[out.dtype]) if out.dtype in LIMITS else ():
-            for norm in norms(walk, before_widening(walk, y), "rms"):
-                for x, residual, hidden in sums(walk, before_widening(walk, norm.x)):
-                    if (scale.shape, scale.dtype) != ((*out.shape[:-1], 1), "float32") or hidden.shape != out.shape:
-                        continue
-                    weight, epsilon = norm.weight, norm.epsilon
-                    operands = {"x": x, "residual": residual, "weight": weight, "epsilon": epsilon}
-                    rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
-                    launch_cost = cost(x.dtype, rows, columns, weight.dtype, out.dtype)
+            if (scale.shape, scale.dtype) != ((*out.shape[:-1], 1), "float32"):
+                continue
+            if any(t.name != t.buffer for t in (out, scale)):
+                continue  # written over something else
+            for norm in (norm for dtype in FLOATS for norm in norms(walk, y, "rms", result=dtype_name(dtype))):
+                for x, residual, hidden in sums(walk, norm.x):
+                    operands = {"x": x, "residual": residual, "weight": norm.weight, "epsilon": norm.epsilon}
                     scalars = {"least_scale": least_scale, "dtype": out.dtype}
+                    rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
+                    launch_cost = cost(x.dtype, rows, columns, norm.weight.dtype, out.dtype)
                     match = walk.match(NAME, {**operands, **scalars}, (hidden, out, scale), launch_cost)
-                    if match is not None and {x.dtype, weight.dtype} <= set(map(dtype_name, FLOATS)):
+                    if match is not None and hidden.shape == out.shape and norm.weight.dtype == x.dtype:
                         found.append(match)
     return tuple(found)
 
