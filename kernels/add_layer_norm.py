@@ -120,7 +120,7 @@ def launch(
     if x.numel() == 0:
         return
     columns = x.shape[-1]
-    config = config or CONFIGS.choose(x.device, columns=columns)
+    config = config or CONFIGS.choose(x.device, x.dtype, columns=columns)
     with torch.accelerator.device_index(x.device.index):
         add_layer_norm_kernel[(x.numel() // columns,)](
             x, residual, weight, bias, hidden, out, epsilon, columns=columns, **config.options

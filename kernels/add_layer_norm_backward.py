@@ -179,7 +179,7 @@ def launch(
         bias_gradient.zero_()
         return
     _, programs, columns = partials.shape
-    config = config or CONFIGS.choose(hidden.device, columns=columns)
+    config = config or CONFIGS.choose(hidden.device, hidden.dtype, columns=columns)
     with torch.accelerator.device_index(hidden.device.index):
         narrow = columns <= config.constants["block"]
         function = add_layer_norm_backward_kernel if narrow else add_layer_norm_backward_wide_kernel

@@ -147,7 +147,7 @@ def launch(
         weight_gradient.zero_()  # a sum over no row
         return
     programs, columns = partials.shape
-    config = config or CONFIGS.choose(hidden.device, columns=columns)
+    config = config or CONFIGS.choose(hidden.device, hidden.dtype, columns=columns)
     with torch.accelerator.device_index(hidden.device.index):
         add_rms_norm_backward_kernel[(programs,)](
             out_gradient,

@@ -172,7 +172,7 @@ def launch(
         scale.fill_(least_scale)  # rows without columns
         return
     columns = x.shape[-1]
-    config = config or CONFIGS.choose(x.device, columns=columns)
+    config = config or CONFIGS.choose(x.device, x.dtype, columns=columns)
     with torch.accelerator.device_index(x.device.index):
         add_rms_norm_quantize_kernel[(x.numel() // columns,)](
             x,

@@ -161,7 +161,7 @@ def launch_on_rank(
     first, end = rows_of_rank(rank, peers, rows)
     if first == end or columns == 0:
         return
-    config = config or CONFIGS.choose(residual.device, columns=columns)
+    config = config or CONFIGS.choose(residual.device, residual.dtype, columns=columns)
     with torch.accelerator.device_index(residual.device.index):
         all_reduce_add_rms_norm_kernel[(min(programs, end - first),)](
             partials,
@@ -222,7 +222,7 @@ def launch(
         return
     columns = residual.shape[-1]
     rows = residual.numel() // columns
-    config = config or CONFIGS.choose(residual.device, columns=columns)
+    config = config or CONFIGS.choose(residual.device, residual.dtype, columns=columns)
     with torch.accelerator.device_index(residual.device.index):
         write_addresses(addresses, partials, hidden, out)
         all_reduce_add_rms_norm_kernel[(min(programs, rows),)](

@@ -133,7 +133,7 @@ def launch(
     columns, rank, adapters = grad_y.shape[-1], s.shape[-1], 1 if offsets is None else b.shape[0]
     tokens = math.prod(grad_y.shape[:-1])
     sizes = {"tokens": tokens, "columns": columns, "rank": rank}
-    config = config or CONFIGS.choose(grad_y.device, **sizes, **layout_of(grad_y))
+    config = config or CONFIGS.choose(grad_y.device, grad_y.dtype, **sizes, **layout_of(grad_y))
     wide, splits = _grid(tokens, columns, adapters, config.constants["block_n"])
     needed = wide * grad_s.numel() + splits * grad_b.numel()
     check_tensor(NAME, "pieces", pieces, (None,), torch.float32, grad_y.device)

@@ -137,7 +137,7 @@ def launch(
         return
     tokens, adapters = y.numel() // columns, 1 if offsets is None else b.shape[0]
     config = config or CONFIGS.choose(
-        x.device, tokens=tokens, columns=columns, depth=depth, rank=rank, **layout_of(x, w, columns=columns)
+        x.device, x.dtype, tokens=tokens, columns=columns, depth=depth, rank=rank, **layout_of(x, w, columns=columns)
     )
     tiles = triton.cdiv(tokens, config.constants["block_m"]) * triton.cdiv(columns, config.constants["block_n"])
     with torch.accelerator.device_index(x.device.index):
