@@ -11,18 +11,22 @@ gradient of its own weight, can be had in the same pass. All arithmetic is in fl
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compiler.graph import DTYPE_BYTES, Graph
+from ..compiler.graph import DTYPE_BYTES, Graph, Tensor
 from ._activations import ACTIVATIONS, activated_with_slope, slope_of
-from ._checks import FLOATS, check_apart, check_device, check_tensor, fail
+from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match
+from ._match import Cost, Found, Match, Pattern, Walk, any_tensor, call, either, is_row_major, reshaped
+from ._patterns import activations
 
 __all__ = ["GATES", "KERNEL"]
 
@@ -179,8 +183,87 @@ def arguments(
     return {**tensors, "activation": activation, "with_product": with_product}
 
 
+_GATE = any_tensor("gate")
+_ARRIVING = call("mul", any_tensor("gradient"), any_tensor("up"))  # the gradient of the activation's result
+_OPEN = either(call("sigmoid", _GATE), call("reciprocal", call("add", call("exp", call("neg", _GATE)), 1)))
+_SQUARE = call("mul", _GATE, _GATE)
+_NORMAL = call("mul", call("add", call("erf", call("mul", _GATE, math.sqrt(0.5))), 1), 0.5)
+_DENSITY = call("mul", call("exp", call("mul", _SQUARE, -0.5)), 1 / math.sqrt(2 * math.pi))
+_INNER = call("add", _GATE, call("mul", call("mul", _SQUARE, _GATE), 0.044715))
+_TANH = call("tanh", call("mul", _INNER, math.sqrt(2 / math.pi)))
+_INNER_SLOPE = call("mul", call("add", call("mul", _SQUARE, 3 * 0.044715), 1), math.sqrt(2 / math.pi))
+_TANH_SLOPE = call("mul", call("mul", call("mul", _GATE, 0.5), call("sub", 1, call("mul", _TANH, _TANH))), _INNER_SLOPE)
+#: What computes the gradient of the gate: whole, as ATen has it, and as Inductor decomposes that.
+_GATE_GRADIENTS: Mapping[str, Pattern] = MappingProxyType(
+    {
+        "silu": either(
+            call("silu_backward", _ARRIVING, _GATE),
+            call("mul", call("mul", _ARRIVING, _OPEN), call("add", call("mul", _GATE, call("sub", 1, _OPEN)), 1)),
+        ),
+        "gelu": either(
+            call("gelu_backward", _ARRIVING, _GATE),
+            call("gelu_backward", _ARRIVING, _GATE, approximate="none"),
+            call("mul", _ARRIVING, call("add", _NORMAL, call("mul", _GATE, _DENSITY))),
+        ),
+        "gelu_tanh": either(
+            call("gelu_backward", _ARRIVING, _GATE, approximate="tanh"),
+            call("mul", _ARRIVING, call("add", call("mul", call("add", _TANH, 1), 0.5), _TANH_SLOPE)),
+        ),
+        "relu": either(
+            call("threshold_backward", _ARRIVING, _GATE, 0),
+            call("where", call("le", _GATE, 0), any_tensor("zero"), _ARRIVING),
+        ),
+    }
+)
+_BACKWARD = ("silu_backward", "gelu_backward", "threshold_backward", "where", "erf", "tanh", "sigmoid", "exp")
+_LAST = ("silu_backward", "gelu_backward", "threshold_backward", "where", "mul")
+_CASTS = ("_to_copy", "to", "convert_element_type")
+
+
 def matches(graph: Graph) -> tuple[Match, ...]:
-    return ()
+    """Where autograd computes the gradients of both factors of ``activation(gate) * up``, which the forward kept.
+
+    The product is not computed again: the forward has it, too.
+    """
+    walk = Walk(graph)
+    if not any(walk.results(*_BACKWARD)):
+        return ()
+    floats = {dtype_name(dtype) for dtype in FLOATS}
+    found_matches: list[Match] = []
+    for out in walk.results(*_LAST, *_CASTS):
+        for activation, pattern in _GATE_GRADIENTS.items() if out.dtype in floats else ():
+            for found in walk.find(pattern, out):
+                if "zero" not in found.tensors or _is_zero(walk, found["zero"]):
+                    found_matches += _matched(walk, activation, out, found)
+    return tuple(found_matches)
+
+
+def _is_zero(walk: Walk, tensor: Tensor) -> bool:
+    made = walk.writer(tensor)
+    return made is not None and made[0].target == "aten.scalar_tensor.default" and walk.arguments(made[0])[0] == [0]
+
+
+def _matched(walk: Walk, activation: str, out: Tensor, found: Found) -> Iterator[Match]:
+    """Launches that compute ``out``, the gradient of the gate that was found, and that of ``up`` with it."""
+    tensors = {name: reshaped(found[name], out.shape) for name in ("gate", "up", "gradient")}
+    if not all(t is not None and t.dtype == out.dtype and is_row_major(t) for t in tensors.values()):
+        return
+    bound = Found({"gradient": found["gradient"]})
+    for op in walk.readers(found["gradient"], "mul"):
+        up_gradient = walk.graph.tensor[op.outputs[0]]
+        for product in walk.find(call("mul", any_tensor("gradient"), any_tensor("opened")), up_gradient, bound):
+            for _, inner in activations(walk, product["opened"], activation, result=out.dtype):
+                if (up_gradient.shape, up_gradient.dtype) != (out.shape, out.dtype):
+                    continue
+                if reshaped(inner, out.shape) != tensors["gate"]:
+                    continue
+                columns = out.shape[-1] if out.shape else 1
+                launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), columns, activation)
+                empty = walk.fresh(out, "product", (0,), out.dtype)
+                arguments = {**tensors, "activation": activation, "with_product": False}
+                match = walk.match(NAME, arguments, (out, up_gradient, empty), launch_cost)
+                if match is not None:
+                    yield match
 
 
 KERNEL = Kernel(
