@@ -74,7 +74,7 @@ def plan(network: Path) -> Path:
     return path
 
 
-COMMANDS = ("compile", "run", "explain", "verify", "fit", "view", "export", "hw", "passes")
+COMMANDS = ("compile", "run", "explain", "verify", "fit", "view", "export", "bench", "hw", "passes")
 
 
 def test_help_lists_the_commands() -> None:

@@ -27,6 +27,7 @@ from opweave.kernels._checks import dtype_name
 from opweave.kernels._configs import Config
 from opweave.kernels._kernel import Kernel
 from opweave.kernels._match import Cost
+from opweave.kernels.bench.offline import choice
 from opweave.kernels.bench.problem import tensors_in
 from tests.graphs.build import all_graphs
 from tests.kernels.conforming import Case, Cases, cases_of
@@ -218,6 +219,17 @@ def check_row(row: Config) -> None:
         if name.startswith("block"):
             assert value == triton.next_power_of_2(value), f"{name} = {value} is no power of two"
     assert all(bound >= 0 for bound in row.up_to.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configurations_are_chosen_by_dtype_and_sizes(name: str) -> None:
+    """Or results of tuning could neither be stored nor found."""
+    kernel = kernel_of(name)
+    for workload in kernel.workloads:
+        found = choice(kernel, workload.sizes, kernel.dtypes[0])
+        assert found is not None, "the launch does not choose among the kernel's configurations"
+        assert found.dtype in kernel.dtypes
+        assert found.sizes
 
 
 @pytest.mark.parametrize("name", NAMES)

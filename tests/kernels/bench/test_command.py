@@ -18,6 +18,7 @@ from opweave.cli import app
 from opweave.errors import ExecutionError, OptionError
 from opweave.kernels.bench import command
 from opweave.kernels.bench.rows import read_rows
+from opweave.kernels.tuning import load, results_file
 from tests.kernels.bench.test_worker import HEAD
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is done without a CUDA device")
@@ -150,3 +151,29 @@ def test_a_kernel_of_another_package_that_cannot_be_loaded_is_said(monkeypatch: 
     assert lines == [
         "left out: kernel 'foreign' cannot be loaded from 'no_such_module:KERNEL': No module named 'no_such_module'"
     ]
+
+
+TUNING = """
+    result = dict(kernel="add_rms_norm", fingerprint="x", device="a GPU", dtype="bfloat16", triton="3", constants={},
+                  num_warps=4, num_stages=1, sizes={"columns": 4096 if "8B" in name else 8192})
+    long = "decoding" not in name
+    tuned = [dict(result, num_warps=8 if long else 2, ms=1.0, default_ms=4.0 if long else 2.0)]
+    say("end", case=name, rows=[row(name)], left_out=["70B"] if "70B" in name else [],
+        tuned=[] if "70B" in name else tuned)
+"""
+
+
+def test_results_of_tuning_are_stored_as_they_come(
+    tmp_path: Path, worker: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workloads share a bucket: the longer one counts, whichever comes last."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path(worker[1]).write_text(HEAD + textwrap.dedent(TUNING).replace("\n", "\n    "))
+    lines: list[str] = []
+    facts = command.tune(asked(tmp_path), lines.append, worker)
+    (stored,) = load(results_file())
+    assert (stored.num_warps, stored.default_ms) == (8, 4.0)
+    assert len(facts["stored"]) == 1
+    assert lines[-2].endswith("8192 tokens/bfloat16/forward: nothing stored: 70B")
+    assert lines[-1] == f"1 results in {results_file()}"
+    assert "4.00 times as fast as by default" in lines[1]
