@@ -381,10 +381,10 @@ def _match(walk: Walk, loss: Loss) -> Match | None:
         outputs = (loss.out, each, log_sum_exp)
     else:
         outputs = (walk.fresh(loss.out, "mean", (), "float32"), loss.out, log_sum_exp)
-    factors = {"label_smoothing": loss.label_smoothing, "z_loss": 0.0, "soft_cap": loss.soft_cap}
-    operands = {"x": loss.x, "weight": loss.weight, "target": loss.target, "ignore_index": loss.ignore_index}
-    launch_cost = cost(loss.x.dtype, tokens, depth, vocabulary, **factors)
-    return walk.match(NAME, {**operands, **factors}, outputs, launch_cost)
+    factors = (loss.label_smoothing, 0.0, loss.soft_cap)
+    inputs = (loss.x, loss.weight, loss.target, loss.ignore_index, *factors)
+    launch_cost = cost(loss.x.dtype, tokens, depth, vocabulary, *factors)
+    return walk.match(NAME, dict(zip(KERNEL.inputs, inputs, strict=True)), outputs, launch_cost)
 
 
 KERNEL = Kernel(
