@@ -12,6 +12,8 @@ the same seed they are others. ``p`` is rounded to a multiple of 2**-32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -76,8 +78,9 @@ def philox(seed: torch.Tensor, counters: tuple[torch.Tensor, ...]) -> tuple[torc
     return c0, c1, c2, c3
 
 
-def mask(rows: int, columns: int, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """The kernels' mask of a matrix as bool ``[rows, columns]``, by plain PyTorch on the seed's device."""
+def mask(shape: Sequence[int], p: float, seed: torch.Tensor) -> torch.Tensor:
+    """The kernels' mask of a matrix of this shape, as bool, by plain PyTorch on the seed's device."""
+    rows, columns = shape
     group = torch.arange(-(-columns // 4), device=seed.device).expand(rows, -1)
     row = torch.arange(rows, device=seed.device)[:, None].expand_as(group)
     zero = torch.zeros_like(group)

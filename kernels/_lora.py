@@ -161,7 +161,7 @@ def sum_pieces(
 
 def token_splits(tokens: int, programs: int) -> int:
     """Into how many the tokens are split so that ``programs`` for each make about two a multiprocessor of an H100."""
-    return max(1, min(264 // max(programs, 1), triton.cdiv(tokens, 128)))
+    return max(1, min(264 // max(programs, 1), -(-tokens // 128)))
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:

@@ -209,10 +209,10 @@ def matches(graph: Graph) -> tuple[Match, ...]:
         for a in product_of(walk, item.s, base.x):
             tokens, has_bias = math.prod(item.out.shape[:-1]), base.bias is not None
             launch_cost = cost(item.out.dtype, tokens, depth, columns, item.rank, bias=has_bias)
-            arguments = {"x": base.x, "w": base.weight, "a": a, "b": item.b, "bias": base.bias}
-            arguments |= {"seed": None, "offsets": None, "scale": item.scale, "p": 0.0}
+            tensors = {"x": base.x, "w": base.weight, "a": a, "b": item.b, "bias": base.bias}
+            scalars = {"seed": None, "offsets": None, "scale": item.scale, "p": 0.0}
             s = walk.fresh(item.out, "low_rank", item.s.shape, item.out.dtype)
-            match = walk.match(NAME, arguments, (item.out, s), launch_cost)
+            match = walk.match(NAME, {**tensors, **scalars}, (item.out, s), launch_cost)
             if match is not None:
                 found.append(match)
     return tuple(found)
@@ -220,7 +220,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
 
 def _workload(name: str, tokens: int, depth: int, columns: int, rank: int, adapters: int = 0) -> Workload:
     sizes = {"tokens": tokens, "depth": depth, "columns": columns, "rank": rank, "adapters": adapters}
-    return Workload(name, {**sizes, "scale": 2.0, "p": 0.1})
+    return Workload(name, {**sizes, "p": 0.1})
 
 
 KERNEL = Kernel(

@@ -148,6 +148,7 @@ def launch(
     tokens, adapters = grad_x.numel() // depth, 1 if offsets is None else a.shape[0]
     config = config or CONFIGS.choose(
         grad_y.device,
+        grad_y.dtype,
         tokens=tokens,
         columns=columns,
         depth=depth,
@@ -225,7 +226,7 @@ def reference(
     for adapter, matrix in enumerate(a if offsets is not None else a[None]):
         part += torch.where(owner == adapter, low, 0.0) @ matrix.float().t()
     if p > 0 and seed is not None:
-        part = torch.where(mask(*part.shape, p, seed), part * scaling(p), 0.0)
+        part = torch.where(mask(part.shape, p, seed), part * scaling(p), 0.0)
     total = as_matrix(grad_y).float() @ w.float().t() + part
     return (total.to(grad_y.dtype).reshape(*grad_y.shape[:-1], w.shape[0]),)
 

@@ -124,7 +124,7 @@ def launch(
     check_tensor(NAME, "grad_a", grad_a, _shape(x, grad_s, offsets), x.dtype, x.device)
     depth, rank, adapters = x.shape[-1], grad_s.shape[-1], 1 if offsets is None else grad_a.shape[0]
     tokens = math.prod(x.shape[:-1])
-    config = config or CONFIGS.choose(x.device, tokens=tokens, depth=depth, rank=rank, **layout_of(x))
+    config = config or CONFIGS.choose(x.device, x.dtype, tokens=tokens, depth=depth, rank=rank, **layout_of(x))
     wide, splits = _grid(tokens, depth, adapters, config.constants["block_k"])
     check_tensor(NAME, "pieces", pieces, (None,), torch.float32, x.device)
     if pieces.numel() < splits * grad_a.numel():
@@ -199,7 +199,7 @@ def reference(
     """``(grad_a,)`` by plain PyTorch on any device, with the kernel's mask and its one rounding."""
     wide, low = as_matrix(x).float(), as_matrix(grad_s).float()
     if p > 0 and seed is not None:
-        wide = torch.where(mask(*wide.shape, p, seed), wide, 0.0)
+        wide = torch.where(mask(wide.shape, p, seed), wide, 0.0)
     owner = owners(offsets, len(low), low.device)[:, None]
     count = 1 if offsets is None else len(offsets) - 1
     grad_a = torch.stack([wide.t() @ torch.where(owner == adapter, low, 0.0) for adapter in range(count)])

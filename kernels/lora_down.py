@@ -132,7 +132,7 @@ def launch(
     if s.numel() == 0:
         return
     tokens, adapters = s.numel() // rank, 1 if offsets is None else a.shape[0]
-    config = config or CONFIGS.choose(x.device, tokens=tokens, depth=depth, rank=rank, **layout_of(x, a))
+    config = config or CONFIGS.choose(x.device, x.dtype, tokens=tokens, depth=depth, rank=rank, **layout_of(x, a))
     grid = (triton.cdiv(tokens, config.constants["block_m"]), triton.cdiv(rank, config.constants["block_r"]))
     with torch.accelerator.device_index(x.device.index):
         lora_down_kernel[grid](
@@ -182,7 +182,7 @@ def reference(
     """``(s,)`` by plain PyTorch on any device, with the kernel's mask and its one rounding; shapes as ``launch``."""
     wide = as_matrix(x).float()
     if p > 0 and seed is not None:
-        wide = torch.where(mask(*wide.shape, p, seed), wide, 0.0)
+        wide = torch.where(mask(wide.shape, p, seed), wide, 0.0)
     owner = owners(offsets, len(wide), x.device)[:, None]
     total = wide.new_zeros(len(wide), a.shape[-1])
     for adapter, matrix in enumerate(a if offsets is not None else a[None]):

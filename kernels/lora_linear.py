@@ -290,7 +290,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
 
 def _workload(name: str, tokens: int, depth: int, columns: int, rank: int, adapters: int = 0) -> Workload:
     sizes = {"tokens": tokens, "depth": depth, "columns": columns, "rank": rank, "adapters": adapters}
-    return Workload(name, {**sizes, "scale": 2.0})
+    return Workload(name, sizes)
 
 
 KERNEL = Kernel(

@@ -62,7 +62,7 @@ def test_words_are_triton_s(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_masks_are_the_same_for_every_tile(seed: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     correct(monkeypatch)
-    whole = mask(24, 72, p, torch.tensor([seed]))
+    whole = mask((24, 72), p, torch.tensor([seed]))
     for first_row, rows, first, columns in ((0, 16, 0, 64), (8, 16, 8, 64), (20, 4, 64, 8), (3, 1, 4, 8)):
         tile, values = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns)
         mask_kernel[(1,)](torch.tensor([seed]), tile, values, threshold(p), first_row, rows, first, columns)
@@ -86,10 +86,10 @@ def test_a_known_answer() -> None:
 
 def test_as_many_are_kept_as_should_be() -> None:
     for p in (0.0, 0.05, 0.5, 0.9, 1.0):
-        keep = mask(500, 401, p, torch.tensor([11])).double()
+        keep = mask((500, 401), p, torch.tensor([11])).double()
         assert abs(keep.mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5 + 1e-9
         assert abs(keep.mean() * scaling(p) - float(p < 1)) < 0.02
-    one, other = (mask(500, 401, 0.5, torch.tensor([seed])) for seed in (1, 2))
+    one, other = (mask((500, 401), 0.5, torch.tensor([seed])) for seed in (1, 2))
     assert abs((one == other).double().mean() - 0.5) < 0.01
     assert abs((one[:-1] == one[1:]).double().mean() - 0.5) < 0.01
     assert abs((one[:, :-1] == one[:, 1:]).double().mean() - 0.5) < 0.01

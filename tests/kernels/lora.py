@@ -27,7 +27,7 @@ def dropped(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tenso
     if p == 0:
         return wide
     assert seed is not None
-    return wide * mask(*wide.shape, p, seed) / (1 - p) if p < 1 else torch.zeros_like(wide)
+    return wide * mask(wide.shape, p, seed) / (1 - p) if p < 1 else torch.zeros_like(wide)
 
 
 def segments(offsets: torch.Tensor | None, tokens: int) -> Iterator[tuple[int, slice]]:

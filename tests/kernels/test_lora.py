@@ -30,7 +30,7 @@ def inputs_for(dtype: torch.dtype = torch.float32, **sizes: Any) -> Inputs:
 def with_mask(x: Any, w: Any, a: Any, b: Any, bias: Any, seed: Any, offsets: Any, scale: float, p: float) -> Any:
     """Adapter by adapter in PyTorch's own operators, with the kernels' mask; autograd differentiates it."""
     rows = x.flatten(0, -2)
-    dropped = rows * mask(*rows.shape, p, seed) / (1 - p) if p else rows
+    dropped = rows * mask(rows.shape, p, seed) / (1 - p) if p else rows
     bounds = [0, len(rows)] if offsets is None else offsets.tolist()
     parts = [torch.zeros(bounds[0], w.shape[1], dtype=x.dtype)]
     for i, (begin, end) in enumerate(pairwise(bounds)):

@@ -30,7 +30,7 @@ def truth(
         part[own] = torch.einsum("tr,kr->tk", low[own], (a if offsets is None else a[adapter]).double())
     if p > 0:
         assert seed is not None
-        part *= mask(*part.shape, p, seed) / max(1 - p, 1e-9) if p < 1 else 0
+        part *= mask(part.shape, p, seed) / max(1 - p, 1e-9) if p < 1 else 0
     total = torch.einsum("tn,kn->tk", rows, w.double()) + part
     return (total.view(*grad_y.shape[:-1], w.shape[0]),)
 
