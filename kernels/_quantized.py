@@ -102,8 +102,10 @@ def quantized_sum_kernel(
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < elements
     total = tl.zeros([block], dtype=tl.float32)
-    for split in tl.static_range(splits):
-        total += tl.load(partial_pointer + elements.to(tl.int64) * split + place, mask=inside, other=0.0)
+    partial_pointers = partial_pointer + place
+    for _ in tl.static_range(splits):
+        total += tl.load(partial_pointers, mask=inside, other=0.0)
+        partial_pointers += elements
     if bias_pointer is not None:
         total += tl.load(bias_pointer + place % columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_pointer + place, total.to(out_pointer.dtype.element_ty), mask=inside)

@@ -418,7 +418,7 @@ def arguments(
         "stride": stride,
         "padding": (kernel - 1) * dilation // 2,
         "dilation": dilation,
-        "epsilon": 1e-5,
+        "epsilon": 1e-3,
         "activation": activation,
     }
 
