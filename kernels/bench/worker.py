@@ -9,6 +9,7 @@ nothing for too long, `supervised` notes that and goes on behind that case with 
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -219,6 +220,7 @@ def _compile(request: Mapping[str, Any]) -> None:
     """Put what cases launch into Triton's cache: compiling needs no GPU, and workers find it there."""
     from .offline import compiled
 
+    os.nice(10)  # what is being timed meanwhile goes first
     for case in _cases(request):
         try:
             compiled(case.kernel, case.workload.sizes, case.dtype, None, request["architecture"])

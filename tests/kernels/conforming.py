@@ -97,5 +97,9 @@ def check(cases: Cases, case: Case, dtype: torch.dtype, device: str, slack: floa
                 rtol=factor * rtol,
                 atol=factor * atol,
                 equal_nan=True,
-                msg=lambda text, w=what, n=name: f"{w}'s {n}: {text}",
+                msg=_labelled(f"{what}'s {name}"),
             )
+
+
+def _labelled(label: str) -> Callable[[str], str]:
+    return lambda text: f"{label}: {text}"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,7 +151,7 @@ ENTRY = Entry(
     ],
     ids=str,
 )
-def test_what_is_over_budget_is_said(changes: dict[str, int], message: str) -> None:
+def test_what_is_over_budget_is_said(changes: dict[str, Any], message: str) -> None:
     assert faults(ENTRY) == []
     (fault,) = faults(replace(ENTRY, **changes))
     assert message in fault

@@ -40,7 +40,7 @@ def result(**changes: object) -> TunedResult:
         **{"triton": triton.__version__, "sizes": {"rows": 4096}, "constants": {"block": 128}},
         **{"num_warps": 8, "num_stages": 3, "ms": 1.0, "default_ms": 2.0},
     }
-    return TunedResult(**{**facts, **changes})  # type: ignore[arg-type]
+    return TunedResult(**{**facts, **changes})
 
 
 def found(sizes: int = 4000, dtype: torch.dtype | None = torch.bfloat16, configs: Configs = CONFIGS) -> Config | None:

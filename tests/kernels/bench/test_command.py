@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from opweave.cli import app
 from opweave.errors import ExecutionError, OptionError
+from opweave.kernels import registry
 from opweave.kernels.bench import command
 from opweave.kernels.bench.rows import read_rows
 from opweave.kernels.tuning import load, results_file
@@ -26,7 +27,7 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is
 
 @pytest.fixture(autouse=True)
 def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.registry, "_places", lambda: {"add_rms_norm": "opweave.kernels.add_rms_norm:KERNEL"})
+    monkeypatch.setattr(registry, "_places", lambda: {"add_rms_norm": "opweave.kernels.add_rms_norm:KERNEL"})
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -142,8 +143,8 @@ def test_a_run_that_measures_nothing_fails(tmp_path: Path, worker: tuple[str, st
 
 
 def test_a_kernel_of_another_package_that_cannot_be_loaded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = {**command.registry._places(), "foreign": "no_such_module:KERNEL"}
-    monkeypatch.setattr(command.registry, "_places", lambda: places)
+    places = {**registry._places(), "foreign": "no_such_module:KERNEL"}
+    monkeypatch.setattr(registry, "_places", lambda: places)
     lines: list[str] = []
     assert [kernel.name for kernel in command.known_kernels(lines.append, ("foreign", "add_rms_norm"))][:1] == [
         "add_rms_norm"

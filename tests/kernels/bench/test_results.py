@@ -172,7 +172,7 @@ def test_files_are_compared(tmp_path: Path) -> None:
         results.add(rows(scale))
         paths.append(tmp_path / device / "kernels.json")
     said: list[str] = []
-    facts = compare_files(*paths, 0.05, said.append)
+    facts = compare_files(paths[0], paths[1], 0.05, said.append)
     assert [item["verdict"] for item in facts["comparison"]] == ["SLOWER", "SLOWER"]
     assert said[0] == "note: measured on different devices: an H100, and now an H200"
 
