@@ -270,24 +270,21 @@ KERNEL = Kernel(
 )
 
 
-def _keep(context: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, gate, up, *activation = inputs
-    context.save_for_backward(x, gate, up)
-    context.activation = activation[0] if activation else "silu"
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, gate, up, ctx.activation = inputs
+    ctx.save_for_backward(x, gate, up)
 
 
-def _backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Both products again, the kernel between them, and the products that each gradient is."""
-    x, gate, up = context.saved_tensors
-    x_wanted, gate_wanted, up_wanted, *_ = context.needs_input_grad
-    gate_gradient, up_gradient, _ = GATED_ACTIVATION_BACKWARD(
-        x @ gate, x @ up, gradient.contiguous(), context.activation, False
-    )
-    flat = x.flatten(0, -2).t()
+    x, gate, up = ctx.saved_tensors
+    x_wanted, gate_wanted, up_wanted, *_ = ctx.needs_input_grad
+    rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]).contiguous()
+    gate_gradient, up_gradient, _ = GATED_ACTIVATION_BACKWARD(rows @ gate, rows @ up, gradient, ctx.activation, False)
     return (
-        gate_gradient @ gate.t() + up_gradient @ up.t() if x_wanted else None,
-        flat @ gate_gradient.flatten(0, -2) if gate_wanted else None,
-        flat @ up_gradient.flatten(0, -2) if up_wanted else None,
+        torch.addmm(gate_gradient @ gate.t(), up_gradient, up.t()).view_as(x) if x_wanted else None,
+        rows.t() @ gate_gradient if gate_wanted else None,
+        rows.t() @ up_gradient if up_wanted else None,
         None,
     )
 
