@@ -84,6 +84,31 @@ def test_gradients_equal_eager_under_every_plan(name: str) -> None:
             close(actual, gradient, case)
 
 
+def weighted_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The seam between two blocks of Llama, with the weight that the kernel takes."""
+    hidden = x + residual
+    return hidden, torch.nn.functional.rms_norm(hidden, (96,), weight[0], 1e-5) * 2
+
+
+LAUNCHED = {
+    "gated_linear": ZOO["swiglu"],
+    "linear_epilogue": ZOO["perceptron"],
+    "add_rms_norm": Case(weighted_norm, ((8, 96), (8, 96), (1, 96)), torch.bfloat16, 2e-2),
+}
+
+
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_our_kernels_compute_the_same_in_planned_memory(kernel: str) -> None:
+    """Launched by the operators that a compiled graph calls, between Inductor's own kernels, under every plan."""
+    case = LAUNCHED[kernel]
+    inputs = case.inputs()
+    program = inference_program(case.function, *inputs, kernels=kernel)
+    assert f"opweave.{kernel}_out.default" in {call.target for call in program.calls}
+    for plan in PLANNERS:
+        for actual, expected in zip(execute(program, plan(program), inputs), case.function(*inputs), strict=True):
+            close(actual, expected, case)
+
+
 def test_two_living_buffers_in_the_same_bytes_show() -> None:
     """The comparison would notice a plan that is wrong: here the two products that meet in a sum share an address."""
     case = ZOO["branches"]

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from opweave.compiler.runtime.device.program import Origin, Program
-from tests.kernels.offline import resources
+from opweave.kernels.bench.offline import resources
 from tests.support.hopper import DEVICE, compile_kernels, h100
 from tests.support.hopper_zoo import ZOO
 from tests.support.interpreted import run

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton import knobs
 
+from opweave import fusing
+from opweave.compiler.frontend.dynamo.launches import launch_instead, matched, write_beside
 from opweave.compiler.frontend.dynamo.lowering import lower
 from opweave.compiler.graph import Graph, OpKind
 from opweave.compiler.pipeline import Budget
@@ -45,11 +47,11 @@ Function = Callable[..., tuple[torch.Tensor, ...]]
 _CPU = torch.device("cpu")
 
 
-def inference_program(function: Function, *inputs: torch.Tensor, **settings: Any) -> Program:
-    """What ``function`` becomes on an H100; ``settings`` are options of Inductor's."""
+def inference_program(function: Function, *inputs: torch.Tensor, kernels: str = "off", **settings: Any) -> Program:
+    """What ``function`` becomes on an H100; ``kernels`` is the backend's option, ``settings`` are Inductor's."""
     fakes = _fakes([tensor.detach() for tensor in inputs])
     module = _traced(function, fakes, joint=False)
-    return _lowered(module, is_inference=True, settings=settings)
+    return _lowered(module, kernels, is_inference=True, settings=settings)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _traced(function: Function, fakes: tuple[torch.Tensor, ...], *, joint: bool)
     return module
 
 
-def _lowered(module: torch.fx.GraphModule, **options: Any) -> Program:
+def _lowered(module: torch.fx.GraphModule, kernels: str = "off", **options: Any) -> Program:
     """``module``, traced with tensors of the CPU (torch without CUDA cannot do it otherwise), on the H100."""
     for node in module.graph.nodes:
         if "device" in node.kwargs:
@@ -98,6 +100,12 @@ def _lowered(module: torch.fx.GraphModule, **options: Any) -> Program:
         placeholders = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         fakes = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=DEVICE) for p in placeholders]
         moved = make_fx(torch.fx.Interpreter(module).run)(*fakes)
+    found, matches = matched(moved, fusing.rules(kernels))
+    machine, budget = load_machine("h100-sxm"), Budget.of_seconds(10)
+    chosen = fusing.choose(found.graph, matches, kernels, machine, budget, others_fuse=True)
+    if chosen.matches:
+        launch_instead(moved, found, chosen.matches)
+    write_beside(moved, fusing.called)
     return lower(moved, fakes, **options)
 
 
