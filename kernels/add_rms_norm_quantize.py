@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..compiler.fusion import Scalar
 from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor, dtype_name, fail
 from ._configs import Config, Configs, architecture_of
@@ -294,8 +295,12 @@ def matches(graph: Graph) -> tuple[Match, ...]:
                 continue  # written over something else
             for norm in (norm for dtype in FLOATS for norm in norms(walk, y, "rms", result=dtype_name(dtype))):
                 for x, residual, hidden in sums(walk, norm.x):
-                    operands = {"x": x, "residual": residual, "weight": norm.weight, "epsilon": norm.epsilon}
-                    scalars = {"least_scale": least_scale, "dtype": out.dtype}
+                    operands = {"x": x, "residual": residual, "weight": norm.weight}
+                    scalars: dict[str, Scalar] = {
+                        "epsilon": norm.epsilon,
+                        "least_scale": least_scale,
+                        "dtype": out.dtype,
+                    }
                     rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
                     launch_cost = cost(x.dtype, rows, columns, norm.weight.dtype, out.dtype)
                     match = walk.match(NAME, {**operands, **scalars}, (hidden, out, scale), launch_cost)

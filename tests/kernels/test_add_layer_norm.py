@@ -83,7 +83,7 @@ def test_matches_what_a_model_says(dtype: torch.dtype, decomposed: bool) -> None
         inputs[:2] = [value.view(shape) for value in inputs[:2]]
         graph = check_fusion(
             add_layer_norm.KERNEL,
-            lambda *given: add_layer_norm.eager(*given, epsilon),
+            lambda x, residual, weight, bias: add_layer_norm.eager(x, residual, weight, bias, epsilon),
             inputs,
             rtol=2 * rtol,
             atol=4 * atol,
@@ -102,7 +102,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The normalised sum; nobody else reads the sum."""
-        return self.norm(x + self.linear(x))
+        normalized: torch.Tensor = self.norm(x + self.linear(x))
+        return normalized
 
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed"])

@@ -36,13 +36,13 @@ def test_cost_is_what_was_counted_by_hand() -> None:
     flops = 2 * (3 + 3 + 2 + 1 + 1 + 1 + 3 + 3 + 3 + 2 + 1 + 3 + 3)
     assert cost("float32", rows=2, columns=3).flops == flops
     assert cost("bfloat16", rows=2, columns=3).traffic_bytes == 2 * (3 * 6 + 3) + 6 + 2 * 4
-    given = {"rows": 2, "columns": 3, "weight_dtype": "float32", "quantized": "float8_e4m3fn"}
+    given: dict[str, Any] = {"rows": 2, "columns": 3, "weight_dtype": "float32", "quantized": "float8_e4m3fn"}
     assert cost("float16", **given).traffic_bytes == 2 * 3 * 6 + 4 * 3 + 6 + 2 * 4
 
 
 def test_refuses_what_it_cannot_compute() -> None:
     given = add_rms_norm_quantize.arguments(torch.float32, rows=2, columns=8)
-    outputs = dict(zip(KERNEL.written, add_rms_norm_quantize.allocate(**given), strict=True))
+    outputs: dict[str, Any] = dict(zip(KERNEL.written, add_rms_norm_quantize.allocate(**given), strict=True))
     for changed, message in (
         ({"dtype": "int4"}, "quantises to int8 or float8_e4m3fn; got 'int4'"),
         ({"least_scale": -1.0}, "needs a least scale of zero or more; got -1"),
@@ -63,7 +63,7 @@ def test_old_gpus_cannot_convert_to_float8(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(add_rms_norm_quantize, "architecture_of", lambda _: 80)
     monkeypatch.setattr(add_rms_norm_quantize, "check_device", lambda *_: None)
     given = add_rms_norm_quantize.arguments(torch.float32, rows=0, columns=8, quantized="float8_e4m3fn")
-    outputs = dict(zip(KERNEL.written, add_rms_norm_quantize.allocate(**given), strict=True))
+    outputs: dict[str, Any] = dict(zip(KERNEL.written, add_rms_norm_quantize.allocate(**given), strict=True))
     with pytest.raises(ExecutionError, match=r"needs compute capability 8.9 or later .*; this GPU has 8.0"):
         add_rms_norm_quantize.launch(**given, **outputs)
     add_rms_norm_quantize.launch(**{**given, "dtype": "int8"}, **{**outputs, "out": torch.empty(0, 8).to(torch.int8)})
@@ -79,14 +79,14 @@ def wide(result: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("quantized", LIMITS)
 def test_matches_what_a_model_says(quantized: str, dtype: torch.dtype, least_scale: float, decomposed: bool) -> None:
     """A normalisation that the model rounds to bfloat16 may tip a quotient into the next step."""
-    sizes = {"rows": 6, "columns": 16, "quantized": quantized, "least_scale": least_scale}
+    sizes: dict[str, Any] = {"rows": 6, "columns": 16, "quantized": quantized, "least_scale": least_scale}
     *inputs, epsilon, least, name = add_rms_norm_quantize.arguments(dtype, **sizes).values()
     inputs[:2] = [value.view(2, 3, 16) for value in inputs[:2]]
     step = (0.0, 1.01) if quantized == "int8" else (2.0**-3, 0.0)
     rtol, atol = step if dtype == torch.bfloat16 else (1e-6, 1e-6)
     graph = check_fusion(
         KERNEL,
-        lambda *given: wide(add_rms_norm_quantize.eager(*given, epsilon, least, name)),
+        lambda x, residual, weight: wide(add_rms_norm_quantize.eager(x, residual, weight, epsilon, least, name)),
         inputs,
         rtol=rtol + 2.0**-8 * (dtype == torch.bfloat16),
         atol=atol,

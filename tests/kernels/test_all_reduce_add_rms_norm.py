@@ -17,7 +17,7 @@ from opweave.kernels.all_reduce_add_rms_norm import KERNEL, launch_on_rank, rows
 from opweave.kernels.bench.offline import compiled, resources
 from tests.kernels.conforming import FLOAT_TOLERANCE
 
-SIZES = {"peers": 3, "rows": 4, "columns": 8}
+SIZES: dict[str, Any] = {"peers": 3, "rows": 4, "columns": 8}
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TOLERANCE)
