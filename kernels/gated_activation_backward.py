@@ -185,7 +185,9 @@ def arguments(
 
 _GATE = any_tensor("gate")
 _ARRIVING = call("mul", any_tensor("gradient"), any_tensor("up"))  # the gradient of the activation's result
-_OPEN = either(call("sigmoid", _GATE), call("reciprocal", call("add", call("exp", call("neg", _GATE)), 1)))
+_SHARE = call("reciprocal", call("add", call("exp", call("neg", _GATE)), 1))
+_OPEN = either(call("sigmoid", _GATE), call("mul", _SHARE, 1), _SHARE)
+_CLOSED = either(call("sub", 1, _OPEN), call("rsub", _OPEN, 1))
 _SQUARE = call("mul", _GATE, _GATE)
 _NORMAL = call("mul", call("add", call("erf", call("mul", _GATE, math.sqrt(0.5))), 1), 0.5)
 _DENSITY = call("mul", call("exp", call("mul", _SQUARE, -0.5)), 1 / math.sqrt(2 * math.pi))
@@ -198,7 +200,7 @@ _GATE_GRADIENTS: Mapping[str, Pattern] = MappingProxyType(
     {
         "silu": either(
             call("silu_backward", _ARRIVING, _GATE),
-            call("mul", call("mul", _ARRIVING, _OPEN), call("add", call("mul", _GATE, call("sub", 1, _OPEN)), 1)),
+            call("mul", call("mul", _ARRIVING, _OPEN), call("add", call("mul", _GATE, _CLOSED), 1)),
         ),
         "gelu": either(
             call("gelu_backward", _ARRIVING, _GATE),
