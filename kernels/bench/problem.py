@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...errors import OptionError
+from ...errors import ExecutionError, OptionError
 from .._checks import dtype_name
 from .._kernel import Kernel, Workload
 from .._match import Cost
@@ -127,7 +128,19 @@ class Problem:
     def _find_gradients(self, seed: int) -> None:
         """Which inputs the operator has gradients of, and what to hand to the backward pass."""
         floats = [n for n, v in self.inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        self.trained = tuple(name for name in floats if name not in self.kernel.mutates)
+        names = tuple(name for name in floats if name not in self.kernel.mutates)
+        try:
+            self.trained = self._trainable(names, seed)
+        except ExecutionError:  # some inputs are frozen, and it says so
+            found: list[str] = []
+            for name in names:
+                with contextlib.suppress(ExecutionError):
+                    found += self._trainable((name,), seed)
+            self.trained = self._trainable(tuple(found), seed)
+
+    def _trainable(self, names: tuple[str, ...], seed: int) -> tuple[str, ...]:
+        """Those of ``names`` that the operator has gradients of; sets the gradients of its results for them."""
+        self.trained = names
         given = self.given()
         results = tensors_in(self.kernel.operator(*given))[: self._spoken()]
         generator = torch.Generator(results[0].device).manual_seed(seed + 1)
@@ -136,7 +149,7 @@ class Problem:
             for r in results
         )
         found = self.backward(given, results)
-        self.trained = tuple(name for name, value in zip(self.trained, found, strict=True) if value is not None)
+        return tuple(name for name, value in zip(names, found, strict=True) if value is not None)
 
     def _spoken(self) -> int:
         """How many results a user's own program gives, which are the first; all where that cannot be told."""
