@@ -39,7 +39,8 @@ def attend(
     """
     if not attended.numel() or not q.numel():
         return q.new_zeros(q.shape)
-    grouped = q.unflatten(1, (keys.shape[2], -1)).float()
+    sequences, heads, dim = q.shape
+    grouped = q.reshape(sequences, keys.shape[2], heads // keys.shape[2], dim).float()
     scores = torch.einsum("skgd,stkd->skgt", grouped, keys.float()) * scale
     if soft_cap > 0:
         scores = soft_cap * torch.tanh(scores / soft_cap)

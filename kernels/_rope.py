@@ -156,7 +156,7 @@ def rotated(
             row = wide[position.clamp(0, rows - 1)] if rows else wide.new_zeros((*position.shape, pairs))
             angles.append(torch.where(known, row[..., None, :], torch.nan))
     turning = x[..., :rotary_dim].to(torch.float32)
-    first, second_ = turning.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else turning.chunk(2, -1)
+    first, second_ = turning.reshape(*turning.shape[:-1], pairs, 2).unbind(-1) if interleaved else turning.chunk(2, -1)
     turned = (first * angles[0] - second_ * angles[1], second_ * angles[2] + first * angles[3])
     joined = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return torch.cat((joined.to(x.dtype), x[..., rotary_dim:]), -1)
@@ -168,7 +168,7 @@ def spelled(
     """One rotation as models spell it, in the wider dtype of both and rounded at the end."""
     turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     if interleaved:
-        first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = turning.reshape(*turning.shape[:-1], -1, 2).unbind(-1)
     else:
         first, second = turning.chunk(2, -1)
     if cosine.shape[-1] == rotary_dim:  # Hugging Face's

@@ -252,7 +252,7 @@ def launch(
 
 def _block_m(group: int, element_bytes: int) -> int:
     """Query heads of a tile: 16 is the least that tensor cores take; more in float32 need too many registers."""
-    return min(16 if element_bytes > 2 else 64, max(16, triton.next_power_of_2(group)))
+    return min(16 if element_bytes > 2 else 64, max(16, int(triton.next_power_of_2(group))))
 
 
 def _sizes(q: torch.Tensor, key_cache: torch.Tensor, page_table: torch.Tensor) -> dict[str, int]:

@@ -250,7 +250,7 @@ def reference(
         positions = torch.arange(cos.shape[0], device=q.device).view(-1, tokens)
     positions = positions[0] if q.dim() == 3 and positions.dim() == 2 else positions
     if inverse and cos.shape[1] == rotary_dim:  # transposed, each element of a pair meets the sine of the other
-        sin = sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else sin.roll(rotary_dim // 2, 1)
+        sin = sin.reshape(-1, rotary_dim // 2, 2).flip(-1).flatten(-2) if interleaved else sin.roll(rotary_dim // 2, 1)
     results = []
     for x in (q, k):
         out = rotated(_tokens_first(x, heads_first), cos, -sin if inverse else sin, positions, rotary_dim, interleaved)

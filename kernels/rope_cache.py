@@ -12,7 +12,7 @@ rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -364,18 +364,19 @@ def matches(graph: Graph) -> tuple[Match, ...]:
         if keyed.rows.buffer not in where:
             continue
         index = where[keyed.rows.buffer]
-        queries = _beside(turned, index, lambda r, k=turned[index]: r.key == k.key and r.out.buffer not in keys)
-        values = _beside(stored, here, lambda v, k=keyed: v.place == k.place and v.rows.buffer not in where)
-        tried = (_match(walk, q, turned[index], keyed, v) for q in queries for v in values)
+        key = turned[index]
+        queries = _beside(turned, index, [r.key == key.key and r.out.buffer not in keys for r in turned])
+        values = _beside(stored, here, [v.place == keyed.place and v.rows.buffer not in where for v in stored])
+        tried = (_match(walk, q, key, keyed, v) for q in queries for v in values)
         found.append(next((match for match in tried if match is not None), None))
     return tuple(match for match in found if match is not None)
 
 
-def _beside(items: Sequence[_Item], index: int, fits: Callable[[_Item], bool]) -> list[_Item]:
+def _beside(items: Sequence[_Item], index: int, fits: Sequence[bool]) -> list[_Item]:
     """The nearest item that fits on either side: in a model of many layers, others belong to other layers."""
-    before = next(filter(fits, reversed(items[:index])), None)
-    behind = next(filter(fits, items[index + 1 :]), None)
-    return [item for item in (behind, before) if item is not None]
+    behind = next((i for i in range(index + 1, len(items)) if fits[i]), None)
+    before = next((i for i in range(index - 1, -1, -1) if fits[i]), None)
+    return [items[i] for i in (behind, before) if i is not None]
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_scratch_is_as_large_as_the_splits_need() -> None:
 
 
 def test_cost_is_what_was_counted_by_hand() -> None:
-    sizes = {"sequences": 3, "heads": 4, "kv_heads": 2, "dim": 16, "tokens": 37, "page_size": 8}
+    sizes: dict[str, Any] = {"sequences": 3, "heads": 4, "kv_heads": 2, "dim": 16, "tokens": 37, "page_size": 8}
     assert cost("float32", **sizes).flops == 3 * 4 * 37 * (16 * 2 + 3 + 16 * 2)
     keys_and_values, queries_and_results = 2 * 3 * 2 * 37 * 16, 2 * 3 * 4 * 16
     assert cost("bfloat16", **sizes).traffic_bytes == 2 * (keys_and_values + queries_and_results) + 4 * (3 * 5 + 3)
@@ -128,7 +128,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
 def test_refuses_what_it_cannot_compute(case: str) -> None:
     changed, message = REFUSED[case]
     inputs = {**given(), **changed}
-    outputs = dict(zip(KERNEL.written, KERNEL.allocate(*given().values()), strict=True))
+    outputs: dict[str, Any] = dict(zip(KERNEL.written, KERNEL.allocate(*given().values()), strict=True))
     for refusing in (lambda: KERNEL.allocate(*inputs.values()), lambda: launch(**inputs, **outputs)):
         with pytest.raises(ExecutionError, match=message):
             refusing()
@@ -195,7 +195,8 @@ def paged(
         mask = within(count, lengths[:, None])
         mask = mask if recent is None else mask & recent(count, lengths[:, None])
         attention = torch.nn.functional.scaled_dot_product_attention
-        return attention(q, *gathered, attn_mask=mask[:, None, None], enable_gqa=True, **more)
+        key, value = gathered
+        return attention(q, key, value, attn_mask=mask[:, None, None], enable_gqa=True, **more)
 
     return function
 

@@ -142,7 +142,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
 def test_refuses_what_it_cannot_compute(case: str) -> None:
     changed, message = REFUSED[case]
     inputs = {**given(), **changed}
-    outputs = {"q_out": torch.zeros(6, 4, 8), "k_out": torch.zeros(6, 2, 8)}
+    outputs: dict[str, Any] = {"q_out": torch.zeros(6, 4, 8), "k_out": torch.zeros(6, 2, 8)}
     for refusing in (lambda: KERNEL.allocate(*inputs.values()), lambda: launch(**inputs, **outputs)):
         with pytest.raises(ExecutionError, match=message):
             refusing()
@@ -259,7 +259,7 @@ def test_matches_how_models_write_it(
 def test_matches_each_layer_with_the_tables_of_all() -> None:
     def two_layers(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         for _ in range(2):
-            q, k = (x @ weight).view(6, 6, 8).split([4, 2], 1)
+            q, k = torch.split((x @ weight).view(6, 6, 8), [4, 2], 1)
             q, k = (y * cos[:, None] + rotate_half(y) * sin[:, None] for y in (q, k))
             x = (q + k.repeat(1, 2, 1)).flatten(1)
         return x

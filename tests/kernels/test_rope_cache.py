@@ -52,7 +52,7 @@ def test_the_operator_that_writes_stores_in_place() -> None:
 
 
 def test_cost_is_what_was_counted_by_hand() -> None:
-    sizes = {"tokens": 3, "heads": 4, "kv_heads": 2, "dim": 8}
+    sizes: dict[str, Any] = {"tokens": 3, "heads": 4, "kv_heads": 2, "dim": 8}
     assert cost("float32", **sizes).flops == 3 * 6 * 4 * 6
     assert cost("float32", **sizes, rotary_dim=4).flops == 3 * 6 * 2 * 6
     assert cost("bfloat16", **sizes).traffic_bytes == 3 * (2 * 2 * (4 + 2 + 2) * 8 + 4 * 8 + 8 + 8)

@@ -34,6 +34,9 @@ def turned(
     for place in np.ndindex(*x.shape[:-2]):
         matrix = torch.zeros(rotary_dim, rotary_dim, dtype=torch.float64)
         row = int(rows[place])
+        if not -len(cos) <= row < len(cos):
+            out[place][:, :rotary_dim] = torch.nan
+            continue
         matrix[first, first], matrix[first, second] = cos[row, columns[0]].double(), -sin[row, columns[0]].double()
         matrix[second, second], matrix[second, first] = cos[row, columns[1]].double(), sin[row, columns[1]].double()
         matrix = matrix.T if inverse else matrix
@@ -85,6 +88,11 @@ def _negative_positions(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"positions": given["positions"] - len(given["cos"])}
 
 
+def _positions_outside(given: dict[str, Any]) -> dict[str, Any]:
+    context = len(given["cos"])
+    return given | {"positions": torch.tensor([context, context - 1, -context, -context - 1, 2**40, -(2**40)])}
+
+
 def _heads_first_in_memory(given: dict[str, Any]) -> dict[str, Any]:
     return given | {name: given[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("q", "k")}
 
@@ -133,6 +141,7 @@ CASES = Cases(
         Case(_sizes(3, 4, 2, 32), change=_tables_side_by_side, label="tables side by side"),
         Case(_sizes(3, 4, 2, 32), change=_tables_alternating, label="tables alternating, row-major"),
         Case(_sizes(3, 4, 2, 32), change=_negative_positions, label="negative positions"),
+        Case(_sizes(6, 4, 2, 16, rotary_dim=12), change=_positions_outside, label="positions outside of the tables"),
         Case(_sizes(3, 4, 2, 32), change=_heads_first_in_memory, label="heads first in memory"),
         *(
             Case(
