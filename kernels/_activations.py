@@ -81,6 +81,8 @@ def slope_of(value: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "relu":
         return (value > 0).to(value.dtype)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(one, value)
+        slope: torch.Tensor = torch.ops.aten.silu_backward(one, value)
+        return slope
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(one, value, approximate=approximate)
+    slope = torch.ops.aten.gelu_backward(one, value, approximate=approximate)
+    return slope

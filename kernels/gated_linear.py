@@ -244,7 +244,7 @@ def _columns(weight: Tensor, begin: int, count: int) -> Tensor:
 def _matched(walk: Walk, x: Tensor, gate: Tensor, up: Tensor, activation: str, out: Tensor) -> list[Match]:
     depth, columns = gate.shape
     launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), depth, columns, activation)
-    arguments = {"x": x, "gate": gate, "up": up, "activation": activation}
+    arguments: dict[str, Any] = {"x": x, "gate": gate, "up": up, "activation": activation}
     match = walk.match(NAME, arguments, (out,), launch_cost)
     return [] if match is None else [match]
 

@@ -263,7 +263,7 @@ def _ending(walk: Walk, out: Tensor) -> Iterator[Match]:
                 continue
             for linear in linears(walk, product):
                 depth, bias = linear.weight.shape[0], linear.bias is not None
-                more = {"activation": activation, "bias": bias, "residual": residual is not None}
+                more: dict[str, Any] = {"activation": activation, "bias": bias, "residual": residual is not None}
                 launch_cost = cost(out.dtype, math.prod(out.shape[:-1]), depth, columns, **more)
                 operands = {"x": linear.x, "weight": linear.weight, "bias": linear.bias, "residual": residual}
                 match = walk.match(NAME, {**operands, "activation": activation}, (out,), launch_cost)

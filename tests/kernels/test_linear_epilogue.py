@@ -122,7 +122,7 @@ def test_matches_its_own_eager_spelling(
     rows = {name: value.view(2, 3, -1) for name, value in tensors.items() if name in ("x", "residual")}
     tensors = {**tensors, **rows, "weight": tensors["weight"].t().contiguous()}
 
-    def function(*values: torch.Tensor) -> torch.Tensor:
+    def function(*values: torch.Tensor) -> Any:
         now = given | dict(zip(tensors, values, strict=True))
         return KERNEL.eager(**(now | {"weight": now["weight"].t()}))
 
@@ -143,7 +143,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The block's result."""
-        return x + self.down(functional.gelu(self.up(x), approximate="tanh"))
+        out: torch.Tensor = x + self.down(functional.gelu(self.up(x), approximate="tanh"))
+        return out
 
 
 @pytest.mark.parametrize("decomposed", [False, True])

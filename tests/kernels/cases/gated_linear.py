@@ -55,5 +55,5 @@ CASES = Cases(
         Case(_sizes(3, 8, 0)),
     ),
     # Sums of some hundred products, of which float32 rounds each, times another.
-    FLOAT_TOLERANCE | {torch.float32: (2e-6, 6e-6)},
+    {**FLOAT_TOLERANCE, torch.float32: (2e-6, 6e-6)},
 )

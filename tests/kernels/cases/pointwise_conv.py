@@ -84,5 +84,5 @@ CASES = Cases(
         Case(_sizes(2, 3, 3, 0, 2)),
     ),
     # Sums of some hundred products, of which float32 rounds each.
-    FLOAT_TOLERANCE | {torch.float32: (2e-6, 4e-6)},
+    {**FLOAT_TOLERANCE, torch.float32: (2e-6, 4e-6)},
 )
