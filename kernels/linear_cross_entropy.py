@@ -85,13 +85,12 @@ def linear_cross_entropy_partials_kernel(
         )
         if has_cap:
             logit, _ = capped(logit, soft_cap)
-        is_inside = (column < end)[None, :]
         if is_smooth:
-            plain += tl.sum(tl.where(is_inside, logit, 0.0), axis=1)
+            plain += tl.sum(logit, axis=1)  # those outside are 0
         picked = tl.sum(tl.where(column[None, :] == target[:, None], logit, 0.0), axis=1)
         is_here = has_row & (target >= first) & (target < tl.minimum(first + block_n, end))
         tl.store(target_logits_pointer + row, picked, mask=is_here)
-        logit = tl.where(is_inside, logit, float("-inf"))
+        logit = tl.where((column < end)[None, :], logit, float("-inf"))
         larger = tl.maximum(largest, tl.max(logit, axis=1))
         base = tl.where(larger == float("-inf"), 0.0, larger)  # a difference of infinities would be NaN
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(logit - base[:, None]), axis=1)
@@ -421,7 +420,9 @@ def _backward(
     x, weight, target, log_sum_exp = ctx.saved_tensors
     count = (target != ctx.factors[0]).sum()
     gradient = losses_gradient + loss_gradient / count  # of ignored targets, the kernel reads none
-    return (*BACKWARD(x, weight, target, log_sum_exp, gradient, *ctx.factors), None, *[None] * 4)
+    needs_dweight = ctx.needs_input_grad[1]
+    dx, dweight = BACKWARD(x, weight, target, log_sum_exp, gradient, *ctx.factors, needs_dweight)
+    return dx, dweight if needs_dweight else None, None, *[None] * 4
 
 
 KERNEL.operator.register_autograd(_backward, setup_context=_save)

@@ -114,6 +114,7 @@ def launch(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    needs_dweight: bool = True,
     scratch_bytes: int = SCRATCH_BYTES,
     *,
     dx: torch.Tensor,
@@ -134,9 +135,10 @@ def launch(
         label_smoothing: see there.
         z_loss: see there.
         soft_cap: see there.
+        needs_dweight: whether ``dweight`` is wanted: where a model's head is frozen it is not, and left empty.
         scratch_bytes: what ``logit_gradients`` may take; it is never narrower than 256 columns.
         dx: as ``x``; written, as all that follow; none shares memory with any other argument.
-        dweight: ``[vocabulary, depth]`` of x's dtype, row-major.
+        dweight: ``[vocabulary, depth]`` of x's dtype, row-major; ``[0, depth]`` if it is not wanted.
         logit_gradients: scratch, ``[tokens, width of a chunk]`` of x's dtype.
         dx_sum: scratch, ``[tokens, depth]`` of float32 where the dtype is narrower and there are several chunks, else
             empty.
@@ -148,7 +150,9 @@ def launch(
     """
     read = {"x": x, "weight": weight, "target": target, "log_sum_exp": log_sum_exp, "gradient": gradient}
     written = {"dx": dx, "dweight": dweight, "logit_gradients": logit_gradients, "dx_sum": dx_sum}
-    expected = _results(x, weight, target, log_sum_exp, gradient, label_smoothing, z_loss, soft_cap, scratch_bytes)
+    expected = _results(
+        x, weight, target, log_sum_exp, gradient, label_smoothing, z_loss, soft_cap, needs_dweight, scratch_bytes
+    )
     for (name, tensor), (shape, dtype) in zip(written.items(), expected, strict=True):
         check_tensor(NAME, name, tensor, shape, dtype, x.device)
     check_apart(NAME, written, read)
@@ -171,7 +175,8 @@ def launch(
                 stride_k=weight.stride(1), stride_v=weight.stride(0), **config.options,
             )  # fmt: skip
             chunk = logit_gradients[:, : last - first]
-            torch.mm(chunk.t(), rows, out=dweight[first:last])
+            if needs_dweight:
+                torch.mm(chunk.t(), rows, out=dweight[first:last])
             _add_product(total, chunk, weight[first:last], is_first=first == 0)
         if dx_sum.numel():
             dx.view(tokens, depth).copy_(dx_sum)
@@ -196,6 +201,7 @@ def _results(
     label_smoothing: float,
     z_loss: float,
     soft_cap: float,
+    needs_dweight: bool,
     scratch_bytes: int,
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of what is written."""
@@ -208,7 +214,7 @@ def _results(
     is_summed = width < vocabulary and x.dtype != torch.float32
     return (
         (tuple(x.shape), x.dtype),
-        (tuple(weight.shape), x.dtype),
+        ((vocabulary if needs_dweight else 0, depth), x.dtype),
         ((tokens, width), x.dtype),
         ((tokens, depth) if is_summed else (0, depth), torch.float32),
     )
@@ -224,10 +230,13 @@ def allocate(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    needs_dweight: bool = True,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> tuple[torch.Tensor, ...]:
     """New ``(dx, dweight, logit_gradients, dx_sum)``, not filled. Raises ExecutionError as ``launch`` does."""
-    made = _results(x, weight, target, log_sum_exp, gradient, label_smoothing, z_loss, soft_cap, scratch_bytes)
+    made = _results(
+        x, weight, target, log_sum_exp, gradient, label_smoothing, z_loss, soft_cap, needs_dweight, scratch_bytes
+    )
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in made)
 
 
@@ -241,6 +250,7 @@ def reference(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    needs_dweight: bool = True,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> tuple[torch.Tensor, ...]:
     """``(dx, dweight)`` by plain PyTorch on any device, from all logits, with the kernel's roundings."""
@@ -255,7 +265,8 @@ def reference(
         value = value * (1 - (logits / soft_cap).square())
     value = torch.where(target.flatten()[:, None] == ignore_index, 0.0, value).to(x.dtype).float()
     rows = x.reshape(target.numel(), x.shape[-1]).float()
-    return (value @ weight.float()).to(x.dtype).view(x.shape), (value.t() @ rows).to(x.dtype)
+    dweight = (value.t() @ rows).to(x.dtype) if needs_dweight else rows.new_empty(0, x.shape[-1], dtype=x.dtype)
+    return (value @ weight.float()).to(x.dtype).view(x.shape), dweight
 
 
 def eager(
@@ -268,6 +279,7 @@ def eager(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    needs_dweight: bool = True,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What autograd does where logits were not kept: again in float32, then softmax minus one, then two products."""
@@ -289,7 +301,8 @@ def eager(
     if soft_cap:
         value = value * (1 - (logits / soft_cap).square())
     value = value.to(x.dtype)
-    return (value @ weight).view(x.shape), value.t() @ rows
+    dweight = value.t() @ rows if needs_dweight else weight.new_empty(0, x.shape[-1])
+    return (value @ weight).view(x.shape), dweight
 
 
 def cost(
@@ -300,17 +313,20 @@ def cost(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    needs_dweight: bool = True,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> Cost:
-    """Flops and bytes of one launch: three products of ``tokens x depth x vocabulary``.
+    """Flops and bytes of one launch: three products of ``tokens x depth x vocabulary``, two without ``dweight``.
 
     Between them, every logit costs five operations (difference, exponential, two terms, product) and six more with a
     cap. Bytes are compulsory: ``x`` and ``weight`` read and their gradients written, and three numbers a token. Logit
     gradients go through memory, too, written once and read twice, in chunks that the L2 cache holds in part; that is
     not counted.
     """
-    each = 6 * depth + 5 + 6 * (soft_cap != 0)
-    return Cost(tokens * vocabulary * each, 2 * (tokens + vocabulary) * depth * DTYPE_BYTES[dtype] + 16 * tokens)
+    products = 2 + needs_dweight
+    each = 2 * products * depth + 5 + 6 * (soft_cap != 0)
+    values = (2 * tokens + (1 + needs_dweight) * vocabulary) * depth
+    return Cost(tokens * vocabulary * each, values * DTYPE_BYTES[dtype] + 16 * tokens)
 
 
 def arguments(
@@ -324,6 +340,7 @@ def arguments(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    needs_dweight: bool = True,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> dict[str, Any]:
     """Random inputs of ``launch`` for such sizes, by name; about every eighth target is ignored.
@@ -346,6 +363,7 @@ def arguments(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "soft_cap": soft_cap,
+        "needs_dweight": needs_dweight,
         "scratch_bytes": scratch_bytes,
     }
 
