@@ -104,12 +104,10 @@ def test_reads_and_sends_vectors_by_address() -> None:
 
 def test_waiting_orders_what_is_read_behind_it() -> None:
     """Flags are read with acquire semantics at the scope of the system: other devices write them."""
-    inputs = [torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(64, 1024, device="meta").half().t()]
-    flags = torch.empty(8, dtype=torch.int32, device="meta")
+    addresses, flags = (torch.empty(8, dtype=dtype, device="meta") for dtype in (torch.int64, torch.int32))
+    weight, out = (torch.empty(*shape, dtype=torch.float16, device="meta") for shape in ((1024, 64), (1024, 64)))
     with offline._compiling(90) as done:
-        all_gather_linear.launch_on_rank(
-            *inputs, flags, 3, 1, 132, out=torch.empty(1024, 64, dtype=torch.float16, device="meta")
-        )
+        all_gather_linear.launch_on_rank(addresses, weight, flags, 3, 1, 132, out=out)
     assert "atomic_rmw add, acquire, sys" in done[0].asm["ttgir"]
     assert re.search(
         r"ld\.global\.sys\.acquire|ld\.acquire\.sys|atom\S*\.acquire\.sys|atom\S*\.sys\S*\.acquire", done[0].asm["ptx"]

@@ -46,5 +46,5 @@ CASES = Cases(
         Case(_sizes(2, 0, 8, 8)),
         Case(_sizes(2, 3, 8, 0)),
     ),
-    FLOAT_TOLERANCE | {torch.float32: (2e-6, 4e-6)},
+    {**FLOAT_TOLERANCE, torch.float32: (2e-6, 4e-6)},
 )
