@@ -52,7 +52,7 @@ def lora(
         w: ``[depth, columns]`` of x's dtype and any strides: ``linear.weight.t()`` of a torch Linear. Frozen.
         a: ``[depth, rank]`` likewise: ``lora_A.weight.t()`` of PEFT; with ``offsets`` ``[adapters, depth, rank]``.
         b: ``[rank, columns]`` likewise: ``lora_B.weight.t()`` of PEFT; with ``offsets`` ``[adapters, rank, columns]``.
-        scale: what the adapters' part is multiplied by: PEFT's ``lora_alpha / r``.
+        scale: what the adapters' part is multiplied by: PEFT's ``lora_alpha / r``, the same for all of them.
         p: the probability with which an element of ``x`` is dropped on its way to ``a``; 0 where nothing is trained.
         seed: says which elements are dropped, the same for the same seed. An int64 tensor ``[1]`` on x's device can
             change from step to step in a captured graph. Drawn from PyTorch's generator if needed and not given.

@@ -118,6 +118,13 @@ def test_the_seed_says_which_elements_are_dropped() -> None:
     assert torch.equal(first, lora(**{**given, "seed": None}))
 
 
+def test_only_the_result_is_differentiable() -> None:
+    """The low-rank tensor is there for the backward; a gradient through it would miss ``x`` and ``a``."""
+    y, low_rank = KERNEL(*inputs_for().values())
+    assert y.requires_grad
+    assert not low_rank.requires_grad
+
+
 def test_gradients_pass_through_torch_compile() -> None:
     given = inputs_for(p=0.3, adapters=2)
     compiled = torch.compile(lambda **kw: lora(**kw), backend="aot_eager", fullgraph=True)
