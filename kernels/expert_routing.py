@@ -37,9 +37,7 @@ __all__ = ["KERNEL"]
 
 NAME = "expert_routing"
 CONFIGS = Configs.beside(__file__)
-MOST_CHOICES = 8
-#: Tokens of one program. Scratch has a row for each block, so that no configuration may change it.
-_BLOCK_TOKENS = 16
+MOST_CHOICES = 16
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
@@ -75,7 +73,6 @@ def expert_routing_choice_kernel(
     keys = tl.where(is_expert, keys, least)
     chosen_logits = tl.full([block_tokens, block_choices], float("-inf"), tl.float32)
     chosen_experts = tl.zeros([block_tokens, block_choices], tl.int32)
-    is_chosen = tl.zeros([block_tokens, block_experts], tl.int32)
     for step in tl.static_range(top_k):
         largest = tl.max(keys, axis=1)
         found = block_experts - 1 - (largest & 0xFFFFFFFF).to(tl.int32)
@@ -84,7 +81,6 @@ def expert_routing_choice_kernel(
         chosen_logits = tl.where(choice[None, :] == step, value[:, None], chosen_logits)
         chosen_experts = tl.where(choice[None, :] == step, found[:, None], chosen_experts)
         is_found = expert[None, :] == found[:, None]
-        is_chosen = tl.where(is_found, 1, is_chosen)
         keys = tl.where(is_found, least, keys)
     largest_logit = tl.max(tl.where(choice[None, :] == 0, chosen_logits, float("-inf")), axis=1)[:, None]
     powers = tl.exp(chosen_logits - largest_logit)
@@ -96,7 +92,8 @@ def expert_routing_choice_kernel(
     inside = has_token & (choice < top_k)[None, :]
     tl.store(weights_pointer + to, powers / total[:, None], mask=inside)
     tl.store(indices_pointer + to, chosen_experts.to(tl.int64), mask=inside)
-    counts = tl.sum(tl.where(has_token, is_chosen, 0), axis=0)
+    is_chosen = has_token & is_expert & (keys == least)
+    counts = tl.sum(is_chosen.to(tl.int32), axis=0)
     tl.store(counts_pointer + block * experts + expert, counts, mask=expert < experts)
 
 
@@ -172,7 +169,7 @@ def launch(
 
     Args:
         logits: ``[..., experts]``, float32, float16 or bfloat16, row-major, on a CUDA device; at most 512 experts.
-        top_k: experts of a token, at most 8.
+        top_k: experts of a token, at most 16.
         normalize: whether the weights of a token sum to one, else they are its largest shares of all experts.
         weights: ``[..., top_k]`` of float32; written, as all that follow, and in memory of its own.
         indices: ``[..., top_k]`` of int64: the experts.
@@ -197,8 +194,8 @@ def launch(
         return
     config = config or CONFIGS.choose(logits.device, logits.dtype, experts=experts)
     options = dataclasses.replace(config, constants={}).options
-    blocks, block_experts = triton.cdiv(tokens, _BLOCK_TOKENS), triton.next_power_of_2(experts)
-    tile = {"block_tokens": _BLOCK_TOKENS, "block_experts": block_experts}
+    blocks = counts.shape[0]
+    tile = {"block_tokens": _block_tokens(experts), "block_experts": triton.next_power_of_2(experts)}
     columns = config.constants["block_columns"]
     with torch.accelerator.device_index(logits.device.index):
         expert_routing_choice_kernel[(blocks,)](
@@ -211,6 +208,11 @@ def launch(
         expert_routing_order_kernel[(blocks,)](
             indices, starts, order, ends, tokens, blocks, experts=experts, top_k=top_k, **tile, **options
         )
+
+
+def _block_tokens(experts: int) -> int:
+    """Tokens of one program, which has all their experts in registers. Scratch has a row for each such block."""
+    return 16 if experts <= 128 else 8
 
 
 def _check(logits: torch.Tensor, top_k: int) -> tuple[int, int]:
@@ -232,7 +234,7 @@ def _outputs(logits: torch.Tensor, top_k: int) -> tuple[tuple[tuple[int, ...], t
     """Shape and dtype of all that is written."""
     *leading, experts = logits.shape
     tokens = logits.numel() // experts
-    blocks = triton.cdiv(tokens, _BLOCK_TOKENS)
+    blocks = triton.cdiv(tokens, _block_tokens(experts))
     return (
         ((*leading, top_k), torch.float32),
         ((*leading, top_k), torch.int64),
@@ -274,7 +276,7 @@ def cost(dtype: str, tokens: int, experts: int, top_k: int) -> Cost:
     """Flops and bytes of routing ``tokens``: logits read once, weights, indices, order and ends written once.
 
     Flops are those of one softmax over the logits; comparisons and the integers of the sort are none. Scratch of
-    eight bytes for every expert and sixteen tokens is not counted: it stays in the cache.
+    eight bytes for every expert and block of tokens is not counted: it stays in the cache.
     """
     written = tokens * top_k * (4 + 8 + 8) + 4 * experts
     return Cost(tokens * (3 * experts - 1 + top_k), tokens * experts * DTYPE_BYTES[dtype] + written)
@@ -355,7 +357,10 @@ KERNEL = Kernel(
     cost=cost,
     matches=matches,
     arguments=arguments,
-    workloads=tuple(Workload(w.name, {key: w.sizes[key] for key in ("tokens", "experts", "top_k")}) for w in WORKLOADS),
+    workloads=(
+        *(Workload(w.name, {key: w.sizes[key] for key in ("tokens", "experts", "top_k")}) for w in WORKLOADS),
+        Workload("Qwen3-Next-80B-A3B, 8192 tokens", {"tokens": 8192, "experts": 512, "top_k": 10}),
+    ),
     dtypes=FLOATS,
     configs=CONFIGS,
     scratch=("counts", "starts"),

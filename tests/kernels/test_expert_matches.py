@@ -91,7 +91,7 @@ NO_ROUTING: Mapping[str, tuple[Callable[..., Any], tuple[int, ...]]] = MappingPr
         "softmax over tokens": (lambda x: functional.softmax(x, 0).topk(2), (8, 4)),
         "sigmoid": (lambda x: torch.sigmoid(x).topk(2), (8, 4)),
         "no softmax": (lambda x: x.topk(2), (8, 4)),
-        "nine choices": (lambda x: _topk(x, 9), (8, 16)),
+        "many choices": (lambda x: _topk(x, 17), (8, 20)),
         "many experts": (lambda x: _topk(x, 2), (8, 513)),
         "softmax in a narrow dtype": (lambda x: functional.softmax(x.bfloat16(), -1).topk(2), (8, 4)),
         "columns first": (lambda x: _topk(x.t(), 2), (4, 8)),
