@@ -29,6 +29,9 @@ MODES = (FORWARD, TRAINING)
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
 
 
+PIECE = 1 << 26  # elements that are compared at a time
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel, a workload, a dtype, and whether only the forward pass or the backward pass with it is measured."""
@@ -218,14 +221,16 @@ def error_of(results: Sequence[torch.Tensor | None], truths: Sequence[torch.Tens
 
 
 def _distance(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """Piece by piece: both may be gigabytes, and float64 copies of them more than there is."""
     if result.shape != truth.shape:
         return math.inf
-    if truth.numel() == 0:
-        return 0.0
-    kind = torch.float64 if truth.dtype == torch.float64 or not truth.is_floating_point() else torch.float32
-    result, truth = result.to(kind), truth.to(kind)
-    both_nan = result.isnan() & truth.isnan()
-    difference = torch.where((result == truth) | both_nan, 0, (result - truth).abs())
-    largest = torch.where(truth.isfinite(), truth.abs(), 0).max().item()
-    worst = torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max().item()
-    return float(worst / largest) if largest > 0 else float(worst)
+    worst = largest = 0.0
+    for one, other in zip(result.reshape(-1).split(PIECE), truth.reshape(-1).split(PIECE), strict=True):
+        if other.numel():
+            kind = torch.float64 if other.dtype == torch.float64 or not other.is_floating_point() else torch.float32
+            one, other = one.to(kind), other.to(kind)
+            same = (one == other) | (one.isnan() & other.isnan())
+            difference = torch.where(same, 0, (one - other).abs())
+            worst = max(worst, torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max().item())
+            largest = max(largest, torch.where(other.isfinite(), other.abs(), 0).max().item())
+    return worst / largest if largest > 0 else worst
