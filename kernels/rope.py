@@ -249,13 +249,19 @@ def reference(
         tokens = q.shape[-2 if heads_first else -3]
         positions = torch.arange(cos.shape[0], device=q.device).view(-1, tokens)
     positions = positions[0] if q.dim() == 3 and positions.dim() == 2 else positions
-    if inverse and cos.shape[1] == rotary_dim:  # transposed, each element of a pair meets the sine of the other
-        sin = sin.reshape(-1, rotary_dim // 2, 2).flip(-1).flatten(-2) if interleaved else sin.roll(rotary_dim // 2, 1)
+    sin = _opposite(sin, rotary_dim, interleaved) if inverse else sin
     results = []
     for x in (q, k):
-        out = rotated(_tokens_first(x, heads_first), cos, -sin if inverse else sin, positions, rotary_dim, interleaved)
+        out = rotated(_tokens_first(x, heads_first), cos, sin, positions, rotary_dim, interleaved)
         results.append(_new(x, row_major).copy_(_tokens_first(out, heads_first)))
     return results[0], results[1]
+
+
+def _opposite(sin: torch.Tensor, rotary_dim: int, interleaved: bool) -> torch.Tensor:
+    """Sines of the transposed rotation; where elements have columns of their own, each meets that of the other."""
+    if sin.shape[1] == rotary_dim:
+        sin = sin.reshape(-1, rotary_dim // 2, 2).flip(-1).flatten(-2) if interleaved else sin.roll(rotary_dim // 2, 1)
+    return -sin
 
 
 def _tokens_first(x: torch.Tensor, heads_first: bool) -> torch.Tensor:
@@ -275,9 +281,12 @@ def eager(
     inverse: bool,
 ) -> Any:
     """What a model says: gather the angles, rotate halves or neighbours, once for queries and once for keys."""
-    sin = -sin if inverse else sin
+    sin = _opposite(sin, rotary_dim, interleaved) if inverse else sin
     if positions is not None:
+        positions = positions[0] if q.dim() == 3 and positions.dim() == 2 else positions
         cos, sin = cos[positions], sin[positions]
+    elif q.dim() == 4:
+        cos, sin = (table.reshape(-1, q.shape[-2 if heads_first else -3], table.shape[1]) for table in (cos, sin))
     cosine, sine = (table.unsqueeze(-3 if heads_first else -2) for table in (cos, sin))
     return spelled(q, cosine, sine, rotary_dim, interleaved), spelled(k, cosine, sine, rotary_dim, interleaved)
 

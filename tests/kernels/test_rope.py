@@ -42,14 +42,11 @@ def test_gradients_are_those_of_eager_code(each: bool, more: Mapping[str, Any]) 
     q, k, *rest = inputs.values()
     results = []
     for function in (KERNEL, KERNEL.eager):
-        if each and inputs["inverse"] and function is KERNEL.eager:
-            continue  # eager code says the inverse for equal angles only
         leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
         outputs = function(*leaves, *rest)
         weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in leaves]
         results.append(torch.autograd.grad([(o * w).sum() for o, w in zip(outputs, weights, strict=True)], leaves))
-    if len(results) == 2:
-        torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1])
     forward = KERNEL(*[torch.linspace(-1, 1, x.numel()).view(x.shape) for x in (q, k)], *rest[:-1], not rest[-1])
     torch.testing.assert_close(results[0], forward)
 
@@ -74,6 +71,20 @@ def test_turns_back_what_it_turned() -> None:
 @pytest.mark.parametrize("rotary_dim", [4, 8])
 def test_reference_is_eager_code(interleaved: bool, rotary_dim: int) -> None:
     inputs = given(interleaved=interleaved, rotary_dim=rotary_dim)
+    torch.testing.assert_close(KERNEL.reference(*inputs.values()), KERNEL.eager(*inputs.values()))
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("rows", ["each", "all", "each gathered", "all gathered"])
+def test_reference_is_eager_code_of_batches(rows: str, heads_first: bool) -> None:
+    inputs = given(interleaved=False) | {"heads_first": heads_first}
+    for name in ("q", "k"):
+        x = inputs[name].unflatten(0, (2, 3))
+        inputs[name] = x.transpose(1, 2) if heads_first else x
+    inputs["positions"] = inputs["positions"].view(2, 3)[: 2 if "each" in rows else 1]
+    if "gathered" in rows:
+        positions = inputs["positions"].flatten()
+        inputs |= {"cos": inputs["cos"][positions], "sin": inputs["sin"][positions], "positions": None}
     torch.testing.assert_close(KERNEL.reference(*inputs.values()), KERNEL.eager(*inputs.values()))
 
 
