@@ -108,7 +108,7 @@ def test_quantisation_says_where_numbers_are_none(config: Config | None, dtype: 
 
 @pytest.mark.parametrize("dtype", add_rms_norm_quantize.LIMITS)
 @pytest.mark.parametrize("config", BLOCKS, ids=IDS)
-def test_quantisation_rounds_ties_to_even_and_saturates(config: Config | None, dtype: str) -> None:
+def test_quantisation_rounds_ties_to_even(config: Config | None, dtype: str) -> None:
     """Rows as long as their root mean square, so that the normalisation is exact, and the largest the limit itself."""
     limit = add_rms_norm_quantize.LIMITS[dtype]
     ties = {"int8": [0.5, 1.5, -2.5, 126.5], "float8_e4m3fn": [17.0, -19.0, 424.0, 2.0**-10]}[dtype]
@@ -123,3 +123,13 @@ def test_quantisation_rounds_ties_to_even_and_saturates(config: Config | None, d
     reference = add_rms_norm_quantize.reference(x, torch.zeros_like(x), weight, 0.0, 0.0, dtype)
     assert made["out"][0, :5].float().tolist() == wanted
     assert torch.equal(made["out"].float(), reference[1].float())
+
+
+@pytest.mark.parametrize("config", BLOCKS, ids=IDS)
+def test_quantisation_saturates_where_the_scale_is_a_subnormal_number(config: Config | None) -> None:
+    """190 / 127 of the smallest number is rounded to that number itself, so that 190 has no place in int8."""
+    weight = torch.tensor([190.0, 100.0, -190.0, *[3.0] * 37], dtype=torch.float64).mul(2.0**-149).float()
+    ones = torch.ones(2, 40)
+    made = launched(add_rms_norm_quantize, ones, torch.zeros(2, 40), weight, 0.0, 0.0, "int8", config=config)
+    assert made["scale"].double().tolist() == [[2.0**-149]] * 2
+    assert made["out"][:, :4].tolist() == [[127, 100, -127, 3]] * 2
