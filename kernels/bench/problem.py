@@ -225,7 +225,7 @@ def _distance(result: torch.Tensor, truth: torch.Tensor) -> float:
     if result.shape != truth.shape:
         return math.inf
     worst = largest = 0.0
-    for one, other in zip(result.reshape(-1).split(PIECE), truth.reshape(-1).split(PIECE), strict=True):
+    for one, other in zip(result.reshape(-1).split(PIECE), truth.reshape(-1).split(PIECE), strict=True):  # type: ignore[no-untyped-call]
         if other.numel():
             kind = torch.float64 if other.dtype == torch.float64 or not other.is_floating_point() else torch.float32
             one, other = one.to(kind), other.to(kind)

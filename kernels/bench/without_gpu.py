@@ -11,6 +11,7 @@ import torch
 
 from .._checks import dtype_name
 from .._kernel import Kernel
+from ..registry import names
 from .interpreted import checked
 from .problem import Case
 from .resources import Entry, difference, entries, faults, read_entries, written
@@ -65,6 +66,8 @@ def resource_table(
 ) -> dict[str, Any]:
     """Compile all configurations of kernels in ``dtypes``, or in all they know; say what they need.
 
+    ``output`` is a table to write; what one that is there says of other kernels and dtypes stays in it.
+
     Raises:
         OptionError: a table cannot be read.
     """
@@ -94,6 +97,9 @@ def resource_table(
     for line in (*wrong, *changed):
         say(line)
     if output is not None:
-        write_whole(output, written(found))
+        made = {(kernel.name, dtype_name(dtype)) for kernel in kernels for dtype in dtypes or kernel.dtypes}
+        others = read_entries(output) if output.exists() else []
+        kept = [entry for entry in others if (entry.kernel, entry.dtype) not in made and entry.kernel in names()]
+        write_whole(output, written([*kept, *found]))
         say(f"written: {output}")
     return {"resources": [vars(entry) for entry in found], "faults": wrong, "changed": changed}

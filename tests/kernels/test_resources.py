@@ -34,6 +34,7 @@ from opweave.kernels.bench.resources import (
     sizes_for,
     written,
 )
+from opweave.kernels.bench.without_gpu import resource_table
 from tests.kernels.test_kernels import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -195,3 +196,18 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
 )
 def test_occupancy(registers: int, num_warps: int, shared_bytes: int, programs: int) -> None:
     assert occupancy(registers, num_warps, shared_bytes) == programs
+
+
+def test_a_table_keeps_what_it_says_of_other_kernels(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    other, gone = replace(ENTRY, kernel="add_rms_norm", dtype="float16"), replace(ENTRY, kernel="no_such_kernel")
+    path.write_text(written([other, gone, replace(ENTRY, kernel="add_rms_norm", registers=1)]))
+    kernel = registry.load("add_rms_norm")
+    facts = resource_table((kernel,), (torch.bfloat16,), path, path, lambda line: None)
+    found = read_entries(path)
+    assert other in found
+    assert {entry.kernel for entry in found} == {"add_rms_norm"}
+    rows = len(kernel.configs.of_architecture(90))
+    assert [entry.row for entry in found if entry.dtype == "bfloat16"] == list(range(rows))
+    assert any("registers 1 ->" in line for line in facts["changed"])
+    assert not facts["faults"]
