@@ -129,13 +129,18 @@ class Walk:
         found = self._written.get(base.name)
         return None if found is None else (found, found.outputs.index(base.name))
 
-    def uncast(self, tensor: Tensor, result: str) -> Tensor:
-        """What ``tensor`` was cast from, as long as that is a float32 or a ``result``: no digit was lost there."""
+    def uncast(self, tensor: Tensor, result: str, *, far: bool = True) -> Tensor:
+        """What ``tensor`` was cast from, as long as that is a float32 or a ``result``: no digit was lost there.
+
+        Not ``far`` stops at the first ``result``: what a kernel reads that takes its operands in this dtype.
+        """
         made = self.writer(tensor)
         while made is not None and made[0].target in CASTS:
             source = self.graph.tensor[made[0].inputs[0]]
             allowed = {"float32", result}
             if not {source.dtype, self.graph.tensor[made[0].outputs[0]].dtype} <= allowed or result not in _FLOATS:
+                break
+            if not far and tensor.dtype == result != source.dtype:
                 break
             tensor = reshaped(source, tensor.shape) or source
             made = self.writer(tensor)
@@ -163,7 +168,7 @@ class Walk:
             if fits and _equal(bound.literals.get(pattern.name, value), value):
                 yield changed(bound, literals={**bound.literals, pattern.name: value})
         elif isinstance(value, Tensor):
-            yield from self._tensor(pattern, self.uncast(value, result), bound, result)
+            yield from self._tensor(pattern, self.uncast(value, result, far=pattern.kind == "call"), bound, result)
 
     def _tensor(self, pattern: Pattern, value: Tensor, bound: Found, result: str) -> Iterator[Found]:
         if pattern.kind == "call":
