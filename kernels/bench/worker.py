@@ -57,7 +57,7 @@ def supervised(
         if remaining <= 0 and not first:
             yield from (Answer(case["name"], (), ("everything",)) for case in left)
             return
-        request = {"task": task, "cases": left, "seconds": remaining, **facts}
+        request = {"task": task, "cases": left, "until": time.time() + remaining, **facts}
         begun, ended = "", 0
         for message in _talk(command, request, patience_s):
             if message["kind"] == "begin":
@@ -186,7 +186,7 @@ def _measure(request: Mapping[str, Any]) -> None:
     from .session import measure
 
     gpu, stated, measured = _device(request)
-    budget = Budget(request["seconds"], gpu.now)
+    budget = Budget(request["until"] - time.time(), gpu.now)
     cases = _cases(request)
     results = measure(cases, gpu, budget, stated, measured, tiers=request["tiers"])
     for case in cases:
@@ -203,7 +203,7 @@ def _tune(request: Mapping[str, Any]) -> None:
     from .tuner import tune
 
     gpu, _, _ = _device({**request, "roofline": request.get("roofline") or {**_NOTHING}})
-    budget = Budget(request["seconds"], gpu.now)
+    budget = Budget(request["until"] - time.time(), gpu.now)
     cases = _cases(request)
     for number, case in enumerate(cases):
         _say("begin", case=case.name)

@@ -20,7 +20,7 @@ request = json.load(sys.stdin)
 def say(kind, **facts):
     print("opweave: " + json.dumps({"kind": kind, **facts}), flush=True)
 def row(case):
-    return {"case": case, "provider": "opweave", "metric": "time", "value": request["seconds"] * 0 + 1.0, "unit": "ms"}
+    return {"case": case, "provider": "opweave", "metric": "time", "value": float(request["until"] > 0), "unit": "ms"}
 def end(case, left_out=()):
     say("end", case=case, rows=[row(case)], left_out=list(left_out), tuned=[])
 say("device", rows=[row("")], roofline={"source": "measured", "again": request.get("roofline") is not None})
