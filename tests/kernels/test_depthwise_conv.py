@@ -229,3 +229,10 @@ def test_leaves_a_vector_over_the_width_that_is_as_long_as_there_are_channels() 
     program = exported(lambda x, y: conv(x) * y, [square, torch.randn(8)], decomposed=False)
     (match,) = check_matches(KERNEL, program.graph)
     assert len(match.ops) == 1
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_matches_what_follows_another_block(decomposed: bool) -> None:
+    """Decomposed, the image is a float32 result that was rounded: the launch reads it rounded."""
+    chain = nn.Sequential(Block(nn.SiLU()), nn.Conv2d(8, 8, 1), Block(nn.SiLU())).eval().to(torch.bfloat16)
+    check_fusion(KERNEL, chain, [image(torch.bfloat16)], rtol=0.05, atol=0.05, decomposed=decomposed, count=2)

@@ -123,6 +123,17 @@ def test_matches_its_own_eager_spelling(bias: bool, decomposed: bool) -> None:
     check_fusion(KERNEL, function, tensors, rtol=0.05, atol=0.05, decomposed=decomposed)
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_matches_what_follows_an_activation(name: str, decomposed: bool) -> None:
+    """Decomposed, ``x`` is a float32 result that was rounded: the launch reads it rounded."""
+
+    def function(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return SPELLINGS[name](functional.silu(x), w, s, b)
+
+    check_fusion(KERNEL, function, inputs(HALF, 2, 3), rtol=0.05, atol=0.05, decomposed=decomposed)
+
+
 def matched(function: Function, *given: torch.Tensor, decomposed: bool = False) -> int:
     return len(check_matches(KERNEL, exported(function, given, decomposed=decomposed).graph))
 
