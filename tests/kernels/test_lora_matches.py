@@ -116,6 +116,7 @@ REFUSED: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "a scale for each column": lambda x, w, a, b, v: linear(x, w) + v * linear(linear(x, a), b),
         "a bias of the adapter": lambda x, w, a, b, v: linear(x, w) + linear(linear(x, a), b, v),
+        "a scaled bias of the adapter": lambda x, w, a, b, v: linear(x, w) + 2 * linear(linear(x, a), b, v),
         "subtracted": lambda x, w, a, b, v: linear(x, w) - linear(linear(x, a), b),
         "scaled by alpha": lambda x, w, a, b, v: torch.add(linear(x, w), linear(linear(x, a), b), alpha=2),
         "scaled as a whole": lambda x, w, a, b, v: 2 * linear(x, w) + linear(linear(x, a), b),
