@@ -67,7 +67,7 @@ def convolutions(walk: Walk, out: Tensor) -> Iterator[Convolution]:
     for activation, inner in (("none", out), *activations(walk, out)):
         for found, spread in _normalised(walk, inner, out.dtype):
             vectors = _vectors(found, found["weight"].shape[0], spread=spread)
-            given = _DEFAULTS | found.literals
+            given = {**_DEFAULTS, **found.literals}
             steps = [given[name] for name in ("stride", "padding", "dilation")]
             if vectors is None or inner.shape != out.shape or not all(_is_square(step) for step in steps):
                 continue
