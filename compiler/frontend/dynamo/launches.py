@@ -31,7 +31,7 @@ def matched(module: torch.fx.GraphModule, rules: Rules) -> tuple[OperatorGraph, 
     chance. Its operands must then be values that the module has. Raises ModelError.
     """
     found = operator_graph(module, _size)
-    matches = list(rules(found.graph))
+    matches = [m for m in rules(found.graph) if all(_reachable(found, tensor) for tensor in m.operands)]
     values = [node.meta.get("val") for node in module.graph.nodes]
     sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
     sizes += values
@@ -51,6 +51,11 @@ def _size(size: Any, others: Mapping[sympy.Symbol, int] | None = None) -> int:
     if value is None or (others is not None and not value.is_Integer):
         raise ModelError(f"size {size} is not known")
     return int(value)
+
+
+def _reachable(found: OperatorGraph, tensor: Tensor) -> bool:
+    """Whether a node is this tensor, or all of its buffer; no node is the whole storage of a strided input."""
+    return tensor.name in found.values or tensor.buffer in found.values
 
 
 def _kind(match: Match) -> tuple[Any, ...]:
