@@ -21,7 +21,7 @@ __all__ = ["CALIBRATION", "Result", "calibration_rows", "measure"]
 CALIBRATION = "the device"
 ROUNDS = 3
 LONG_MS = 20.0  # a step that takes longer is timed in one round
-LEAST_MS, MOST_MS = 10.0, 100.0  # of one provider's timing in one round
+LEAST_MS, MOST_MS = 10.0, 30.0  # of one provider's timing in one round
 
 
 @dataclass

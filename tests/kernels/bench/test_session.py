@@ -139,8 +139,10 @@ def test_budget_learns_what_tiers_take() -> None:
     budget = Budget(100.0, lambda: now[0])
     assert budget.affords(2, 0)
     assert not budget.affords(2, 20)
-    budget.spent(0, 1.0)
-    budget.spent(1, 1.0)
+    for _ in range(20):
+        budget.spent(0, 1.0)
+        budget.spent(1, 1.0)
+    assert budget.expected_s(1) == pytest.approx((4 * 4.0 + 20) / 24)
     assert budget.affords(2, 20)
     now[0] = 95.0
     assert budget.affords(0, 20)
