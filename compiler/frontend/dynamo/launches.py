@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ....errors import InternalError, ModelError
-from ...fusion import Called, Match
+from ...fusion import Called, Match, is_row_major
 from ...graph import DTYPE_BYTES, Graph, Tensor
 from .operators import OperatorGraph, operator_graph
 
@@ -159,15 +160,21 @@ class _Placing:
         if known is not None:
             return known
         base = self.values[tensor.buffer]
-        offset = tensor.offset_bytes // DTYPE_BYTES[tensor.dtype] + _value(base).storage_offset()
-        shape, strides = list(tensor.shape), list(tensor.element_strides)
+        value, shape, strides = _value(base), list(tensor.shape), list(tensor.element_strides)
+        if tensor.offset_bytes == 0 and tensor.dtype == str(value.dtype).removeprefix("torch."):
+            # Views that autograd knows how to differentiate cheaply, unlike arbitrary strides.
+            if (shape, strides) == ([*value.shape][::-1], [*value.stride()][::-1]):
+                return _call(self.module, _ATEN.permute.default, base, list(range(len(shape)))[::-1])
+            if is_row_major(tensor) and value.is_contiguous() and math.prod(shape) == value.numel():
+                return _call(self.module, _ATEN.view.default, base, shape)
+        offset = tensor.offset_bytes // DTYPE_BYTES[tensor.dtype] + value.storage_offset()
         return _call(self.module, _ATEN.as_strided.default, base, shape, strides, offset)
 
 
-def _call(module: torch.fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-    node: torch.fx.Node = module.graph.call_function(target, args, kwargs)
+def _call(module: torch.fx.GraphModule, called: Any, /, *args: Any, **kwargs: Any) -> torch.fx.Node:
+    node: torch.fx.Node = module.graph.call_function(called, args, kwargs)
     given = torch.fx.node.map_arg((args, kwargs), _value)
-    node.meta["val"] = target(*given[0], **given[1])
+    node.meta["val"] = called(*given[0], **given[1])
     return node
 
 

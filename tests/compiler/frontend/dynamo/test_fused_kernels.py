@@ -216,3 +216,42 @@ class Scaled(Block):
 
 def test_results_that_are_changed_in_place_afterwards() -> None:
     check(Scaled(), lambda: inputs(2, 3, 16, gradients=True), gradients=True, kernels="all", tolerance=1e-4)
+
+
+class LanguageModel(nn.Module):
+    """A gated feed-forward block between a normalisation and a head, and its loss, as many write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(16)
+        self.gate, self.up, self.down = nn.Linear(16, 24, False), nn.Linear(16, 24, False), nn.Linear(24, 16, False)
+        self.head = nn.Linear(16, 1000, False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of made-up targets."""
+        hidden = self.norm(x + residual)
+        hidden = self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+        logits = self.head(hidden).flatten(0, 1)
+        target = torch.arange(logits.shape[0], device=x.device) * 7 % 1000
+        return nn.functional.cross_entropy(logits, target)
+
+
+def test_a_training_step_of_a_language_model_keeps_no_logits() -> None:
+    """Norm, gated layer and loss are launched with their backward; the peak is below the logits' own bytes."""
+    check(
+        LanguageModel(),
+        lambda: inputs(8, 32, 16, gradients=True),
+        gradients=True,
+        kernels="add_rms_norm,gated_linear,linear_cross_entropy",
+    )
+    forward, backward = reports()
+    assert [kernel for kernel, _ in forward.launches] == ["add_rms_norm", "gated_linear", "linear_cross_entropy"]
+    called = set(backward.operators)
+    for name in ("add_rms_norm_backward", "gated_activation_backward", "linear_cross_entropy_backward"):
+        assert f"opweave.{name}_out.default" in called
+    assert not any("as_strided" in kernel for kernel in backward.kernels)
+    logits_bytes = 8 * 32 * 1000 * 4
+    assert forward.peak_bytes < logits_bytes / 4
+    torch._dynamo.reset()
+    check(LanguageModel(), lambda: inputs(8, 32, 16, gradients=True), gradients=True, kernels="off")
+    assert reports()[2].peak_bytes > logits_bytes
