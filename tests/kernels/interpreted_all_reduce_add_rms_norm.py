@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+from typing import Any
+
 import pytest
 import torch
 
 from opweave.errors import ExecutionError
+from opweave.kernels import all_reduce_add_rms_norm
 from opweave.kernels._configs import Config
-from opweave.kernels.all_reduce_add_rms_norm import launch_on_rank, reference, rows_of_rank
+from opweave.kernels.all_reduce_add_rms_norm import (
+    all_reduce_add_rms_norm_kernel,
+    launch_on_rank,
+    reference,
+    rows_of_rank,
+)
 from tests.kernels.guard import Guarded
 from tests.support.interpreter import correct
 
@@ -84,6 +93,17 @@ def test_a_rank_may_keep_its_sums_to_itself(config: Config | None) -> None:
         assert torch.equal(ranks.hidden[rank].tensor[first:end], ranks.expected[0][first:end])
         assert ranks.hidden[rank].tensor.isnan().sum() == (7 - (end - first)) * 40
         torch.testing.assert_close(ranks.out[rank].tensor, ranks.expected[1])
+
+
+@pytest.mark.parametrize(("own", "place"), [(False, 2), (True, 0)])
+def test_a_rank_reads_its_own_sums_again(own: bool, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a peer's copy, which has the same bits but lies behind a link."""
+    launched: list[Any] = []
+    grid = MappingProxyType({(3,): lambda *arguments, **_: launched.append(arguments)})
+    monkeypatch.setattr(all_reduce_add_rms_norm, "all_reduce_add_rms_norm_kernel", grid)
+    Ranks(3, 9, 40, torch.float32).launch(2, 8, SMALL, own=own)
+    names = all_reduce_add_rms_norm_kernel.arg_names
+    assert dict(zip(names, launched[0], strict=False))["own_hidden"] == place
 
 
 def test_ranks_without_rows_have_nothing_to_do() -> None:
