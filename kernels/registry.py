@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "digest", "load", "names"]
 
 GROUP = "opweave.kernels"
-_NOT_KERNELS = frozenset({"authoring", "registry", "tuning"})
+_NOT_KERNELS = frozenset({"authoring", "quantized", "registry", "tuning"})
 
 
 def names() -> tuple[str, ...]:

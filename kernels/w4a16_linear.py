@@ -295,7 +295,7 @@ def arguments(
 def matches(graph: Graph) -> tuple[Match, ...]:
     """None: ATen has no integers of 4 bits, and every library packs them in a layout of its own.
 
-    A model calls the operator; `opweave.kernels._quantized_module.quantized_linear` makes a layer that does.
+    A model calls the operator; `opweave.kernels.quantized.quantized_linear` makes a layer that does.
     """
     return ()
 

@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from opweave.errors import ExecutionError, OptionError
-from opweave.kernels._quantized_module import QuantizedLinear, quantized_linear
+from opweave.kernels.quantized import QuantizedLinear, quantized_linear
 from opweave.kernels.w4a16_linear import KERNEL, pack, pack_integers, unpack
 
 SIZES = {"rows": 6, "depth": 96, "columns": 10, "group": 32}
