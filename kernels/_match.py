@@ -229,13 +229,16 @@ class Walk:
         cost: Cost,
         *,
         row_major: bool = True,
+        updates: bool = False,
     ) -> Match | None:
         """A launch of ``kernel`` that computes ``outputs``; ``None`` where the graph does not allow it.
 
         Views among the arguments that the graph does not have are named here. An output that nobody needs may be a new
         tensor; ``Walk.fresh`` makes one. Outputs have to be row-major, unless the rule has checked that they have the
-        strides that the kernel's ``allocate`` gives them.
+        strides that the kernel's ``allocate`` gives them, and fresh memory, unless the kernel ``updates`` operands.
         """
+        if not updates and any(tensor.name != tensor.buffer for tensor in outputs):
+            return None
         named = {key: self._named(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
         operands = [value for value in named.values() if isinstance(value, Tensor)]
         gone = self._uses.replaced(outputs, operands)

@@ -428,7 +428,7 @@ def _match(walk: Walk, q: Rotation, k: Rotation, keys: _Stored, values: _Stored)
         **{"slots": keys.slots, "key_cache": keys.cache, "value_cache": values.cache},
         **{"rotary_dim": q.rotary_dim, "interleaved": q.interleaved, "wrap": True},
     }
-    return walk.match(NAME, given, (q.out, keys.after, values.after), launch_cost)
+    return walk.match(NAME, given, (q.out, keys.after, values.after), launch_cost, updates=True)
 
 
 KERNEL = Kernel(

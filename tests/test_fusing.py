@@ -115,7 +115,7 @@ def test_a_broken_kernel_of_another_package_is_left_out_with_a_warning(monkeypat
 
 
 def test_a_machine_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="there is no triton here"):
         opweave.compile(Block().eval(), (torch.randn(4, 64), torch.randn(4, 64)), kernels="all")
     assert fusing.checked("auto") == "auto"

@@ -233,7 +233,7 @@ def evaluate(body: str, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor,
         ExecutionError: the body is malformed or refused, names an operand that is not there, or torch rejects the call.
     """
     call = parse_call(body)
-    operator = resolve(call.target)
+    operator: Any = resolve(call.target)
     arguments = [_bind(value, operands, call) for value in call.arguments]
     keywords = {key: _bind(value, operands, call) for key, value in call.keywords}
     if call.target in _TRAINING_FLAG:

@@ -36,7 +36,7 @@ def check_gradients(kernel: Kernel, inputs: Mapping[str, Any], *names: str) -> N
         rtol, atol = (2e-5, 2e-5) if out.dtype == torch.float32 else (2e-2, 6e-2)
         for name, one, other in zip(wanted, actual, truth, strict=True):
             assert one.dtype == inputs[name].dtype, name
-            torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol, msg=lambda t, n=name: f"{n}: {t}")
+            torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol, msg=f"the gradient of {name}")
 
 
 def check_refusal(kernel: Kernel, inputs: Mapping[str, Any], changed: Mapping[str, Any], message: str) -> None:

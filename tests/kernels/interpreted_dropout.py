@@ -13,7 +13,7 @@ from tests.support.interpreter import correct
 SEEDS = (0, 1, -3, 2**31, 2**40 + 7, 2**63 - 1, -(2**63))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def words_kernel(
     seed_pointer: tl.tensor, offset_pointer: tl.tensor, words_pointer: tl.tensor, uniform_pointer: tl.tensor
 ) -> None:
@@ -26,7 +26,7 @@ def words_kernel(
     tl.store(uniform_pointer + lane, tl.rand(seed, offset))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def mask_kernel(
     seed_pointer: tl.tensor,
     kept_pointer: tl.tensor,

@@ -22,6 +22,8 @@ from opweave.kernels.grouped_linear_scatter import KERNEL as SCATTER
 from tests.kernels.matching import check_fusion, check_matches, exported
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 4, 2, 16, 32
+TIGHT: Mapping[str, Any]
+NARROW: Mapping[str, Any]
 TIGHT, NARROW = MappingProxyType({"rtol": 1e-4, "atol": 1e-5}), MappingProxyType({"rtol": 3e-2, "atol": 3e-2})
 both_spellings = pytest.mark.parametrize("decomposed", [False, True])
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,7 +192,7 @@ def test_finds_halves_of_one_product(decomposed: bool) -> None:
     assert "aten._grouped_mm.default" not in {op.target for op in graph.ops}
 
 
-def _products(x: Any, gate: Any, up: Any, indices: Any, change: str) -> Any:
+def _products(change: str, x: Any, gate: Any, up: Any, indices: Any) -> Any:
     """`gated` with one thing changed."""
     order, ends = sorted_rows(indices)
     tokens = order % (TOKENS * TOP_K) // TOP_K if change == "an order that is not a sort's" else order // TOP_K
@@ -217,8 +219,8 @@ CHANGES = (
 @pytest.mark.parametrize("change", CHANGES)
 def test_does_not_match_other_products(change: str) -> None:
     given = operands(torch.bfloat16)
-    assert matches(GATED, lambda *inputs: _products(*inputs, change), *given) == 0
-    assert matches(GATED, lambda *inputs: _products(*inputs, ""), *given) == 1
+    assert matches(GATED, lambda *inputs: _products(change, *inputs), *given) == 0
+    assert matches(GATED, lambda *inputs: _products("", *inputs), *given) == 1
 
 
 def test_a_bias_in_place_of_halves_is_seen() -> None:

@@ -39,14 +39,15 @@ def test_gradients_of_narrow_and_strided_operands() -> None:
     check_gradients(KERNEL, given, "x", "gate_weight", "up_weight")
 
 
-def layer(x: Any, router: Any, gate: Any, up: Any, down: Any, top_k: int) -> torch.Tensor:
+def layer(top_k: int, x: Any, router: Any, gate: Any, up: Any, down: Any) -> torch.Tensor:
     """A sparse layer by this package's kernels."""
     weights, _, order, ends = ROUTING(x @ router, top_k, True)
     hidden = KERNEL(x, gate, up, order, ends, top_k, "silu")
-    return SCATTER(hidden, down, order, ends, weights)
+    out: torch.Tensor = SCATTER(hidden, down, order, ends, weights)
+    return out
 
 
-def dense(x: Any, router: Any, gate: Any, up: Any, down: Any, top_k: int) -> torch.Tensor:
+def dense(top_k: int, x: Any, router: Any, gate: Any, up: Any, down: Any) -> torch.Tensor:
     """The same with every expert for every token, and zero for its share where it was not chosen."""
     values, indices = (x @ router).topk(top_k, -1)
     shares = torch.zeros_like(x @ router).scatter(-1, indices, values.softmax(-1))
@@ -60,7 +61,7 @@ def test_a_layer_and_its_gradients_are_those_of_dense_products(experts: int, top
     shapes = ((13, 6), (6, experts), (experts, 6, 10), (experts, 6, 10), (experts, 10, 6))
     wide = [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for shape in shapes]
     tight = [tensor.detach().float().requires_grad_() for tensor in wide]
-    out, expected = layer(*tight, top_k=top_k), dense(*wide, top_k=top_k)
+    out, expected = layer(top_k, *tight), dense(top_k, *wide)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     weight = torch.randn(out.shape, generator=random)
     actual = torch.autograd.grad(out, tight, weight)

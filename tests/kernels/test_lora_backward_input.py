@@ -37,7 +37,13 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_it_cannot_compute(case: str) -> None:
     changed, message = REFUSED[case]
-    given = {"grad_y": GRAD_Y, "w": W, "grad_s": GRAD_S, "a": A, "seed": torch.zeros(1, dtype=torch.int64)}
+    given: dict[str, Any] = {
+        "grad_y": GRAD_Y,
+        "w": W,
+        "grad_s": GRAD_S,
+        "a": A,
+        "seed": torch.zeros(1, dtype=torch.int64),
+    }
     given |= {"offsets": None, "p": 0.5, "grad_x": torch.zeros(6, 8)}
     with pytest.raises(ExecutionError, match=message):
         KERNEL.launch(**{**given, **changed})

@@ -34,8 +34,9 @@ class Peft(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Base layer and adapter."""
-        result = self.base_layer(x)
-        return result + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        result: torch.Tensor = self.base_layer(x)
+        result = result + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        return result
 
 
 def tensors(dtype: torch.dtype = torch.float32, *leading: int) -> list[torch.Tensor]:

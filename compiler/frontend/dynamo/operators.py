@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ....errors import ModelError, UnsupportedOperator
 from ...graph import Graph, Op, Role
-from ..aten import positional, tensors_in
+from ..aten import is_random, positional, tensors_in
 from ..flops import count_flops
 from ..fx.builder import GraphBuilder, is_dense
 from ..fx.recorder import Call, Recorder
@@ -134,7 +134,7 @@ class _Writer:
             body, inputs = self._body(Call(target, *positional(target, args, kwargs), node), inputs)
         outputs = self._place(node.name, fresh, Role.ACTIVATION)
         outputs += [self.builder.new_version(old, f"{node.name}_updated") for old in tensors_in(written)]
-        is_pure = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
+        is_pure = isinstance(target, torch._ops.OpOverload) and not is_random(target, args, kwargs)
         self.builder.ops.append(Op(node.name, tuple(inputs), tuple(outputs), body=body, repeatable=is_pure))
         self._count(node, args, kwargs, results)
         self.nodes[node.name] = node
