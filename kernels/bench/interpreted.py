@@ -27,7 +27,7 @@ from .providers import OURS, providers_of
 __all__ = ["Check", "checked", "small_sizes"]
 
 MARK = "checked: "
-LARGEST = (64, 128, 256, 1024)
+LARGEST = (32, 64, 128, 256, 1024)
 LONGEST_S = 120.0
 
 
@@ -49,7 +49,7 @@ class Check:
 
 
 def small_sizes(kernel: Kernel) -> Mapping[str, Any]:
-    """The first workload with every size halved until it is at most 64, or at most so much more as the kernel takes."""
+    """The first workload with every size halved until it is at most 32, or at most so much more as the kernel takes."""
     sizes = kernel.workloads[0].sizes
     for largest in LARGEST:
         small = {name: _halved(size, largest) for name, size in sizes.items()}

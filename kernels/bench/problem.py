@@ -233,4 +233,12 @@ def _distance(result: torch.Tensor, truth: torch.Tensor) -> float:
             difference = torch.where(same, 0, (one - other).abs())
             worst = max(worst, torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max().item())
             largest = max(largest, torch.where(other.isfinite(), other.abs(), 0).max().item())
+    worst = max(0.0, worst - _unit(truth.dtype, largest))
     return worst / largest if largest > 0 else worst
+
+
+def _unit(dtype: torch.dtype, largest: float) -> float:
+    """What a value of 8 bits may be off by: one step, since what is rounded to it has been rounded before."""
+    if dtype.itemsize > 1 or dtype == torch.bool or not 0 < largest < math.inf:
+        return 0.0
+    return 2.0 ** math.floor(math.log2(largest)) * torch.finfo(dtype).eps if dtype.is_floating_point else 1.0

@@ -172,6 +172,16 @@ def test_errors_of_integers_and_of_missing_results() -> None:
     assert error_of([None, torch.ones(1)], [torch.zeros(1), torch.ones(1)]) == 0.0
 
 
+def test_values_of_eight_bits_may_be_one_step_off() -> None:
+    truth = torch.tensor([100, -3], dtype=torch.int8)
+    assert error_of([torch.tensor([99, -3], dtype=torch.int8)], [truth]) == 0.0
+    assert error_of([torch.tensor([98, -3], dtype=torch.int8)], [truth]) == 0.01
+    narrow = torch.tensor([448.0, 1.0]).to(torch.float8_e4m3fn)
+    assert error_of([torch.tensor([416.0, 1.0]).to(torch.float8_e4m3fn)], [narrow]) == 0.0
+    assert error_of([torch.tensor([384.0, 1.0]).to(torch.float8_e4m3fn)], [narrow]) == 32 / 448
+    assert error_of([torch.tensor([True])], [torch.tensor([False])]) == 1.0
+
+
 def test_quantiles() -> None:
     found = quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert (found.p20, found.p50, found.p80) == pytest.approx((2.0, 3.5, 5.0))
