@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from tests.kernels.conforming import Case, Cases, cases_of, check
 from tests.support.interpreter import correct
 
+CHOSEN = os.environ.get("TESTED_KERNELS", "").split(",")
 NAMES = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[!_]*.py"))
+NAMES = [name for name in NAMES if name in CHOSEN or CHOSEN == [""]]
 ALL = [
     pytest.param(cases, case, dtype, id=f"{name}-{case}-{str(dtype).removeprefix('torch.')}")
     for name in NAMES

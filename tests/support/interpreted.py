@@ -16,8 +16,8 @@ __all__ = ["run"]
 _ROOT = Path(__file__).parents[2]
 
 
-def run(file: Path, *options: str, timeout_s: float = 300) -> None:
-    """Run pytest on ``file`` with TRITON_INTERPRET=1; an error, a failure and a skipped test all raise.
+def run(file: Path, *options: str, timeout_s: float = 300, **environment: str) -> None:
+    """Run pytest on ``file`` with TRITON_INTERPRET=1 and ``environment``; an error, a failure and a skipped test all raise.
 
     Raises:
         AssertionError: with all that the other process said.
@@ -25,7 +25,7 @@ def run(file: Path, *options: str, timeout_s: float = 300) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(file)]
     result = subprocess.run(
         command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, **environment, "TRITON_INTERPRET": "1"},
         cwd=_ROOT,
         capture_output=True,
         text=True,
