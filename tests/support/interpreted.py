@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def run(file: Path, *options: str, timeout_s: float = 300, **environment: str) -> None:
-    """Run pytest on ``file`` with TRITON_INTERPRET=1 and ``environment``; an error, a failure and a skipped test all raise.
+    """Run pytest on ``file`` with TRITON_INTERPRET=1 and ``environment``; an error, a failure, a skipped test raise.
 
     Raises:
         AssertionError: with all that the other process said.
