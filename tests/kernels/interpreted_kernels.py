@@ -15,12 +15,14 @@ from tests.support.interpreter import correct
 CHOSEN = os.environ.get("TESTED_KERNELS", "").split(",")
 NAMES = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[!_]*.py"))
 NAMES = [name for name in NAMES if name in CHOSEN or CHOSEN == [""]]
+DTYPES = os.environ.get("TESTED_DTYPES", "bfloat16,float16,float32").split(",")
 ALL = [
     pytest.param(cases, case, dtype, id=f"{name}-{case}-{str(dtype).removeprefix('torch.')}")
     for name in NAMES
     for cases in [cases_of(name)]
     for case in cases.cases
     for dtype in case.dtypes or cases.kernel.dtypes
+    if str(dtype).removeprefix("torch.") in DTYPES
 ]
 
 

@@ -23,6 +23,10 @@ def test_passes_under_the_interpreter(file: str) -> None:
     run(HERE / file)
 
 
+@pytest.mark.parametrize(
+    "dtypes",
+    ["bfloat16,float32", pytest.param("float16", marks=pytest.mark.slow)],  # the third tells little more
+)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_kernel_computes_what_it_says(part: int) -> None:
-    run(HERE / "interpreted_kernels.py", TESTED_KERNELS=",".join(KERNELS[part::PARTS]))
+def test_every_kernel_computes_what_it_says(part: int, dtypes: str) -> None:
+    run(HERE / "interpreted_kernels.py", TESTED_KERNELS=",".join(KERNELS[part::PARTS]), TESTED_DTYPES=dtypes)
