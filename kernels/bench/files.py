@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ...errors import OptionError
 from .figures import COLUMNS, Comparison, lines_of
 from .html import page
 from .providers import OURS
-from .rows import Row, document, dumped, write_csv, write_whole
+from .rows import Row, document, dumped, make_folder, write_csv, write_whole
 
 __all__ = ["Results"]
 
@@ -23,10 +22,7 @@ class Results:
         self.left_out: dict[str, str] = {}
         self.folder = folder
         if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OptionError(f"cannot write results to {str(folder)!r}: {error.strerror}") from error
+            make_folder(folder)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Keep rows, and write all there are."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...errors import OptionError
 
-__all__ = ["Row", "document", "dumped", "read_rows", "table", "write_csv", "write_whole"]
+__all__ = ["Row", "document", "dumped", "make_folder", "read_rows", "table", "write_csv", "write_whole"]
 
 PACKAGES = (
     *("opweave", "pulp", "highspy", "ortools", "numba", "torch", "triton", "transformers", "onnx", "numpy"),
@@ -52,12 +52,27 @@ def document(name: str) -> dict[str, object]:
     }
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for results. Raises OptionError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write results to {str(path)!r}: {error.strerror}") from error
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, or stops us, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that whoever reads it, or stops us, finds the old one or the new one.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    make_folder(path.parent)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise OptionError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
 def write_csv(path: Path, names: Sequence[str], lines: Iterable[Sequence[object]]) -> None:

@@ -15,15 +15,24 @@ from ..registry import names
 from .interpreted import checked
 from .problem import Case
 from .resources import Entry, difference, entries, faults, read_entries, written
-from .rows import table, write_whole
+from .rows import make_folder, table, write_whole
 
 __all__ = ["Say", "resource_table", "without_gpu"]
 
 Say = Callable[[str], None]
+TABLE = "resources.csv"
 
 
 def without_gpu(cases: Sequence[Case], seconds: float, out: Path | None, say: Say) -> dict[str, Any]:
-    """The resource table and the interpreter's check of the kernels of ``cases``, within the time."""
+    """The resource table and the interpreter's check of the kernels of ``cases``, within the time.
+
+    With ``out``, a folder, the table is on the disk after every kernel.
+
+    Raises:
+        OptionError: the folder cannot be written.
+    """
+    if out is not None:
+        make_folder(out)  # before time is spent on what cannot be written
     say("There is no CUDA device here, so nothing is timed. What can be done without one:")
     say("1. compile every configuration for sm_90a and read what the machine code needs;")
     say("2. run every kernel under Triton's interpreter at small sizes, against its reference.")
@@ -44,6 +53,7 @@ def without_gpu(cases: Sequence[Case], seconds: float, out: Path | None, say: Sa
             verdict = "right" if check.passed else "WRONG"
             say(f"interpreter: {check.kernel} {check.dtype}: {verdict}, {error} {check.note}".rstrip())
             facts["checks"].append({**vars(check), "passed": check.passed})
+        _write(out, facts["resources"])
     if left_out:
         say(f"no time was left for {', '.join(left_out)}")
     wrong = [check for check in facts["checks"] if not check["passed"]]
@@ -52,8 +62,13 @@ def without_gpu(cases: Sequence[Case], seconds: float, out: Path | None, say: Sa
         f"{len(facts['checks'])} checks, {len(wrong)} failed"
     )
     if out is not None:
-        write_whole(out / "resources.csv", written(Entry(**entry) for entry in facts["resources"]))
+        say(f"written: {out / TABLE}")
     return facts
+
+
+def _write(out: Path | None, resources: Sequence[dict[str, Any]]) -> None:
+    if out is not None:
+        write_whole(out / TABLE, written(Entry(**entry) for entry in resources))
 
 
 def resource_table(
@@ -69,9 +84,11 @@ def resource_table(
     ``output`` is a table to write; what one that is there says of other kernels and dtypes stays in it.
 
     Raises:
-        OptionError: a table cannot be read.
+        OptionError: a table cannot be read or written.
     """
     before = read_entries(against) if against is not None else []
+    if output is not None:
+        make_folder(output.parent)
     found: list[Entry] = []
     failed: list[str] = []
     for kernel in kernels:

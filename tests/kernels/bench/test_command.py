@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from opweave.cli import app
 from opweave.errors import ExecutionError, OptionError
-from opweave.kernels import registry
-from opweave.kernels.bench import command
+from opweave.kernels import add_rms_norm, registry, rope
+from opweave.kernels._kernel import Kernel
+from opweave.kernels.bench import command, without_gpu
+from opweave.kernels.bench.resources import read_entries
 from opweave.kernels.bench.rows import read_rows
 from opweave.kernels.tuning import load, results_file
 from tests.kernels.bench.test_worker import HEAD
+from tests.kernels.test_resources import ENTRY
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is done without a CUDA device")
 
@@ -73,8 +77,35 @@ def test_without_a_gpu_it_says_so_and_does_what_can_be_done(tmp_path: Path, caps
     text = said(capsys, "kernels", "--filter", "add_rms_norm/", "--out", str(tmp_path / "out"))
     assert text.startswith("There is no CUDA device here, so nothing is timed.")
     assert "interpreter: add_rms_norm bfloat16: right, off by" in text
-    assert text.splitlines()[-1] == "7 functions compiled, 0 over budget; 1 checks, 0 failed"
+    assert text.splitlines()[-2:] == [
+        "7 functions compiled, 0 over budget; 1 checks, 0 failed",
+        f"written: {tmp_path / 'out' / 'resources.csv'}",
+    ]
     assert (tmp_path / "out" / "resources.csv").read_text().startswith("kernel,architecture,row,")
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("arguments", [["kernels", "--out"], ["resources", "-o"]])
+def test_what_cannot_be_written_is_said(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OptionError, match=r"cannot write results to .*/file/below.*: Not a directory"):
+        app(["bench", *arguments, str(tmp_path / "file" / "below" / "it")], standalone_mode=False)
+
+
+@WITHOUT_GPU
+def test_the_table_so_far_outlives_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(kernels: Sequence[Kernel], *rest: object) -> dict[str, list[object]]:
+        if kernels[0].name == "rope":
+            raise KeyboardInterrupt
+        return {"resources": [vars(ENTRY)], "faults": []}
+
+    kernels = [add_rms_norm.KERNEL, rope.KERNEL]
+    monkeypatch.setattr(command, "known_kernels", lambda say: kernels)
+    monkeypatch.setattr(without_gpu, "resource_table", interrupted)
+    monkeypatch.setattr(without_gpu, "checked", lambda names, dtypes: ())
+    with pytest.raises(KeyboardInterrupt):
+        command.kernels(command.Asked(out=tmp_path), lambda line: None)
+    assert read_entries(tmp_path / "resources.csv") == [ENTRY]
 
 
 def test_benchmarks_kernels_is_the_same_command() -> None:
