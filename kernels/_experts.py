@@ -26,7 +26,6 @@ __all__ = [
     "check_ends",
     "count_tiles",
     "counts_of",
-    "expert_of_row",
     "expert_tile",
     "expert_tiles",
     "matrix_of",
@@ -146,11 +145,6 @@ def counts_of(ends: torch.Tensor, rows: int) -> list[int]:
         return [rows, *[0] * (len(ends) - 1)]
     counts: list[int] = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
     return counts
-
-
-def expert_of_row(ends: torch.Tensor, rows: int) -> torch.Tensor:
-    """The expert of every sorted row, by plain PyTorch and without waiting for the device."""
-    return torch.searchsorted(ends, torch.arange(rows, dtype=ends.dtype, device=ends.device), right=True)
 
 
 def matrix_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,6 @@ from ._experts import (
     check_ends,
     count_tiles,
     counts_of,
-    expert_of_row,
     expert_tile,
     expert_tiles,
     matrix_of,
@@ -205,18 +204,13 @@ def reference(
     top_k: int,
     activation: str,
 ) -> tuple[torch.Tensor]:
-    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``.
-
-    It multiplies all rows by the weights of each expert: nothing for large sizes.
-    """
+    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
     wide = matrix_of(x)[tokens_of(order, top_k)].to(torch.float32)
-    expert = expert_of_row(ends, len(wide))
-    out = x.new_zeros(len(wide), gate_weight.shape[2])
-    for index in range(gate_weight.shape[0]):
-        gate, up = (wide @ weight[index].to(torch.float32) for weight in (gate_weight, up_weight))
-        product = (ACTIVATIONS[activation](gate) * up).to(x.dtype)
-        out = torch.where((expert == index)[:, None], product, out)
-    return (out,)
+    products = []
+    for part, *weights in zip(torch.split(wide, counts_of(ends, len(wide))), gate_weight, up_weight, strict=True):
+        gate, up = (part @ weight.to(torch.float32) for weight in weights)
+        products.append((ACTIVATIONS[activation](gate) * up).to(x.dtype))
+    return (torch.cat(products),)
 
 
 def eager(

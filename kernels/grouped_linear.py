@@ -27,7 +27,6 @@ from ._experts import (
     check_ends,
     count_tiles,
     counts_of,
-    expert_of_row,
     expert_tile,
     expert_tiles,
     sizes_of,
@@ -127,16 +126,10 @@ def allocate(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tuple
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor]:
-    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``.
-
-    It multiplies all rows by the weight of each expert: nothing for large sizes.
-    """
-    expert = expert_of_row(ends, x.shape[0])
-    out = x.new_zeros(x.shape[0], weight.shape[2])
-    for index in range(weight.shape[0]):
-        product = (x.to(torch.float32) @ weight[index].to(torch.float32)).to(x.dtype)
-        out = torch.where((expert == index)[:, None], product, out)
-    return (out,)
+    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
+    parts = torch.split(x.to(torch.float32), counts_of(ends, len(x)))
+    products = [part @ of_expert.to(torch.float32) for part, of_expert in zip(parts, weight, strict=True)]
+    return (torch.cat(products).to(x.dtype),)
 
 
 def eager(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> Any:

@@ -32,7 +32,6 @@ from ._experts import (
     check_ends,
     count_tiles,
     counts_of,
-    expert_of_row,
     expert_tile,
     expert_tiles,
     matrix_of,
@@ -188,16 +187,12 @@ def allocate(
 def reference(
     x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor]:
-    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``.
-
-    It multiplies all rows by the weight of each expert: nothing for large sizes.
-    """
-    expert, columns, top_k = expert_of_row(ends, x.shape[0]), weight.shape[2], weights.shape[-1]
+    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
+    columns, top_k = weight.shape[2], weights.shape[-1]
     share = weights.reshape(-1)[order.long()].to(torch.float32)[:, None]
-    products = x.new_zeros(x.shape[0], columns)
-    for index in range(weight.shape[0]):
-        product = (x.to(torch.float32) @ weight[index].to(torch.float32) * share).to(x.dtype)
-        products = torch.where((expert == index)[:, None], product, products)
+    parts = torch.split(x.to(torch.float32), counts_of(ends, len(x)))
+    plain = torch.cat([part @ of_expert.to(torch.float32) for part, of_expert in zip(parts, weight, strict=True)])
+    products = (plain * share).to(x.dtype)
     by_token = products[order.long().argsort()].view(x.shape[0] // top_k, top_k, columns)
     return (by_token.to(torch.float32).sum(1).to(x.dtype).view(*weights.shape[:-1], columns),)
 

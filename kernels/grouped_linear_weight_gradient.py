@@ -20,7 +20,7 @@ from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._expert_patterns import grouped_product
-from ._experts import WORKLOADS, check_ends, counts_of, expert_of_row, sizes_of, sorted_by_expert
+from ._experts import WORKLOADS, check_ends, counts_of, sizes_of, sorted_by_expert
 from ._kernel import Kernel, normal
 from ._match import Cost, Match, Walk, is_row_major, transposed
 from ._tiles import swizzled
@@ -120,20 +120,11 @@ def allocate(x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor) -> tup
 
 
 def reference(x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor]:
-    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``.
-
-    It goes over all rows for each expert: nothing for large sizes.
-    """
-    expert = expert_of_row(ends, x.shape[0])
-    wide = x.to(torch.float32).t()
-    return (
-        torch.stack(
-            [
-                (wide @ torch.where((expert == index)[:, None], gradient.to(torch.float32), 0.0)).to(x.dtype)
-                for index in range(ends.shape[0])
-            ]
-        ),
-    )
+    """``(out,)`` by plain PyTorch on any device, with the kernel's roundings; shapes as ``launch``."""
+    counts = counts_of(ends, len(x))
+    known = sum(counts)  # rows behind the last expert's are nobody's
+    parts = zip(*(torch.split(rows[:known].to(torch.float32), counts) for rows in (x, gradient)), strict=True)
+    return (torch.stack([(a.t() @ b).to(x.dtype) for a, b in parts]),)
 
 
 def eager(x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor) -> Any:
