@@ -30,6 +30,7 @@ __all__ = ["HOPPER", "Config", "Configs", "architecture_of"]
 
 #: What is assumed where no GPU says otherwise: under the interpreter and when compiling without one.
 HOPPER = 90
+ADA, CONSUMER = 89, 12
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,13 @@ class Configs:
         return cls(module.stem, MappingProxyType(rows), hashlib.sha256(source + text).hexdigest()[:16])
 
     def of_architecture(self, architecture: int) -> tuple[Config, ...]:
-        """The rows of an architecture, or of the nearest older one, or of the oldest."""
+        """The rows of an architecture, or of the nearest older one, or of the oldest.
+
+        Consumer GPUs of Blackwell's generation, 12.x, have as little shared memory as those of Ada's, and its rows.
+        """
         known = sorted(self.rows)
+        if architecture // 10 == CONSUMER and architecture not in known:
+            architecture = ADA
         return self.rows[max((a for a in known if a <= architecture), default=known[0])]
 
     def choose(self, device: torch.device, dtype: torch.dtype | None = None, /, **sizes: int) -> Config:

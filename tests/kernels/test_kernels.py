@@ -210,6 +210,13 @@ def test_configurations_are_few_and_valid(name: str) -> None:
             check_row(row)
 
 
+def test_an_architecture_without_rows_takes_those_that_fit_it() -> None:
+    """Of the nearest older one; but GPUs of 12.x have less shared memory than the Hopper rows may need."""
+    configs = kernel_of("gated_linear").configs
+    for architecture, expected in {75: 80, 86: 80, 89: 80, 90: 90, 100: 90, 120: 80, 121: 80}.items():
+        assert configs.of_architecture(architecture) is configs.rows[expected], architecture
+
+
 def check_row(row: Config) -> None:
     assert row.num_warps in (1, 2, 4, 8, 16, 32)
     assert 1 <= row.num_stages <= 8
