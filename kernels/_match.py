@@ -188,7 +188,7 @@ class Walk:
         if given.keys() != keywords.keys() or not all(_equal(keywords[key], given[key]) for key in given):
             return
         extra = arguments[len(pattern.parts) :]
-        if len(arguments) < len(pattern.parts) or any(item not in (None, False, []) for item in extra):
+        if len(arguments) < len(pattern.parts) or not all(item in (None, []) or item is False for item in extra):
             return
         parts = pattern.parts
         orders = [parts, parts[::-1]] if pattern.name in _COMMUTATIVE and len(parts) == 2 else [parts]

@@ -244,6 +244,16 @@ def test_matches_label_smoothing() -> None:
     check_fusion(KERNEL, smooth, operands(shape=(12,)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_ignored_class_of_zero_is_not_left_out(decomposed: bool) -> None:
+    def padded(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(functional.linear(x, weight), target, ignore_index=0)
+
+    x, weight, _ = operands(shape=(12,))
+    graph = exported(padded, [x, weight, torch.arange(12) % 3], decomposed=decomposed).graph
+    assert {match.arguments["ignore_index"] for match in check_matches(KERNEL, graph)} == {0}
+
+
 def test_matches_a_module() -> None:
     class Head(torch.nn.Module):
         def __init__(self) -> None:
