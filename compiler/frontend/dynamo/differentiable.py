@@ -8,15 +8,16 @@ earlier, in Dynamo's graph traced to ATen calls; AOTAutograd then differentiates
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ....errors import ModelError
 from ...fusion import Match
-from ...graph import Graph
+from ...graph import Graph, Op
 from .launches import Rules, launch_instead, matched
+from .operators import OperatorGraph
 from .traced import copied
 
 __all__ = ["Differentiable", "launch_differentiable"]
@@ -52,10 +53,15 @@ def launch_differentiable(
     except (ModelError, RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
         log.info("no kernel with gradients is looked for: %s", str(error).partition("\n")[0])
         return module, ()
-    chosen = choose(found.graph, [match for match in matches if _is_settled(found.graph, match)])
+    constant = _constant(traced)
+    unsettled = _unsettled(traced, found, constant)
+    chosen = choose(found.graph, [m for m in matches if _is_settled(found, m, constant, unsettled)])
     if not chosen:
         return module, ()
     launch_instead(traced, found, chosen)
+    if _constant(traced) != constant & {*traced.graph.nodes}:
+        log.info("no kernel with gradients is launched: something would move to where autograd does not look")
+        return module, ()
     for node in traced.graph.nodes:  # these values are of Dynamo's mode; AOTAutograd makes its own
         node.meta.pop("val", None)
     fresh = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -67,8 +73,63 @@ def launch_differentiable(
     return traced, tuple((match.kernel, match.ops) for match in chosen)
 
 
-def _is_settled(graph: Graph, match: Match) -> bool:
-    """Whether nothing is written in place that the launch reads or makes: its backward may have saved it."""
-    buffers = {tensor.buffer for tensor in (*match.operands, *match.outputs)}
-    versions = (graph.tensor[name] for op in graph.ops for name in op.outputs)
-    return not any(version.buffer in buffers and version.name != version.buffer for version in versions)
+def _constant(module: torch.fx.GraphModule) -> set[torch.fx.Node]:
+    """The nodes of a traced module that run without gradients."""
+    found, enabled = set(), True
+    for node in module.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif not enabled:
+            found.add(node)
+    return found
+
+
+def _unsettled(module: torch.fx.GraphModule, found: OperatorGraph, constant: Container[torch.fx.Node]) -> set[str]:
+    """Buffers that are written in place, whose values a backward may have saved, or that are also read detached.
+
+    A view without gradients is its base to the graph; beside one of what autograd does not see anyway, it is harmless.
+    """
+    graph = found.graph
+    writers = {name: found.nodes[op.name] for op in graph.ops for name in op.outputs}
+    unsettled = {graph.tensor[name].buffer for name in writers if graph.tensor[name].buffer != name}
+    buffers = {_storage(node): graph.tensor[n].buffer for n, node in found.values.items() if n in graph.tensor}
+    operators = {*found.nodes.values()}
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or node in operators or not isinstance(value, torch.Tensor):
+            continue
+        is_detached = node in constant or node.target is torch.ops.aten.detach.default
+        buffer = buffers.get(_storage(node)) if is_detached and value.is_floating_point() else None
+        if buffer is not None and writers.get(buffer) not in constant:
+            unsettled.add(buffer)
+    return unsettled
+
+
+def _storage(node: torch.fx.Node) -> int:
+    return int(node.meta["val"].untyped_storage()._cdata)
+
+
+def _is_settled(
+    found: OperatorGraph, match: Match, constant: Container[torch.fx.Node], unsettled: Collection[str]
+) -> bool:
+    """Whether autograd sees all that the launch computes, and nothing on the way from its operands is unsettled."""
+    graph = found.graph
+    operands = [found.values.get(tensor.name) or found.values[tensor.buffer] for tensor in match.operands]
+    if max(operands) in constant:  # the launch goes there
+        return False
+    seen = {tensor.buffer for tensor in match.operands}
+    waiting = [tensor.buffer for tensor in match.outputs if tensor.name in graph.tensor]
+    writing: dict[str, list[Op]] = {}
+    for op, written in zip(graph.ops, graph.writes, strict=True):
+        for buffer in written:
+            writing.setdefault(buffer, []).append(op)
+    while waiting:
+        buffer = waiting.pop()
+        if buffer in seen:
+            continue
+        seen.add(buffer)
+        ops = writing.get(buffer, [])
+        if any(found.nodes[op.name] in constant for op in ops):
+            return False
+        waiting += [graph.tensor[name].buffer for op in ops for name in op.inputs]
+    return seen.isdisjoint(unsettled)

@@ -255,3 +255,66 @@ def test_a_training_step_of_a_language_model_keeps_no_logits() -> None:
     torch._dynamo.reset()
     check(LanguageModel(), lambda: inputs(8, 32, 16, gradients=True), gradients=True, kernels="off")
     assert reports()[2].peak_bytes > logits_bytes
+
+
+def _gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x @ gate) * (x @ up)
+
+
+def factors() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 16), (16, 8), (16, 8))
+    return tuple(torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
+
+
+def without_gradients(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        product = _gated(x, gate, up)
+    return product * x.sum()
+
+
+def of_a_constant(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        x = x * 2
+    return _gated(x, gate, up)
+
+
+def half_without_gradients(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        passed = x @ up
+    return torch.nn.functional.silu(x @ gate) * passed
+
+
+def detached_operand(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x @ gate) * (x.detach() @ up)
+
+
+def detached_between(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    opened = torch.nn.functional.silu((x @ gate).detach())
+    return opened * (x @ up), opened
+
+
+def changed_between(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    value = x @ gate
+    share = torch.sigmoid(value)
+    value.add_(1)
+    return share * value * (x @ up), share
+
+
+@pytest.mark.parametrize(
+    "function",
+    [without_gradients, of_a_constant, half_without_gradients, detached_operand, detached_between, changed_between],
+)
+def test_what_is_detached_or_changed_in_place_keeps_its_gradients(function: Any) -> None:
+    check(function, factors, gradients=True, kernels="gated_linear", tolerance=1e-4)
+    check(lambda *given: (function(*given), _gated(*given)), factors, gradients=True, kernels="all", tolerance=1e-4)
+
+
+def test_gradients_may_be_off_elsewhere() -> None:
+    def function(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = x.detach().abs().max().view(1)
+        return _gated(x * scale, gate, up) * scale
+
+    check(function, factors, gradients=True, kernels="gated_linear", tolerance=1e-4)
+    assert "gated_linear" in launched()
