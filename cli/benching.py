@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from .shared import AsJson, print_json, refuse, say
 
 __all__ = ["compare", "kernels", "resources"]
@@ -19,6 +21,14 @@ Filters = Annotated[
 Dtypes = Annotated[
     list[str] | None,
     typer.Option("--dtype", help="float32, float16, bfloat16 or all; bfloat16 if left out. Again for more."),
+]
+KernelFilters = Annotated[
+    list[str] | None,
+    typer.Option("--filter", help="Only kernels with this in their name, * for anything; again for more."),
+]
+KernelDtypes = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", help="float32, float16, bfloat16 or all; all if left out. Again for more."),
 ]
 Threshold = Annotated[float, typer.Option(help="What share of change counts in a comparison.")]
 
@@ -48,6 +58,7 @@ def kernels(
     as_json: AsJson = False,
 ) -> int:
     """Measure each kernel beside its peers and the roofline; without a GPU, do what can be done there."""
+    _needs_triton()
     from ..kernels.bench import command
     from ..kernels.bench.problem import MODES
 
@@ -73,14 +84,15 @@ def kernels(
 
 
 def resources(
-    filter: Filters = None,
-    dtype: Dtypes = None,
+    filter: KernelFilters = None,
+    dtype: KernelDtypes = None,
     architecture: Annotated[int, typer.Option(help="Compute capability as one number, such as 90 or 80.")] = 90,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table to this CSV file.")] = None,
     against: Annotated[Path | None, typer.Option(help="A table of before; say what changed.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Compile every configuration without a GPU and tabulate registers, memory and instructions; 1 if over budget."""
+    _needs_triton()
     from ..kernels.bench import command
     from ..kernels.bench.without_gpu import resource_table
     from .shared import DIFFERENT
@@ -101,12 +113,18 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Compare two files of results: each case's time over what it was."""
+    _needs_triton()
     from ..kernels.bench.command import compare_files
 
     facts = compare_files(before, now, threshold, _aside if as_json else say)
     if as_json:
         print_json(facts)
     return 0
+
+
+def _needs_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise OptionError("there is no triton here, which makes the kernels", hint="it exists for Linux only")
 
 
 def _aside(text: str) -> None:

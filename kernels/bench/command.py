@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Asked:
         for mode in self.modes:
             if mode not in MODES:
                 raise OptionError(f"--mode is {mode!r}; expected {' or '.join(MODES)}")
+        if not self.minutes > 0:
+            raise OptionError(f"--minutes is {self.minutes:g}; expected a number above 0")
         found = cases(known_kernels(say), dtypes, self.modes, self.filters, first_only=self.quick)
         if not found:
             raise OptionError(
@@ -66,14 +69,21 @@ class Asked:
 
 
 def known_kernels(say: Say, words: Sequence[str] = ()) -> list[Kernel]:
-    """All kernels whose names have one of ``words``; one of another package that cannot be loaded is said."""
+    """All kernels whose names have one of ``words``; one of another package that cannot be loaded is said.
+
+    Raises:
+        OptionError: no name has one of them.
+    """
     found = []
     for name in registry.names():
-        if not words or any(word in name for word in words):
+        if not words or any(fnmatch(name, f"*{word}*") for word in words):
             try:
                 found.append(registry.load(name))
             except OptionError as error:
                 say(f"left out: {error}")
+    if not found:
+        hint = f"the kernels are {', '.join(registry.names())}"
+        raise OptionError(f"no kernel fits {' or '.join(map(repr, words)) or 'these options'}", hint=hint)
     return found
 
 
@@ -115,6 +125,8 @@ def kernels(asked: Asked, say: Say, command: Sequence[str] = COMMAND) -> dict[st
     found = asked.cases(say)
     old = read_rows(asked.compare)[1] if asked.compare is not None else ()
     if not torch.cuda.is_available():
+        if asked.compare is not None:
+            say(f"Nothing is compared with {asked.compare}, which has times.")
         return without_gpu(found, asked.seconds, asked.out, say)
     results = Results(asked.out)
     lost = _measure(asked, found, results, say, command)

@@ -175,7 +175,10 @@ def read_entries(path: Path) -> list[Entry]:
     """A table that was written. Raises OptionError."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            lines = list(reader)
+        if missing := sorted(set(_NAMES).difference(reader.fieldnames or ())):
+            raise ValueError(f"it has no column {', '.join(missing)}")
         facts: list[dict[str, Any]] = [{name: _TYPES[name](line[name]) for name in _NAMES} for line in lines]
         return [Entry(**fact) for fact in facts]
     except OSError as error:

@@ -93,10 +93,16 @@ def read_rows(path: Path) -> tuple[dict[str, Any], tuple[Row, ...]]:
     known = {field.name for field in fields(Row)}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+            raise ValueError("it has no list of rows")
         rows = tuple(Row(**{name: value for name, value in row.items() if name in known}) for row in content["rows"])
+        if not all(isinstance(row.value, int | float | None) for row in rows):
+            raise ValueError("a value is no number")
+        if not isinstance(content.get("machine", {}), dict):
+            raise ValueError("its machine is no object")
     except OSError as error:
         raise OptionError(f"cannot read the results {str(path)!r}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise OptionError(f"{str(path)!r} holds no results of a benchmark: {error}") from error
     return {name: value for name, value in content.items() if name != "rows"}, rows
 

@@ -176,9 +176,10 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("kernel,row\na,0\n")
-    with pytest.raises(OptionError, match="is no resource table"):
-        read_entries(tmp_path / "table.csv")
+    for text in ("", "something else\n", "kernel,row\na,0\n", ",".join(vars(ENTRY)) + "\na,x\n"):
+        (tmp_path / "table.csv").write_text(text)
+        with pytest.raises(OptionError, match="is no resource table"):
+            read_entries(tmp_path / "table.csv")
     with pytest.raises(OptionError, match="cannot read the resource table"):
         read_entries(tmp_path / "absent.csv")
 

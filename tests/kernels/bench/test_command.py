@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -54,6 +55,7 @@ def test_list_names_cases_and_measures_nothing(capsys: pytest.CaptureFixture[str
     [
         (["--filter", "nothing like it"], "no case fits 'nothing like it'"),
         (["--dtype", "int4"], "--dtype is 'int4'"),
+        (["--minutes", "0"], "--minutes is 0; expected a number above 0"),
         (["--mode", "sideways"], "--mode is 'sideways'"),
         (["--compare", "absent.json", "--filter", "add_rms_norm/"], r"cannot read the results 'absent\.json'"),
         (["--list", "--compare", "absent.json"], "--compare has no effect here: it measures nothing"),
@@ -64,6 +66,20 @@ def test_list_names_cases_and_measures_nothing(capsys: pytest.CaptureFixture[str
 def test_refuses_what_makes_no_sense(arguments: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         app(["bench", "kernels", *arguments], standalone_mode=False)
+
+
+@pytest.mark.parametrize("arguments", [["kernels", "--list"], ["resources"], ["compare", "a.json", "b.json"]])
+def test_says_that_triton_is_missing(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="there is no triton here"):
+        app(["bench", *arguments], standalone_mode=False)
+
+
+def test_kernels_are_chosen_by_their_names() -> None:
+    assert [kernel.name for kernel in command.known_kernels(print, ("rms_norm", "x"))] == ["add_rms_norm"]
+    assert [kernel.name for kernel in command.known_kernels(print, ("a*norm",))] == ["add_rms_norm"]
+    with pytest.raises(OptionError, match="no kernel fits 'x'"):
+        app(["bench", "resources", "--filter", "x"], standalone_mode=False)
 
 
 @WITHOUT_GPU

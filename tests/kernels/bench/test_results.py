@@ -177,7 +177,13 @@ def test_files_are_compared(tmp_path: Path) -> None:
     assert said[0] == "note: measured on different devices: an H100, and now an H200"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"case": "x"}]}', '{"rows": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"rows": [{"case": "x"}]}', '{"rows": [1]}', '{"rows": [], "machine": "mine"}'),
+        '{"rows": [{"case": "a", "provider": "b", "metric": "time", "value": "fast", "unit": "ms"}]}',
+    ],
+)
 def test_what_holds_no_results_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     path.write_text(text)
