@@ -71,9 +71,10 @@ def lora_down_kernel(
     if dropout:
         seed = tl.load(seed_pointer)
     if offsets_pointer is not None:
-        begin = tl.load(offsets_pointer)
-        end = tl.load(offsets_pointer + adapters)
-        orphan = (row < tokens) & ((row < begin) | (row >= end))
+        # Not the names of the loop below: offsets may have 64 bits, what it finds has 32.
+        first_token = tl.load(offsets_pointer)
+        behind = tl.load(offsets_pointer + adapters)
+        orphan = (row < tokens) & ((row < first_token) | (row >= behind))
         nothing = tl.zeros([block_m, block_r], s_pointer.dtype.element_ty)
         tl.store(s_pointer + at, nothing, mask=orphan[:, None] & has_column)
     first_adapter, last_adapter = touched(offsets_pointer, start, block_m, adapters, block_adapters)
