@@ -23,7 +23,7 @@ from .._configs import HOPPER, Config
 from .._kernel import Kernel
 from .choices import Choice, noted
 
-__all__ = ["Resources", "choice", "compiled", "resources"]
+__all__ = ["Resources", "choice", "compiled", "compiled_for", "resources"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,13 @@ def compiled(
 
     No tensor has memory, so sizes may be as large as they come. Raises what Triton raises where it cannot compile.
     """
-    inputs = kernel.arguments(dtype, "meta", **sizes)
+    return compiled_for(kernel, kernel.arguments(dtype, "meta", **sizes), config, architecture)
+
+
+def compiled_for(
+    kernel: Kernel, inputs: Mapping[str, Any], config: Config | None = None, architecture: int = HOPPER
+) -> tuple[Any, ...]:
+    """As `compiled`, for inputs by name, on whatever device they are."""
     outputs = dict(zip(kernel.written, kernel.allocate(*inputs.values()), strict=True))
     with _compiling(architecture) as done:
         kernel.launch(*inputs.values(), **outputs, config=config)

@@ -24,6 +24,7 @@ import triton
 
 from opweave.errors import OptionError
 from opweave.kernels import registry
+from opweave.kernels.bench.offline import compiled_for
 from opweave.kernels.bench.resources import (
     Entry,
     difference,
@@ -35,6 +36,7 @@ from opweave.kernels.bench.resources import (
     written,
 )
 from opweave.kernels.bench.without_gpu import resource_table
+from tests.kernels.conforming import cases_of
 from tests.kernels.test_kernels import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,18 @@ def test_every_row_for_older_gpus_fits_the_smallest_of_them(name: str, dtype: to
     if dtype not in registry.load(name).dtypes:
         pytest.skip(f"{name} does not know {dtype}")
     check(name, dtype, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_case_compiles(name: str, dtype: torch.dtype) -> None:
+    """The interpreter lets pass what the compiler does not, such as a name that changes its type in a loop."""
+    cases = cases_of(name)
+    for case in cases.cases:
+        if dtype in (case.dtypes or cases.kernel.dtypes):
+            inputs = case.change(cases.kernel.arguments(dtype, "cpu", **case.sizes))
+            compiled_for(cases.kernel, inputs, case.config)
 
 
 @pytest.mark.slow
