@@ -31,6 +31,7 @@ __all__ = ["Asked", "compare_files", "dtypes_called", "kernels", "known_kernels"
 
 FINISHING_S = 15.0  # pictures, the page, and what a case runs over
 QUICK_S = 50.0
+MOST_COMPILERS = 24  # each holds its own PyTorch: a server of 200 cores has no memory for as many
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _summarize(results: Results, lost: dict[str, str], say: Say) -> None:
 @contextmanager
 def _compiling_ahead(requests: Sequence[dict[str, str]], command: Sequence[str]) -> Iterator[None]:
     """Meanwhile, other cores fill Triton's cache with what will be launched; nothing waits for them."""
-    cores = min((os.cpu_count() or 1) - 2, len(requests))
+    cores = min((os.cpu_count() or 1) - 2, MOST_COMPILERS, len(requests))
     major, minor = torch.cuda.get_device_capability()
     processes = []
     for number in range(max(cores, 0)):
