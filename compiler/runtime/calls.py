@@ -238,7 +238,8 @@ def evaluate(body: str, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor,
     keywords = {key: _bind(value, operands, call) for key, value in call.keywords}
     if call.target in _TRAINING_FLAG:
         _refuse_training(call, operator)
-    if any(argument.name == "device" and not argument.has_default_value() for argument in operator._schema.arguments):
+    left = operator._schema.arguments[len(arguments) :]
+    if any(argument.name == "device" and not argument.has_default_value() for argument in left):
         keywords.setdefault("device", operands[0].device if operands else torch.get_default_device())  # as aten does
     try:
         return tuple(_tensors(operator(*arguments, **keywords)))
