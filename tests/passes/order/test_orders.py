@@ -132,7 +132,7 @@ def test_beam_on_operators_too_many_for_bitmasks() -> None:
     plan = tight(branches(80, 60))
     problem = OrderProblem.of(plan)
     BeamOrder().apply(plan, Budget.of_seconds(1))  # compiles what is compiled once for a machine
-    found = BeamOrder().apply(plan, Budget.of_seconds(1)).plan
+    found = BeamOrder().apply(plan, Budget.of_seconds(4)).plan  # enough on a busy machine, too
     assert problem.spill_bytes(found.order) < problem.spill_bytes(plan.order) / 2
 
 
