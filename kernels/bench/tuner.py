@@ -97,7 +97,7 @@ def tune(case: Case, clock: Clock, seconds: float) -> Tuning:
     best = min(final, key=lambda key: final[key])
     winner = finalists[best]
     found.best = TunedResult(
-        kernel.name,
+        chosen.configs.kernel,  # whose rows they are: another kernel may launch by them
         chosen.configs.fingerprint,
         clock.name,
         dtype_name(chosen.dtype),

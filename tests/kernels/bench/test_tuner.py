@@ -49,6 +49,17 @@ def test_the_fastest_is_kept_with_what_it_gained() -> None:
     assert found.rows[0].provider == "block=32 num_warps=2 num_stages=2"
 
 
+def test_a_result_is_of_the_kernel_whose_rows_are_chosen_from() -> None:
+    """As launches look for it: a kernel that calls another's launcher has rows of that."""
+    object.__setattr__(PROBE, "name", "another")
+    try:
+        best = tune(SMALL, CLOCK, 0.0).best
+    finally:
+        object.__setattr__(PROBE, "name", "bench_probe")
+    assert best is not None
+    assert best.kernel == "bench_probe"
+
+
 def test_a_wrong_result_is_never_kept() -> None:
     CLOCK.faster = lambda config: 0.25 if shape(config) == (64, 2, 1) else 1.0
     CLOCK.wrong = lambda config: shape(config) == (64, 2, 1)
