@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Container, Sequence
+from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ....errors import ModelError
@@ -35,7 +38,7 @@ def launch_differentiable(
     """``module`` with the launches that ``choose`` takes among what ``rules`` match, and what they replace.
 
     The module itself comes back where there are none, or where it cannot be traced: under autocast, whose casts depend
-    on the operators, and with control flow.
+    on the operators, with control flow or checkpoints, and with functions that bring their own gradients.
     """
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return module, ()
@@ -43,9 +46,9 @@ def launch_differentiable(
     values = [node.meta.get("example_value") for node in placeholders]
     if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
         return module, ()
-    if any(getattr(node.target, "__name__", "") in ("_enter_autocast", "checkpoint") for node in module.graph.nodes):
+    if any(_is_opaque(node.target) for node in module.graph.nodes):
         return module, ()
-    mode = next(v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor))
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     try:
         with mode:
             traced: torch.fx.GraphModule = make_fx(copied(module), pre_dispatch=True)(*values)
@@ -71,6 +74,12 @@ def launch_differentiable(
             new._dynamo_source = old._dynamo_source
     traced.meta = dict(module.meta)
     return traced, tuple((match.kernel, match.ops) for match in chosen)
+
+
+def _is_opaque(target: Any) -> bool:
+    """Whether tracing on would lose what a call says: of casts, of gradients, or of what is computed again."""
+    names = ("_enter_autocast", "_enter_inference_mode", "_get_data_attr", "checkpoint")
+    return isinstance(target, HigherOrderOperator) or getattr(target, "__name__", "") in names
 
 
 def _constant(module: torch.fx.GraphModule) -> set[torch.fx.Node]:

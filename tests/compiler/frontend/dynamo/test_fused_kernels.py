@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
@@ -318,3 +319,38 @@ def test_gradients_may_be_off_elsewhere() -> None:
 
     check(function, factors, gradients=True, kernels="gated_linear", tolerance=1e-4)
     assert "gated_linear" in launched()
+
+
+class _Reversed(torch.autograd.Function):
+    """A function with a gradient that its values do not say."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Twice ``x``."""
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """As if it were subtracted."""
+        return -gradient
+
+
+def with_another_gradient(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    reverse: Any = _Reversed.apply
+    product: torch.Tensor = reverse(_gated(x, gate, up))
+    return product
+
+
+def with_a_checkpoint(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = checkpoint(_gated, x, gate, up, use_reentrant=False)
+    return product + _gated(x, up, gate)
+
+
+def with_data(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return _gated(x, gate, up) + x.data.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own tracing does
+@pytest.mark.parametrize("function", [with_another_gradient, with_a_checkpoint, with_data])
+def test_what_earlier_tracing_would_lose(function: Any) -> None:
+    check(function, factors, gradients=True, kernels="gated_linear", tolerance=1e-4)
