@@ -74,7 +74,7 @@ def test_wrong_options(options: dict[str, Any], told: str) -> None:
 
 
 def test_an_unknown_option_is_told_the_valid_ones() -> None:
-    with pytest.raises(OptionError, match="its options are cache, cuda_graph, deterministic, device, kernels, machine, "):
+    with pytest.raises(OptionError, match="its options are cache, cuda_graph, deterministic, device, kernels, machine"):
         BackendOptions.of({"max_autotune": True})
 
 
