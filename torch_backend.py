@@ -54,7 +54,8 @@ def explain(model: Callable[..., Any], inputs: Any = (), **options: Any) -> Back
     """Compile ``model`` afresh with the backend, run it once on ``inputs``, and say what became of each graph.
 
     ``model`` is a module or a function, compiled already or not. ``inputs`` are one tensor, a sequence of arguments, or
-    a mapping of keyword arguments. ``options`` are the backend's. Raises as the backend does, but unwrapped.
+    a mapping of keyword arguments. ``options`` are the backend's; those of a model that was compiled are not known
+    here, and have to be said again. Raises as the backend does, but unwrapped.
     """
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._dynamo.utils import counters
