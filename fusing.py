@@ -37,7 +37,8 @@ def checked(kernels: str) -> str:
     unknown = set() if kernels == "all" else {name.strip() for name in kernels.split(",")} - set(registry.names())
     if unknown:
         raise OptionError(
-            f"kernels is {kernels!r}; it takes {KERNELS}", hint=f"the kernels are {', '.join(registry.names())}"
+            f"kernels is {kernels!r}; there is no {' or '.join(map(repr, sorted(unknown)))}; it takes {KERNELS}",
+            hint=f"the kernels are {', '.join(registry.names())}",
         )
     return kernels
 

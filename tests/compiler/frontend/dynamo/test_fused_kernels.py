@@ -86,7 +86,10 @@ def test_an_explanation_names_the_kernel_and_what_it_replaces() -> None:
 
 @pytest.mark.parametrize(
     ("kernels", "message"),
-    [("add_rms_nrm", "kernels is 'add_rms_nrm'"), ("", "kernels is ''"), ("auto,off", "kernels is 'auto,off'")],
+    [
+        ("add_rms_norm,nrm", "kernels is 'add_rms_norm,nrm'; there is no 'nrm'; it takes 'auto', 'all'"),
+        *(("", "kernels is ''"), ("auto,off", "kernels is 'auto,off'")),
+    ],
 )
 def test_names_that_are_no_kernels_are_refused(kernels: str, message: str) -> None:
     with pytest.raises(OptionError, match=message) as caught:
