@@ -7,7 +7,7 @@ as Hu and others (ICLR 2022) define it, computed as LoRAFusion does (Zhu and oth
 writes the rank-r tensor ``s`` and ``lora_linear`` all the rest; autograd goes on through ``lora_backward_down``,
 ``lora_backward_weight`` and ``lora_backward_input``. Between forward and backward only ``x`` and ``s`` are kept:
 neither the dropped-out activations nor a mask. ``s`` and ``y`` are rounded, once each. The base weight ``w`` is frozen
-and has no gradient.
+in LoRA; where it does want a gradient, that is a plain product.
 
 `lora` is the function to call. With ``offsets`` several adapters share a batch (`_lora` says how).
 """
@@ -21,7 +21,7 @@ import torch
 
 from ..compiler.graph import Graph
 from . import lora_backward_down, lora_backward_input, lora_backward_weight, lora_down, lora_linear
-from ._checks import FLOATS, fail
+from ._checks import FLOATS
 from ._configs import Config
 from ._kernel import Kernel, Workload
 from ._lora import as_matrix
@@ -245,8 +245,6 @@ KERNEL = Kernel(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, w, a, b, bias, seed, offsets, scale, p = inputs
-    if ctx.needs_input_grad[1]:
-        raise fail(NAME, "has no gradient for w, which is frozen", hint="w.requires_grad_(False), or give w.detach()")
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, w, a, b, bias, seed, offsets, output[1])
     ctx.scale, ctx.p = scale, p
@@ -254,7 +252,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 def _backward(ctx: Any, grad_y: torch.Tensor, grad_s_unused: Any) -> tuple[torch.Tensor | None, ...]:
     x, w, a, b, bias, seed, offsets, s = ctx.saved_tensors
-    wants_x, _, wants_a, wants_b, wants_bias = ctx.needs_input_grad[:5]
+    wants_x, wants_w, wants_a, wants_b, wants_bias = ctx.needs_input_grad[:5]
     grad_y = grad_y.contiguous()
     grad_x = grad_a = grad_b = grad_bias = None
     if wants_x or wants_a or wants_b:
@@ -265,7 +263,8 @@ def _backward(ctx: Any, grad_y: torch.Tensor, grad_s_unused: Any) -> tuple[torch
             grad_x = lora_backward_input.KERNEL(grad_y, w, grad_s, a, seed, offsets, ctx.p)
     if wants_bias:
         grad_bias = as_matrix(grad_y).sum(0).to(bias.dtype)
-    return grad_x, None, grad_a, grad_b, grad_bias, None, None, None, None
+    grad_w = as_matrix(x).t() @ as_matrix(grad_y) if wants_w else None
+    return grad_x, grad_w, grad_a, grad_b, grad_bias, None, None, None, None
 
 
 KERNEL.operator.register_autograd(_backward, setup_context=_keep)
