@@ -13,7 +13,7 @@ from functools import cached_property
 import pulp
 
 from ...compiler.fusion import Match, fused
-from ...compiler.graph import Graph, Op
+from ...compiler.graph import Graph, Op, Tensor
 from ...compiler.pipeline import Budget
 from ...errors import ModelError
 from ...hw_models.cost import op_seconds
@@ -68,7 +68,7 @@ def choose_matches(
     ``required`` takes all that go together, most operators first, whatever they are predicted to gain: for tests and
     for users who know better.
     """
-    unique = list({(m.kernel, m.ops, m.outputs, m.cost): m for m in candidates}.values())
+    unique = list({_key(m): m for m in candidates}.values())
     prices = Prices(graph, machine, others_fuse)
     times = {m: (prices.before_s(match), prices.launch_s(match)) for m, match in enumerate(unique)}
     gains = {m: before - launch for m, (before, launch) in times.items()}
@@ -80,6 +80,12 @@ def choose_matches(
     names.subtract(m.kernel for m in chosen)
     gain = sum(gains[m] for m, match in enumerate(unique) if match in chosen)
     return Choice(tuple(chosen), gain, max(gain, 0.0 if required else bound / _PS), dict(+names))
+
+
+def _key(match: Match) -> tuple[object, ...]:
+    """What tells a match from others, but for operands in another order: sums and products match both ways."""
+    values = sorted(str(v.name if isinstance(v, Tensor) else v) for v in match.arguments.values())
+    return match.kernel, match.ops, match.outputs, match.cost, tuple(values)
 
 
 def _packed(

@@ -61,7 +61,7 @@ def launch_differentiable(
     chosen = choose(found.graph, [m for m in matches if _is_settled(found, m, constant, unsettled)])
     if not chosen:
         return module, ()
-    launch_instead(traced, found, chosen)
+    launched = launch_instead(traced, found, chosen)
     if _constant(traced) != constant & {*traced.graph.nodes}:
         log.info("no kernel with gradients is launched: something would move to where autograd does not look")
         return module, ()
@@ -73,7 +73,7 @@ def launch_differentiable(
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     traced.meta = dict(module.meta)
-    return traced, tuple((match.kernel, match.ops) for match in chosen)
+    return traced, launched
 
 
 def _is_opaque(target: Any) -> bool:

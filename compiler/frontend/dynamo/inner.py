@@ -209,9 +209,7 @@ class Inner:
             log.info("%s: no fused kernel is looked for: %s", report.name, error.message)
             return known
         chosen = self.planners.launch(found.graph, matches, self.machine, self.options)
-        if chosen:
-            launch_instead(module, found, chosen)
-        return (*known, *((match.kernel, match.ops) for match in chosen))
+        return (*known, *(launch_instead(module, found, chosen) if chosen else ()))
 
     def _plan(self, program: Program, weights: Sequence[int] = ()) -> DevicePlan:
         limit = self.limit

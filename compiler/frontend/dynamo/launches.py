@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,14 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ....errors import InternalError, ModelError
+from ....errors import ExecutionError, InternalError, ModelError
 from ...fusion import Called, Match, is_row_major
 from ...graph import DTYPE_BYTES, Graph, Tensor
 from .operators import OperatorGraph, operator_graph
 
 __all__ = ["Rules", "launch_instead", "matched", "write_beside"]
 
+log = logging.getLogger("opweave.backend")
 _ATEN = torch.ops.aten
 Rules = Callable[[Graph], Sequence[Match]]
 
@@ -65,16 +67,29 @@ def _kind(match: Match) -> tuple[Any, ...]:
     return match.kernel, match.ops, match.before, tuple(arguments), tuple(t.name for t in match.outputs)
 
 
-def launch_instead(module: torch.fx.GraphModule, found: OperatorGraph, matches: Sequence[Match]) -> None:
-    """Put calls of ``opweave::<kernel>`` in the place of what ``matches``, found in ``module``, replace."""
+def launch_instead(
+    module: torch.fx.GraphModule, found: OperatorGraph, matches: Sequence[Match]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Put calls of ``opweave::<kernel>`` in the place of what ``matches``, found in ``module``, replace.
+
+    Returns the kernels launched, each with the names of the calls that it replaces. A launch that its kernel refuses,
+    as for operands on two devices, which no graph shows, is left out, and logged.
+    """
     values = dict(found.values)
+    launched = []
     with _mode_of(module), torch.no_grad():
         for match in matches:
-            _Placing(module, values, match).insert()
+            try:
+                _Placing(module, values, match).insert()
+            except ExecutionError as error:
+                log.warning("%s is not launched: %s", match.kernel, error.message)
+            else:
+                launched.append((match.kernel, match.ops))
     stable_topological_sort(module.graph)  # a launch stands behind its operands; who reads it may stand before
     module.graph.lint()
     module.graph.eliminate_dead_code()
     module.recompile()
+    return tuple(launched)
 
 
 def write_beside(module: torch.fx.GraphModule, called: Callable[[str], Called | None]) -> None:

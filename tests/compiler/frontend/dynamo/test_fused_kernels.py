@@ -13,10 +13,11 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 import opweave
 from opweave import torch_backend
+from opweave.compiler.frontend.dynamo import launches
 from opweave.compiler.frontend.dynamo.launches import matched
 from opweave.compiler.fusion import Cost, Match, Uses
 from opweave.compiler.graph import Graph
-from opweave.errors import OptionError
+from opweave.errors import ExecutionError, OptionError
 from tests.compiler.frontend.dynamo.contract import check, compiled, reports, same
 
 
@@ -75,6 +76,18 @@ def test_all_sizes_may_be_symbols() -> None:
 def test_on_a_cpu_none_is_launched_that_was_not_asked_for() -> None:
     check(Block(), lambda: inputs(2, 3, 16))
     check(Block(), lambda: inputs(2, 3, 16), kernels="off")
+    assert launched() == []
+
+
+@torch.no_grad()
+def test_a_launch_that_its_kernel_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel may that is given operands on two devices, which the operator graph does not show."""
+
+    def refuse(self: object) -> None:
+        raise ExecutionError("kernel add_rms_norm needs weight on cuda")
+
+    monkeypatch.setattr(launches._Placing, "insert", refuse)
+    check(Block(), lambda: inputs(2, 3, 16), kernels="add_rms_norm")
     assert launched() == []
 
 
