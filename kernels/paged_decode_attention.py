@@ -422,8 +422,6 @@ def matches(graph: Graph) -> tuple[Match, ...]:
 
     The page table is clamped to the pages there are, keys and values are gathered by it, and the mask is ``arange <
     lengths``, alone or with ``arange >= lengths - window``. Soft caps are not sought: PyTorch's attention has none.
-    Within ``torch.compile``, attention counts as an operator that may draw random numbers, and stays: call this one
-    directly.
     """
     walk = Walk(graph)
     found = []
