@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..compiler.graph import Tensor
+from ..compiler.graph import Graph, Tensor
 from ._checks import FLOATS, dtype_name
-from ._match import Found, Match, Pattern, Walk, any_tensor, call, either, is_row_major, literal, number, reshaped
+from ._match import Cost, Found, Match, Pattern, Walk, any_tensor, call, either, is_row_major, literal, number, reshaped
 
-__all__ = ["NormGradients", "norm_gradients", "without_parts"]
+__all__ = ["NormGradients", "gradient_matches", "norm_gradients"]
 
 _HIDDEN, _OUT_GRADIENT, _WEIGHT = any_tensor("hidden"), any_tensor("out_gradient"), any_tensor("weight")
 _DIMS, _EPSILON, _COUNT = literal("dims"), number("epsilon"), number("count")
@@ -137,6 +138,19 @@ def _vector(walk: Walk, pattern: Pattern, found: Found, tensor: Tensor) -> Tenso
     return None
 
 
-def without_parts(matches: Sequence[Match]) -> tuple[Match, ...]:
-    """Those that replace more than a part of what another replaces."""
-    return tuple(one for one in matches if not any(set(one.ops) < set(other.ops) for other in matches))
+def gradient_matches(graph: Graph, kernel: str, kind: str, cost: Callable[..., Cost]) -> tuple[Match, ...]:
+    """Launches of ``kernel`` for the `norm_gradients` of a graph, but for those of a part of what another replaces.
+
+    ``cost`` is the kernel's.
+    """
+    walk = Walk(graph)
+    found = []
+    for gradients in norm_gradients(walk, kind):
+        operands, tensor = gradients.operands, gradients.outputs[0]
+        is_added = operands["hidden_gradient"] is not None
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+        launch_cost = cost(tensor.dtype, rows, columns, hidden_gradient=is_added)
+        match = walk.match(kernel, {**operands, "epsilon": gradients.epsilon}, gradients.outputs, launch_cost)
+        if match is not None:
+            found.append(match)
+    return tuple(one for one in found if not any(set(one.ops) < set(other.ops) for other in found))

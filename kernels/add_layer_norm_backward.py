@@ -14,7 +14,6 @@ same bits.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match, Walk
-from ._norm_gradients import norm_gradients, without_parts
+from ._match import Cost, Match
+from ._norm_gradients import gradient_matches
 from ._rows import add_up, loaded, partial_shape
 
 __all__ = ["KERNEL"]
@@ -306,17 +305,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     Mean and scale come from ``native_layer_norm`` or from ``var_mean``. A backward pass that is given them has lost
     epsilon, and is not matched; training gets here through ``add_layer_norm``'s own gradient.
     """
-    walk = Walk(graph)
-    found = []
-    for gradients in norm_gradients(walk, "layer"):
-        operands, tensor = gradients.operands, gradients.outputs[0]
-        is_added = operands["hidden_gradient"] is not None
-        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
-        launch_cost = cost(tensor.dtype, rows, columns, hidden_gradient=is_added)
-        match = walk.match(NAME, {**operands, "epsilon": gradients.epsilon}, gradients.outputs, launch_cost)
-        if match is not None:
-            found.append(match)
-    return without_parts(found)
+    return gradient_matches(graph, NAME, "layer", cost)
 
 
 KERNEL = Kernel(

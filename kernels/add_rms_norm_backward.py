@@ -13,7 +13,6 @@ bits.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from ..compiler.graph import DTYPE_BYTES, Graph
 from ._checks import FLOATS, check_apart, check_device, check_tensor
 from ._configs import Config, Configs
 from ._kernel import Kernel, Workload, normal
-from ._match import Cost, Match, Walk
-from ._norm_gradients import norm_gradients, without_parts
+from ._match import Cost, Match
+from ._norm_gradients import gradient_matches
 from ._rows import add_up, loaded, partial_shape
 
 __all__ = ["KERNEL"]
@@ -270,17 +269,7 @@ def matches(graph: Graph) -> tuple[Match, ...]:
     A backward pass that is given ``scale`` instead of computing it has lost epsilon, and is not matched; training gets
     here through ``add_rms_norm``'s own gradient.
     """
-    walk = Walk(graph)
-    found = []
-    for gradients in norm_gradients(walk, "rms"):
-        operands, tensor = gradients.operands, gradients.outputs[0]
-        is_added = operands["hidden_gradient"] is not None
-        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
-        launch_cost = cost(tensor.dtype, rows, columns, hidden_gradient=is_added)
-        match = walk.match(NAME, {**operands, "epsilon": gradients.epsilon}, gradients.outputs, launch_cost)
-        if match is not None:
-            found.append(match)
-    return without_parts(found)
+    return gradient_matches(graph, NAME, "rms", cost)
 
 
 KERNEL = Kernel(
