@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ....errors import ModelError
-from ...fusion import Match
-from ...graph import Graph, Op
+from ...fusion import Match, Uses
+from ...graph import Graph
 from .launches import Rules, launch_instead, matched
 from .operators import OperatorGraph
 from .traced import copied
@@ -58,7 +58,8 @@ def launch_differentiable(
         return module, ()
     constant = _constant(traced)
     unsettled = _unsettled(traced, found, constant)
-    chosen = choose(found.graph, [m for m in matches if _is_settled(found, m, constant, unsettled)])
+    uses = Uses(found.graph)
+    chosen = choose(found.graph, [m for m in matches if _is_settled(found, m, uses, constant, unsettled)])
     if not chosen:
         return module, ()
     launched = launch_instead(traced, found, chosen)
@@ -119,7 +120,7 @@ def _storage(node: torch.fx.Node) -> int:
 
 
 def _is_settled(
-    found: OperatorGraph, match: Match, constant: Container[torch.fx.Node], unsettled: Collection[str]
+    found: OperatorGraph, match: Match, uses: Uses, constant: Container[torch.fx.Node], unsettled: Collection[str]
 ) -> bool:
     """Whether autograd sees all that the launch computes, and nothing on the way from its operands is unsettled."""
     graph = found.graph
@@ -128,16 +129,12 @@ def _is_settled(
         return False
     seen = {tensor.buffer for tensor in match.operands}
     waiting = [tensor.buffer for tensor in match.outputs if tensor.name in graph.tensor]
-    writing: dict[str, list[Op]] = {}
-    for op, written in zip(graph.ops, graph.writes, strict=True):
-        for buffer in written:
-            writing.setdefault(buffer, []).append(op)
     while waiting:
         buffer = waiting.pop()
         if buffer in seen:
             continue
         seen.add(buffer)
-        ops = writing.get(buffer, [])
+        ops = [graph.ops[index] for index in uses.writers(buffer)]
         if any(found.nodes[op.name] in constant for op in ops):
             return False
         waiting += [graph.tensor[name].buffer for op in ops for name in op.inputs]
