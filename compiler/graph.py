@@ -18,7 +18,17 @@ import msgspec
 
 from ..errors import ModelError
 
-__all__ = ["DTYPE_BYTES", "Graph", "Op", "OpKind", "Role", "Tensor", "contiguous_strides"]
+__all__ = [
+    "DTYPE_BYTES",
+    "Collective",
+    "CollectiveKind",
+    "Graph",
+    "Op",
+    "OpKind",
+    "Role",
+    "Tensor",
+    "contiguous_strides",
+]
 
 #: Bytes of one element, by the dtype's PyTorch name.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
@@ -77,6 +87,35 @@ class OpKind(StrEnum):
     COLLECTIVE = "collective"
     COPY = "copy"
     BOUNDARY = "boundary"
+
+
+class CollectiveKind(StrEnum):
+    """What the ranks of a group do with one another's tensors."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    BROADCAST = "broadcast"
+
+
+class Collective(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an operator of kind collective does: ``kind`` in the process group ``group`` of ``ranks`` (global numbers).
+
+    ``nbytes`` are those of the whole message: of the tensor that is reduced or broadcast, of what is gathered, of what
+    is reduced before it is scattered, and of all that one rank hands over to all, its own part included.
+    """
+
+    kind: CollectiveKind
+    group: str
+    ranks: tuple[int, ...]
+    nbytes: int
+
+    def __post_init__(self) -> None:
+        if not self.ranks or len(set(self.ranks)) != len(self.ranks) or min(self.ranks) < 0:
+            raise ModelError(f"process group {self.group!r} has ranks {list(self.ranks)}; they are different, from 0 on")
+        if not 0 <= self.nbytes <= MAX_BUFFER_BYTES:
+            raise ModelError(f"a collective of group {self.group!r} moves {self.nbytes} bytes, outside 0 to 2**50")
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,6 +182,7 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     an empty body can be planned but not executed. ``origin`` names the model's own node. ``outside_bytes`` are what it
     reads and writes in the scratchpad's memory beyond the graph's tensors, as weights that their owner keeps there:
     they take time and no planned place. One that is not ``repeatable`` acts on more than its outputs, and runs once.
+    ``collective`` says what one of kind collective does; no other operator has it.
     """
 
     name: str
@@ -154,6 +194,7 @@ class Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     origin: str = ""
     outside_bytes: int = 0
     repeatable: bool = True
+    collective: Collective | None = None
 
     @property
     def target(self) -> str:
@@ -278,6 +319,8 @@ def _check_program_order(graph: Graph) -> None:
                 f"operator {op.name!r} has {op.flops} flops and {op.outside_bytes} outside bytes; "
                 "both take 0 to 2**63 - 1"
             )
+        if (op.kind is OpKind.COLLECTIVE) != (op.collective is not None):
+            raise ModelError(f"operator {op.name!r} is of kind {op.kind.value}, its collective is {op.collective}")
         for name in op.inputs:
             tensor = _known(graph, name, f"operator {op.name!r}")
             if not (name in produced if name in operator_outputs else tensor.buffer in live):

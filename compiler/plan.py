@@ -20,6 +20,8 @@ from .graph import Graph
 __all__ = [
     "SCHEMA_VERSION",
     "Certificate",
+    "CollectiveStart",
+    "CollectiveWait",
     "Instruction",
     "Load",
     "PassRecord",
@@ -78,7 +80,34 @@ class Recompute(
     finish_s: float | None = None
 
 
-Instruction = Run | Load | Store | Recompute
+class CollectiveStart(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="collective_start", tag_field="do", omit_defaults=True
+):
+    """Hand collective ``op`` to the links: it reads and writes its buffers from ``start_s`` to ``finish_s``.
+
+    ``engine`` is the link it occupies, ``mode`` how it is done, such as an algorithm and its programs. Nobody may
+    read or write what it writes, or write what it reads, before its ``CollectiveWait``.
+    """
+
+    op: str
+    engine: str = ""
+    start_s: float | None = None
+    finish_s: float | None = None
+    mode: str = ""
+
+
+class CollectiveWait(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="collective_wait", tag_field="do", omit_defaults=True
+):
+    """Let what comes behind wait for collective ``op``. It occupies nothing: start and finish are one moment."""
+
+    op: str
+    engine: str = ""
+    start_s: float | None = None
+    finish_s: float | None = None
+
+
+Instruction = Run | Load | Store | Recompute | CollectiveStart | CollectiveWait
 
 
 class Residence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

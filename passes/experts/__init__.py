@@ -1,0 +1,1 @@
+"""Which expert lives on which device: balance first, then the distance that tokens travel."""
