@@ -22,12 +22,16 @@ class Mode:
 
     ``needs`` are in (0, 1]. One that is ``fixed`` (a kernel with a given number of programs) takes its needs first;
     the others go on at the rate that the scarcest of their resources leaves them, sharing it in proportion.
+    ``absorbs`` are the tasks, by index, that this mode does as well, as a fused all-reduce does a normalisation: each
+    comes behind this one in the problem, and then takes no time, no launch and no lane of its own; what else it waits
+    for, this one waits for.
     """
 
     name: str
     seconds: float
     needs: Mapping[str, float] = field(default_factory=dict)
     fixed: bool = False
+    absorbs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Task:
     ``before`` are the tasks that must be done before it starts, by index, all smaller. ``launches`` kernels are issued
     by the host for it. ``allocates_bytes`` come to life when it starts; ``frees`` are the tasks whose bytes die once
     it, and all others that free them, are done. ``part`` numbers the part of the split it belongs to, -1 for none.
+    ``given_mode`` is the mode, by index, in which the program does it if nothing is decided; it absorbs nothing.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Task:
     allocates_bytes: int = 0
     frees: tuple[int, ...] = ()
     part: int = -1
+    given_mode: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Schedule:
-    """An answer: ``order`` of issue (task indices), the ``mode`` of each task, and when each starts and finishes.
+    """An answer: ``order`` of issue (task indices), the ``modes`` of the tasks, and when each starts and finishes.
 
-    ``peak_bytes`` are the most bytes alive. ``bound_s`` is a makespan that no schedule of the problem undercuts, and
-    ``proved_by`` what proved it.
+    ``waits`` are pairs of tasks, by index: the second waits for the first although it needs nothing of it, so that
+    memory is free again, or because the program waits at once. ``peak_bytes`` are the most bytes alive. ``bound_s`` is
+    a makespan that no schedule of the problem undercuts, and ``proved_by`` what proved it.
     """
 
     problem: Problem
@@ -81,6 +88,7 @@ class Schedule:
     peak_bytes: int = 0
     bound_s: float = 0.0
     proved_by: str = "analytic"
+    waits: tuple[tuple[int, int], ...] = ()
 
     @property
     def makespan_s(self) -> float:
