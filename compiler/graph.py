@@ -113,7 +113,9 @@ class Collective(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     def __post_init__(self) -> None:
         if not self.ranks or len(set(self.ranks)) != len(self.ranks) or min(self.ranks) < 0:
-            raise ModelError(f"process group {self.group!r} has ranks {list(self.ranks)}; they are different, from 0 on")
+            raise ModelError(
+                f"process group {self.group!r} has ranks {list(self.ranks)}; they are different, from 0 on"
+            )
         if not 0 <= self.nbytes <= MAX_BUFFER_BYTES:
             raise ModelError(f"a collective of group {self.group!r} moves {self.nbytes} bytes, outside 0 to 2**50")
 
@@ -314,13 +316,7 @@ def _check_program_order(graph: Graph) -> None:
     produced: set[str] = set()
     operator_outputs = {name for op in graph.ops for name in op.outputs}
     for op in graph.ops:
-        if not (0 <= op.flops < 1 << 63 and 0 <= op.outside_bytes < 1 << 63):  # what a plan's JSON can hold
-            raise ModelError(
-                f"operator {op.name!r} has {op.flops} flops and {op.outside_bytes} outside bytes; "
-                "both take 0 to 2**63 - 1"
-            )
-        if (op.kind is OpKind.COLLECTIVE) != (op.collective is not None):
-            raise ModelError(f"operator {op.name!r} is of kind {op.kind.value}, its collective is {op.collective}")
+        _check_figures(op)
         for name in op.inputs:
             tensor = _known(graph, name, f"operator {op.name!r}")
             if not (name in produced if name in operator_outputs else tensor.buffer in live):
@@ -335,6 +331,15 @@ def _check_program_order(graph: Graph) -> None:
     for name in graph.outputs:
         if _known(graph, name, "the list of outputs").buffer not in live:
             raise ModelError(f"output {name!r} of graph {graph.name!r} is never produced")
+
+
+def _check_figures(op: Op) -> None:
+    if not (0 <= op.flops < 1 << 63 and 0 <= op.outside_bytes < 1 << 63):  # what a plan's JSON can hold
+        raise ModelError(
+            f"operator {op.name!r} has {op.flops} flops and {op.outside_bytes} outside bytes; both take 0 to 2**63 - 1"
+        )
+    if (op.kind is OpKind.COLLECTIVE) != (op.collective is not None):
+        raise ModelError(f"operator {op.name!r} is of kind {op.kind.value}, its collective is {op.collective}")
 
 
 def _check_production(graph: Graph, op: Op, name: str, live: set[str], produced: set[str]) -> None:

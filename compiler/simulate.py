@@ -20,7 +20,7 @@ from ..errors import PlanError
 from ..hw_models.cost import op_seconds, transfer_seconds
 from ..hw_models.model import Direction, Engine, EngineKind, HardwareModel
 from .graph import OpKind
-from .plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
+from .plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Residence, Store
 
 _T = TypeVar("_T")
 
@@ -86,18 +86,23 @@ def timeline_summary(plan: Plan) -> Timeline:
     Raises:
         PlanError: an instruction has no times, or names an operator, buffer or engine that does not exist.
     """
-    busy = {engine.name: 0.0 for engine in plan.machine.engines}
+    links = {link.name for link in plan.machine.links}
+    busy = dict.fromkeys((*(engine.name for engine in plan.machine.engines), *sorted(links)), 0.0)
     latency_s = compute_s = 0.0
     moved = {Direction.LOAD: 0, Direction.STORE: 0}
     index = {op.name: i for i, op in enumerate(plan.graph.ops)}
     computing, streamed = plan.machine.engines_of(EngineKind.COMPUTE), frozenset(plan.streamed)
     for step, instruction in enumerate(plan.instructions):
+        if isinstance(instruction, CollectiveWait):
+            continue
         if instruction.start_s is None or instruction.finish_s is None or instruction.engine not in busy:
             raise PlanError(f"step {step} has no times on an engine of the machine", hint="simulate the plan first")
         busy[instruction.engine] += instruction.finish_s - instruction.start_s
         latency_s = max(latency_s, instruction.finish_s)
         # Added up in the order of issue, so that rounding keeps one engine's sum at or below the latency.
-        if isinstance(instruction, Run | Recompute):
+        if instruction.engine in links:
+            continue
+        if not isinstance(instruction, Load | Store):
             op = _known(index, instruction.op, f"step {step}", "operator")
             compute_s += min(_run_seconds(plan, streamed, op, engine) for engine in computing)
         else:
@@ -150,6 +155,7 @@ class _Clock:
         self.streamed = frozenset(plan.streamed)
         self.op_index = {op.name: index for index, op in enumerate(plan.graph.ops)}
         self.engine_free = {engine.name: 0.0 for engine in plan.machine.engines}
+        self.engine_free |= {link.name: 0.0 for link in plan.machine.links}
         self.ready: dict[str, float] = {}  # the resident copy is complete
         self.read: dict[str, float] = {}  # the last reader is done
         self.stored: dict[str, float] = {}  # the backing copy is complete
@@ -158,12 +164,19 @@ class _Clock:
     def issue(self, step: int, instruction: Instruction) -> Instruction:
         """Time the instruction of this step; steps come in order."""
         waits = [0.0, self.regions.begin(step)]
-        if isinstance(instruction, Run | Recompute):
+        if isinstance(instruction, CollectiveWait):
+            return self._wait(step, instruction, max(waits))
+        if not isinstance(instruction, Load | Store):
             op = _known(self.op_index, instruction.op, f"step {step}", "operator")
             touched, written = self.plan.graph.touches[op], self.plan.graph.writes[op]
             waits += [self.ready.get(buffer, 0.0) for buffer in touched]
             waits += [self.read.get(buffer, 0.0) for buffer in written]
-            engine, start, finish = self._compute(max(waits), op)
+            if self.plan.graph.ops[op].collective is not None:
+                engine, start, finish = self._communicate(
+                    max(waits), op, blocks=not isinstance(instruction, CollectiveStart)
+                )
+            else:
+                engine, start, finish = self._compute(max(waits), op)
             self.read |= {b: max(finish, self.read.get(b, 0.0)) for b in self.plan.graph.reads[op]}
             self.ready |= dict.fromkeys(written, finish)
             self.regions.use(touched, finish)
@@ -180,6 +193,28 @@ class _Clock:
                 self.ready[name] = finish
             self.regions.use((name,), finish)
         return msgspec.structs.replace(instruction, engine=engine, start_s=start, finish_s=finish)
+
+    def _communicate(self, earliest: float, op: int, *, blocks: bool) -> tuple[str, float, float]:
+        """Time a collective in its fastest way; one that ``blocks`` is waited for on the spot by all that computes."""
+        from ..hw_models.collectives import collective_modes
+
+        collective = self.plan.graph.ops[op].collective
+        assert collective is not None
+        mode, *_ = collective_modes(collective.kind.value, collective.nbytes, collective.ranks, self.plan.machine)
+        engine, start, finish = self._first({mode.link: mode.seconds}, earliest)
+        if blocks:
+            self._hold(finish)
+        return engine, start, finish
+
+    def _hold(self, until: float) -> None:
+        for engine in self.plan.machine.engines_of(EngineKind.COMPUTE):
+            self.engine_free[engine.name] = max(until, self.engine_free[engine.name])
+
+    def _wait(self, step: int, instruction: CollectiveWait, earliest: float) -> CollectiveWait:
+        op = _known(self.op_index, instruction.op, f"step {step}", "operator")
+        moment = max([earliest, *(self.ready.get(buffer, 0.0) for buffer in self.plan.graph.writes[op])])
+        self._hold(moment)
+        return msgspec.structs.replace(instruction, engine="", start_s=moment, finish_s=moment)
 
     def _compute(self, earliest: float, op: int) -> tuple[str, float, float]:
         engines = self.plan.machine.engines_of(EngineKind.COMPUTE)

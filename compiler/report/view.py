@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..plan import Instruction, Plan, Recompute, Run, Store
+from ..plan import Instruction, Load, Plan, Store
 
 __all__ = ["UNKNOWN_ROLE", "Bar", "Region", "bars", "is_timed", "live_bytes", "live_over_time", "regions", "role_of"]
 
@@ -96,10 +96,10 @@ def bars(plan: Plan) -> tuple[Bar, ...]:
     for step, instruction in enumerate(plan.instructions):
         moved: Iterable[str]
         kind = type(instruction).__name__.lower()
-        if isinstance(instruction, Run | Recompute):
-            subject, moved = instruction.op, streamed_reads.get(instruction.op, ())
-        else:
+        if isinstance(instruction, Load | Store):
             subject, moved = instruction.buffer, (instruction.buffer,)
+        else:
+            subject, moved = instruction.op, streamed_reads.get(instruction.op, ())
         total = additional = 0
         for buffer in moved:
             nbytes = _nbytes(plan, buffer)
@@ -169,7 +169,7 @@ def _uses(plan: Plan) -> dict[str, list[int]]:
     touches = {op.name: touched for op, touched in zip(plan.graph.ops, plan.graph.touches, strict=True)}
     uses: dict[str, list[int]] = {}
     for step, instruction in enumerate(plan.instructions):
-        touched = touches.get(instruction.op, ()) if isinstance(instruction, Run | Recompute) else (instruction.buffer,)
+        touched = (instruction.buffer,) if isinstance(instruction, Load | Store) else touches.get(instruction.op, ())
         for buffer in touched:
             uses.setdefault(buffer, []).append(step)
     return uses

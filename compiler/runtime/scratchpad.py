@@ -16,7 +16,7 @@ import torch
 
 from ...errors import ExecutionError
 from ..graph import Graph, Op, Role, Tensor
-from ..plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
+from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Recompute, Residence, Run, Store
 from .calls import evaluate
 from .memory import TORCH_DTYPE, ByteMemory
 
@@ -158,6 +158,11 @@ class ScratchpadMachine:
                 self._load(step, buffer)
             case Store(buffer=buffer):
                 self._store(step, buffer)
+            case CollectiveStart(op=name) | CollectiveWait(op=name):
+                raise ExecutionError(
+                    f"step {step} is of collective {name!r}, which one scratchpad cannot execute",
+                    hint="run the module it came from on real ranks; docs/running-on-ranks.md says how",
+                )
             case Run(op=name) | Recompute(op=name):
                 if name not in self._ops:
                     raise ExecutionError(f"step {step} runs operator {name!r}, which the graph does not have")

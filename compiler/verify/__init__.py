@@ -17,11 +17,12 @@ from .facts import Facts, count_facts
 from .faults import Fault, Finding
 from .order import check_names, check_order, check_whole
 from .pins import check_pins
+from .ranks import verify_ranks
 from .residency import check_residences, replay
 from .timing import check_times, is_timed
 from .traffic import BufferTraffic, count_traffic
 
-__all__ = ["BufferTraffic", "Fault", "Finding", "Level", "Verification", "verify"]
+__all__ = ["BufferTraffic", "Fault", "Finding", "Level", "Verification", "verify", "verify_ranks"]
 
 Level = Literal["order", "residency", "address", "timed"]
 

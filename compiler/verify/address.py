@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
-from ..plan import Plan, Residence, Run
+from ..plan import CollectiveStart, CollectiveWait, Plan, Residence, Run
 from .facts import Facts
 from .faults import Fault, Finding
 
@@ -34,11 +34,14 @@ def peak_of_residences(facts: Facts, residences: tuple[Residence, ...]) -> tuple
 
 
 def peak_of_order(plan: Plan, facts: Facts) -> int:
-    """Largest sum of bytes when every buffer is resident from its first to its last use in this order."""
+    """Largest sum of bytes when every buffer is resident from its first to its last use in this order.
+
+    A collective uses its buffers from its start to its wait.
+    """
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run) and instruction.op in facts.op_index:
+        if isinstance(instruction, Run | CollectiveStart | CollectiveWait) and instruction.op in facts.op_index:
             index = facts.op_index[instruction.op]
             for buffer in (*facts.reads[index], *facts.writes[index]):
                 first.setdefault(buffer, step)

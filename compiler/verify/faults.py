@@ -16,6 +16,11 @@ class Fault(StrEnum):
     OPERATOR_UNKNOWN = "operator unknown"
     DEPENDENCY_VIOLATED = "dependency violated"
 
+    COLLECTIVE_NOT_STARTED = "collective not started"
+    COLLECTIVE_NOT_WAITED = "collective not waited for"
+    COLLECTIVE_ORDER_DIFFERS = "ranks issue collectives of one group in different orders"
+    RANKS_WAIT_FOR_EACH_OTHER = "ranks wait for each other"
+
     BUFFER_UNKNOWN = "buffer unknown"
     MEMORY_UNKNOWN = "memory unknown"
     NOT_THE_SCRATCHPAD = "memory is not the scratchpad"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...hw_models.model import Direction, Engine, EngineKind
 from ..graph import OpKind, Role
-from ..plan import Instruction, Load, Plan, Recompute, Run, Store
+from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Recompute, Run, Store
 from ..repeatable import is_repeatable
 from .facts import Facts
 from .faults import Fault, Finding
@@ -17,10 +17,10 @@ _STREAMABLE = (Role.WEIGHT, Role.CONSTANT, Role.OPTIMIZER_STATE)
 
 
 def first_runs(plan: Plan, facts: Facts) -> dict[int, int]:
-    """Step of the first Run of each operator that has one, by the operator's position in the graph."""
+    """Step of the first Run, or start, of each operator that has one, by the operator's position in the graph."""
     steps: dict[int, int] = {}
     for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run) and instruction.op in facts.op_index:
+        if isinstance(instruction, Run | CollectiveStart) and instruction.op in facts.op_index:
             steps.setdefault(facts.op_index[instruction.op], step)
     return steps
 
@@ -29,7 +29,7 @@ def check_order(plan: Plan, facts: Facts) -> Iterator[Finding]:
     """Each operator exactly once, after every operator it depends on."""
     steps = first_runs(plan, facts)
     for step, instruction in enumerate(plan.instructions):
-        if not isinstance(instruction, Run | Recompute):
+        if isinstance(instruction, Load | Store | CollectiveWait):
             continue
         if instruction.op not in facts.op_index:
             yield Finding(Fault.OPERATOR_UNKNOWN, f"the graph has no operator {instruction.op!r}", step)
@@ -42,7 +42,37 @@ def check_order(plan: Plan, facts: Facts) -> Iterator[Finding]:
     for index, op in enumerate(plan.graph.ops):
         if index not in steps:
             yield Finding(Fault.OPERATOR_MISSING, f"operator {op.name!r} never runs; it runs once")
-    yield from _check_dependencies(plan, facts, steps)
+    done = dict(steps)
+    yield from _check_waits(plan, facts, steps, done)
+    yield from _check_dependencies(plan, facts, steps, done)
+
+
+def _check_waits(plan: Plan, facts: Facts, steps: dict[int, int], done: dict[int, int]) -> Iterator[Finding]:
+    """Every start is of a collective, and has one wait behind it; ``done`` gets the steps of the waits."""
+    waited: dict[int, int] = {}
+    for step, instruction in enumerate(plan.instructions):
+        index = None if isinstance(instruction, Load | Store) else facts.op_index.get(instruction.op)
+        if isinstance(instruction, CollectiveStart) and index is not None:
+            kind = plan.graph.ops[index].kind
+            if kind is not OpKind.COLLECTIVE:
+                message = f"operator {instruction.op!r} is of kind {kind.value}; only a collective is started"
+                yield Finding(Fault.COLLECTIVE_NOT_STARTED, message, step)
+        if not isinstance(instruction, CollectiveWait):
+            continue
+        if index is None:
+            yield Finding(Fault.OPERATOR_UNKNOWN, f"the graph has no operator {instruction.op!r}", step)
+        elif index in waited:
+            message = f"operator {instruction.op!r} was waited for already at step {waited[index]}; one wait is enough"
+            yield Finding(Fault.OPERATOR_REPEATED, message, step)
+        elif steps.get(index, step) >= step or not isinstance(plan.instructions[steps[index]], CollectiveStart):
+            message = f"operator {instruction.op!r} is waited for, but it was not started before"
+            yield Finding(Fault.COLLECTIVE_NOT_STARTED, message, step)
+        else:
+            waited[index] = done[index] = step
+    for index, step in steps.items():
+        if isinstance(plan.instructions[step], CollectiveStart) and index not in waited:
+            message = f"operator {plan.graph.ops[index].name!r} is started, and nobody waits for it"
+            yield Finding(Fault.COLLECTIVE_NOT_WAITED, message, step)
 
 
 def _check_recompute(plan: Plan, facts: Facts, name: str, steps: dict[int, int], step: int) -> Iterator[Finding]:
@@ -61,31 +91,36 @@ def _check_recompute(plan: Plan, facts: Facts, name: str, steps: dict[int, int],
             yield Finding(Fault.RECOMPUTED_ILLEGALLY, message, step)
 
 
-def _check_dependencies(plan: Plan, facts: Facts, steps: dict[int, int]) -> Iterator[Finding]:
-    """Read after write, write after read and write after write, buffer by buffer in program order."""
+def _check_dependencies(plan: Plan, facts: Facts, steps: dict[int, int], done: dict[int, int]) -> Iterator[Finding]:
+    """Read after write, write after read and write after write, buffer by buffer in program order.
+
+    ``steps`` is where each operator begins, ``done`` where others may rely on it: for a collective, its wait.
+    """
     writer: dict[str, int] = {}
     readers: dict[str, list[int]] = {}
     for index in range(len(plan.graph.ops)):
         for buffer in facts.reads[index]:
             if buffer in writer:
-                yield from _after(plan, steps, index, writer[buffer], f"reads {buffer!r}, which it writes")
+                yield from _after(plan, steps, done, index, writer[buffer], f"reads {buffer!r}, which it writes")
         for buffer in facts.writes[index]:
             if buffer in writer:
-                yield from _after(plan, steps, index, writer[buffer], f"overwrites {buffer!r}, which it writes")
+                yield from _after(plan, steps, done, index, writer[buffer], f"overwrites {buffer!r}, which it writes")
             for reader in readers.pop(buffer, ()):
-                yield from _after(plan, steps, index, reader, f"overwrites {buffer!r}, which it reads")
+                yield from _after(plan, steps, done, index, reader, f"overwrites {buffer!r}, which it reads")
             writer[buffer] = index
         for buffer in facts.reads[index]:
             if buffer not in facts.writes[index]:
                 readers.setdefault(buffer, []).append(index)
 
 
-def _after(plan: Plan, steps: dict[int, int], index: int, before: int, why: str) -> Iterator[Finding]:
-    if index in steps and before in steps and steps[index] <= steps[before]:
+def _after(
+    plan: Plan, steps: dict[int, int], done: dict[int, int], index: int, before: int, why: str
+) -> Iterator[Finding]:
+    if index in steps and before in steps and steps[index] <= done[before]:
         name, other = plan.graph.ops[index].name, plan.graph.ops[before].name
         yield Finding(
             Fault.DEPENDENCY_VIOLATED,
-            f"operator {name!r} must run after {other!r}, at step {steps[before]}: it {why}",
+            f"operator {name!r} must run after {other!r}, at step {done[before]}: it {why}",
             steps[index],
         )
 
@@ -93,10 +128,12 @@ def _after(plan: Plan, steps: dict[int, int], index: int, before: int, why: str)
 def check_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
     """Buffers, memories and engines exist and are of the right kind; streamed buffers may be streamed."""
     admitted = {engine.name: _admitted(engine) for engine in plan.machine.engines}
+    links = {link.name for link in plan.machine.links}
+    admitted |= dict.fromkeys(sorted(links), (Run, CollectiveStart, CollectiveWait))
     for step, instruction in enumerate(plan.instructions):
         if isinstance(instruction, Load | Store) and instruction.buffer not in facts.nbytes:
             yield Finding(Fault.BUFFER_UNKNOWN, f"the graph has no buffer {instruction.buffer!r}", step)
-        if not instruction.engine and instruction.start_s is None:
+        if not instruction.engine and (instruction.start_s is None or isinstance(instruction, CollectiveWait)):
             continue
         if instruction.engine not in admitted:
             known = ", ".join(admitted)
@@ -105,6 +142,11 @@ def check_names(plan: Plan, facts: Facts) -> Iterator[Finding]:
         elif not isinstance(instruction, admitted[instruction.engine]):
             word = type(instruction).__name__
             yield Finding(Fault.ENGINE_OF_WRONG_KIND, f"engine {instruction.engine!r} takes no {word}", step)
+        elif isinstance(instruction, Run | CollectiveStart) and instruction.op in facts.op_index:
+            kind = plan.graph.ops[facts.op_index[instruction.op]].kind
+            if (kind is OpKind.COLLECTIVE) != (instruction.engine in links):
+                message = f"engine {instruction.engine!r} takes no operator of kind {kind.value}"
+                yield Finding(Fault.ENGINE_OF_WRONG_KIND, message, step)
     yield from _check_streamed(plan, facts)
     yield from _check_residence_names(plan, facts)
 
@@ -155,11 +197,11 @@ def check_whole(plan: Plan) -> Iterator[Finding]:
     """A decision is taken for everything it concerns or for nothing."""
     if plan.residences is None:
         for step, instruction in enumerate(plan.instructions):
-            if not isinstance(instruction, Run):
+            if isinstance(instruction, Load | Store | Recompute):
                 what = (
                     f"operator {instruction.op!r} runs again"
                     if isinstance(instruction, Recompute)
-                    else (f"buffer {instruction.buffer!r} moves")
+                    else f"buffer {instruction.buffer!r} moves"
                 )
                 message = f"{what}, but the plan has no residences"
                 yield Finding(Fault.PARTLY_DECIDED, message, step)
@@ -178,7 +220,7 @@ def _check_all_timed(plan: Plan) -> Iterator[Finding]:
         return
     for step, instruction in enumerate(plan.instructions):
         if instruction.start_s is None or instruction.finish_s is None:
-            name = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
+            name = instruction.buffer if isinstance(instruction, Load | Store) else instruction.op
             message = f"{name!r} has no start or no finish, others have; all have both or none has"
             yield Finding(Fault.PARTLY_DECIDED, message, step)
             break

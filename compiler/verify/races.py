@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..graph import Op, OpKind
-from ..plan import Instruction, Load, Recompute, Residence, Run
+from ..plan import Instruction, Load, Recompute, Residence, Run, Store
 from .race_bytes import ENTRY, Bytes, Content, Range, Touch
 from .race_faults import RaceFault, RaceFinding
 from .race_reuse import check_reuse
@@ -64,7 +64,7 @@ def _check_calls(program: Program, device_plan: DevicePlan) -> Iterator[RaceFind
             message = f"call {call.name!r} is run {runs[call.name]} times, expected once"
             yield RaceFinding(RaceFault.CALL_MISSING, message)
     for step, instruction in enumerate(steps):
-        if isinstance(instruction, Run | Recompute):
+        if not isinstance(instruction, Load | Store):
             if instruction.op not in known:
                 yield RaceFinding(RaceFault.CALL_UNKNOWN, f"the program has no call {instruction.op!r}", step)
         elif instruction.buffer not in program.storages:
@@ -128,7 +128,7 @@ class _Judge:
     # --- what each step touches
 
     def _touch(self, step: int, instruction: Instruction, touched: list[Touch]) -> Iterator[RaceFinding]:
-        if isinstance(instruction, Run | Recompute):
+        if not isinstance(instruction, Load | Store):
             call = self.calls.get(instruction.op)
             if call is None:
                 return

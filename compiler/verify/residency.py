@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..plan import Instruction, Plan, Recompute, Residence, Run, Store
+from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Recompute, Residence, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
 from .order import first_runs
@@ -40,9 +40,10 @@ def check_residences(plan: Plan, facts: Facts, residences: tuple[Residence, ...]
 
 def _explained(plan: Plan, facts: Facts, residence: Residence) -> bool:
     instruction = plan.instructions[residence.begin]
-    if isinstance(instruction, Run | Recompute):
+    if not isinstance(instruction, Load | Store):
         index = facts.op_index.get(instruction.op)
-        return index is None or residence.buffer in facts.creates[index]
+        creates = not isinstance(instruction, CollectiveWait)
+        return index is None or (creates and residence.buffer in facts.creates[index])
     return not isinstance(instruction, Store) and instruction.buffer == residence.buffer
 
 
@@ -63,7 +64,7 @@ def replay(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> Itera
 def _replay_step(state: _Replay, first: dict[int, int], instruction: Instruction, step: int) -> Iterator[Finding]:
     """One instruction; those that run no operator, or a second time, are named by check_order and skipped."""
     facts = state.facts
-    if isinstance(instruction, Run):
+    if isinstance(instruction, Run | CollectiveStart):
         index = facts.op_index.get(instruction.op)
         if index is not None and first[index] == step:
             yield from state.run(instruction.op, index, step)
@@ -71,6 +72,10 @@ def _replay_step(state: _Replay, first: dict[int, int], instruction: Instruction
         index = facts.op_index.get(instruction.op)
         if index is not None and index in state.read:
             yield from state.recompute(instruction.op, index, step)
+    elif isinstance(instruction, CollectiveWait):
+        index = facts.op_index.get(instruction.op)
+        if index is not None and first.get(index, step) < step:
+            yield from state.wait(instruction.op, index, first[index], step)
     elif instruction.buffer not in facts.nbytes:
         return  # named by check_names
     elif facts.nbytes[instruction.buffer] == 0:
@@ -137,6 +142,16 @@ class _Replay:
                 since = self.residence[buffer][0]
                 message = f"operator {op!r} recomputes buffer {buffer!r}, resident since step {since}"
                 yield Finding(Fault.RECOMPUTE_OF_RESIDENT, message, step)
+
+    def wait(self, op: str, index: int, start: int, step: int) -> Iterator[Finding]:
+        """What a collective reads and writes has stayed where it was since the collective was started."""
+        for buffer in sorted({*self.facts.reads[index], *self.facts.writes[index]}):
+            begin, end = self.residence.get(buffer, (0, 0))
+            if not self.facts.nbytes[buffer] or buffer in self.facts.streamed or buffer in self.given_up:
+                continue
+            if begin > start or end <= step:
+                message = f"collective {op!r}, started at step {start}, still uses buffer {buffer!r}, which has left"
+                yield Finding(Fault.NOT_RESIDENT_WHEN_READ, message, step)
 
     def _use(self, who: str, buffer: str, step: int, fault: Fault) -> Iterator[Finding]:
         if self.is_resident(buffer, step) or self.facts.nbytes[buffer] == 0 or buffer in self.facts.streamed:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 
 from ...hw_models.cost import op_seconds, transfer_seconds
-from ...hw_models.model import Engine, EngineKind
+from ...hw_models.model import Engine, EngineKind, Link
 from ..graph import DTYPE_BYTES, OpKind
-from ..plan import Instruction, Plan, Recompute, Residence, Run, Store
+from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Residence, Run, Store
 from .facts import Facts
 from .faults import Fault, Finding
 
@@ -29,11 +29,13 @@ def check_times(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> 
     spans: _Spans = []
     for step, instruction in enumerate(plan.instructions):
         start, finish = instruction.start_s, instruction.finish_s
-        if start is not None and finish is not None and 0 <= start <= finish < math.inf:
+        is_moment = isinstance(instruction, CollectiveWait)
+        is_span = start is not None and finish is not None and 0 <= start <= finish < math.inf
+        if is_span and (start == finish or not is_moment):
             spans.append((start, finish))
             continue
-        name = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
-        message = f"{name!r} goes from {start} to {finish} s; expected 0 <= start <= finish, both finite"
+        expected = "0 <= start == finish" if is_moment else "0 <= start <= finish"
+        message = f"{_subject(instruction)!r} goes from {start} to {finish} s; expected {expected}, both finite"
         yield Finding(Fault.TIME_MALFORMED, message, step)
         spans.append((math.inf, -math.inf))  # waits for nothing, and nothing waits for it
     yield from _check_durations(plan, facts, spans)
@@ -44,21 +46,31 @@ def check_times(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> 
 
 def _check_durations(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Finding]:
     """No instruction takes less time than the machine needs for it; a difference of two moments is rounded."""
-    engines = {engine.name: engine for engine in plan.machine.engines}
+    engines: dict[str, Engine | Link] = {engine.name: engine for engine in plan.machine.engines}
+    engines |= {link.name: link for link in plan.machine.links}
     for step, ((start, finish), instruction) in enumerate(zip(spans, plan.instructions, strict=True)):
         engine = engines.get(instruction.engine)
         if engine is None or start == math.inf:
             continue
         least = _least_seconds(plan, facts, instruction, engine)
         if finish - start < least * (1 - 1e-9) - 4 * math.ulp(finish):
-            name = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
-            message = f"{name!r} takes {finish - start} s, engine {engine.name!r} needs {least} s for it"
+            message = (
+                f"{_subject(instruction)!r} takes {finish - start} s, engine {engine.name!r} needs {least} s for it"
+            )
             yield Finding(Fault.FASTER_THAN_MACHINE, message, step)
 
 
-def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: Engine) -> float:
+def _subject(instruction: Instruction) -> str:
+    return instruction.buffer if isinstance(instruction, Load | Store) else instruction.op
+
+
+def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: Engine | Link) -> float:
     """Seconds ``engine`` needs; 0 for what is named as another fault: an unknown name, an engine of the wrong kind."""
-    if not isinstance(instruction, Run | Recompute):
+    if isinstance(engine, Link):
+        return _least_collective(plan, facts, instruction)
+    if isinstance(instruction, CollectiveStart | CollectiveWait):
+        return 0.0
+    if isinstance(instruction, Load | Store):
         known = engine.kind is EngineKind.COPY and instruction.buffer in facts.nbytes
         return transfer_seconds(facts.nbytes[instruction.buffer], engine) if known else 0.0
     if engine.kind is not EngineKind.COMPUTE or instruction.op not in facts.op_index:
@@ -75,9 +87,23 @@ def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: E
     return op_seconds(op.flops, dtype, local, streamed, plan.machine, engine)
 
 
+def _least_collective(plan: Plan, facts: Facts, instruction: Instruction) -> float:
+    """Seconds of a collective done in the fastest way, while nothing else runs."""
+    if not isinstance(instruction, Run | CollectiveStart) or instruction.op not in facts.op_index:
+        return 0.0
+    from ...hw_models.collectives import collective_seconds
+
+    collective = plan.graph.ops[facts.op_index[instruction.op]].collective
+    if collective is None or plan.machine.fabric is None:
+        return 0.0
+    return collective_seconds(collective.kind.value, collective.nbytes, collective.ranks, plan.machine)
+
+
 def _check_engines(plan: Plan, spans: _Spans) -> Iterator[Finding]:
     busy: dict[str, tuple[float, int]] = {}
     for start, finish, step in sorted((*span, step) for step, span in enumerate(spans) if span[0] < math.inf):
+        if isinstance(plan.instructions[step], CollectiveWait):
+            continue  # occupies nothing
         engine = plan.instructions[step].engine
         until, other = busy.get(engine, (-math.inf, -1))
         if start < until:
@@ -90,13 +116,20 @@ def _check_operands(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Finding
     ready: dict[str, tuple[float, int]] = {}  # when the resident copy is complete, and the step that completes it
     used: dict[str, tuple[float, int]] = {}  # when the last reader of the buffer is done
     stored: dict[str, tuple[float, int]] = {}  # when the backing copy is complete
+    flying: dict[int, tuple[float, int]] = {}  # when each collective that is not waited for yet is done
     never = (-math.inf, -1)
     for step, instruction in enumerate(plan.instructions):
         start, finish = spans[step]
         done = (finish, step)
         waits: list[tuple[float, int, str]] = []
-        if isinstance(instruction, Run | Recompute):
+        if isinstance(instruction, CollectiveWait):
             index = facts.op_index.get(instruction.op)
+            waits += [] if index is None or index not in flying else [(*flying.pop(index), instruction.op)]
+            ready.update(dict.fromkeys(() if index is None else facts.writes[index], done))
+        elif not isinstance(instruction, Load | Store):
+            index = facts.op_index.get(instruction.op)
+            if isinstance(instruction, CollectiveStart) and index is not None:
+                flying[index] = done
             reads = () if index is None else facts.reads[index]
             writes = () if index is None else facts.writes[index]
             waits += [(*ready.get(b, never), b) for b in (*reads, *writes)]
@@ -113,7 +146,7 @@ def _check_operands(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Finding
             ready[instruction.buffer] = done
         until, other, buffer = max(waits, default=(*never, ""))
         if start < until:
-            message = f"starts at {start} s, but step {other} is busy with buffer {buffer!r} until {until} s"
+            message = f"starts at {start} s, but step {other} is busy with {buffer!r} until {until} s"
             yield Finding(Fault.STARTS_BEFORE_OPERANDS, message, step)
 
 
@@ -123,7 +156,7 @@ def _last_uses(
     """When the last instruction that uses each residence is done, and its step."""
     uses: dict[str, list[int]] = {}
     for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run | Recompute):
+        if not isinstance(instruction, Load | Store):
             index = facts.op_index.get(instruction.op)
             touched = () if index is None else {*facts.reads[index], *facts.writes[index]}
         else:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ...compiler.plan import Plan, Recompute, Run
+from ...compiler.plan import Load, Plan, Store
 from ...compiler.runtime.device.layout import DevicePlan
 
 __all__ = ["reissued", "uses_of"]
@@ -18,10 +18,10 @@ def uses_of(plan: Plan) -> Mapping[str, list[int]]:
     index = {op.name: i for i, op in enumerate(plan.graph.ops)}
     uses: dict[str, list[int]] = {}
     for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run | Recompute):
-            touched = plan.graph.touches[index[instruction.op]]
+        if isinstance(instruction, Load | Store):
+            touched: tuple[str, ...] = (instruction.buffer,)
         else:
-            touched = (instruction.buffer,)
+            touched = plan.graph.touches[index[instruction.op]]
         for buffer in touched:
             uses.setdefault(buffer, []).append(step)
     return uses

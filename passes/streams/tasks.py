@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...compiler.graph import DTYPE_BYTES, Op, OpKind
-from ...compiler.plan import Load, Plan, Recompute, Run
+from ...compiler.plan import Load, Plan, Store
 from ...hw_models.cost import op_seconds, transfer_seconds
 from ...hw_models.model import Concurrency, Direction, EngineKind
 
@@ -49,7 +49,7 @@ def tasks_of(plan: Plan, concurrency: Concurrency) -> tuple[Task, ...]:
     index = {op.name: i for i, op in enumerate(plan.graph.ops)}
     result: list[Task] = []
     for instruction in plan.instructions:
-        if isinstance(instruction, Run | Recompute):
+        if not isinstance(instruction, Load | Store):
             result.append(_computing(plan, index[instruction.op], concurrency))
             continue
         direction = Direction.LOAD if isinstance(instruction, Load) else Direction.STORE

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...plan import Load, Recompute, Residence, Run, Store
+from ...plan import Load, Residence, Store
 from .backing import Backing, flat
 from .layout import DevicePlan
 from .program import Call, Item, Origin, Program, Ref, Storage, View, references
@@ -96,12 +96,11 @@ class _Writer:
         for step, instruction in enumerate(self.device_plan.plan.instructions):
             for residence in begins.get(step, ()):
                 self._begin(residence)
-            if isinstance(instruction, Run | Recompute):
-                if instruction.op in self.calls:
-                    self.body += self.streams.before(step)
-                    self._launch(self.calls[instruction.op])
-            else:
+            if isinstance(instruction, Load | Store):
                 self._copy(instruction, self.streams.before(step))
+            elif instruction.op in self.calls:
+                self.body += self.streams.before(step)
+                self._launch(self.calls[instruction.op])
             self.body += self.streams.after(step)
             for name in ends.get(step, ()):
                 self._drop(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ....errors import PlanError
 from ...graph import OpKind
-from ...plan import Load, Plan, Recompute, Residence, Run
+from ...plan import Load, Plan, Residence, Store
 
 __all__ = ["Access", "accesses", "predecessors"]
 
@@ -36,7 +36,7 @@ def accesses(plan: Plan, *, by_address: bool = True) -> list[tuple[Access, ...]]
     index = {op.name: i for i, op in enumerate(plan.graph.ops)}
     result: list[tuple[Access, ...]] = []
     for step, instruction in enumerate(plan.instructions):
-        if isinstance(instruction, Run | Recompute):
+        if not isinstance(instruction, Load | Store):
             op = index[instruction.op]
             if plan.graph.ops[op].kind is OpKind.BOUNDARY:
                 result.append(())

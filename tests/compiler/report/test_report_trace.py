@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opweave.compiler.plan import Load, Plan, Recompute, Run
+from opweave.compiler.plan import Load, Plan, Store
 from opweave.compiler.report import view
 from opweave.compiler.report.trace import chrome_trace
 from opweave.compiler.simulate import simulate
@@ -38,7 +38,7 @@ def test_every_instruction_is_one_slice_on_its_engines_thread(plan: Plan) -> Non
         assert event["ts"] == pytest.approx((instruction.start_s or 0) * 1e6, abs=1e-3)
         assert event["ts"] + event["dur"] == pytest.approx((instruction.finish_s or 0) * 1e6, abs=1e-3)
         assert event["dur"] >= 0
-        subject = instruction.op if isinstance(instruction, Run | Recompute) else instruction.buffer
+        subject = instruction.buffer if isinstance(instruction, Load | Store) else instruction.op
         assert subject in event["name"]
 
 
@@ -58,7 +58,7 @@ def test_slices_say_where_their_operands_lie() -> None:
     touched = {op.name: buffers for op, buffers in zip(graph.ops, graph.touches, strict=True)}
     where = {(r.buffer, s): r.offset for r in plan.residences or () for s in range(r.begin, r.end)}
     for step, (event, instruction) in enumerate(zip(events_of(plan)["X"], plan.instructions, strict=True)):
-        buffers = touched[instruction.op] if isinstance(instruction, Run | Recompute) else (instruction.buffer,)
+        buffers = (instruction.buffer,) if isinstance(instruction, Load | Store) else touched[instruction.op]
         expected = {b: where[b, step] for b in buffers if b not in plan.streamed}
         assert event["args"]["offset_bytes"] == expected
 

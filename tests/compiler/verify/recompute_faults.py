@@ -50,7 +50,7 @@ def random() -> Plan:
 
 def collective() -> Plan:
     op = recomputable().ops[0]
-    return recomputing(graph=recomputable(msgspec.structs.replace(op, kind=OpKind.COLLECTIVE)))
+    return recomputing(graph=recomputable(msgspec.structs.replace(op, kind=OpKind.COPY)))
 
 
 def updating(*, target: str) -> Plan:

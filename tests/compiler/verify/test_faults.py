@@ -12,8 +12,16 @@ import pytest
 from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Certificate, Load, PassRecord, Pin, Plan, Recompute, Residence, Run, Store
 from opweave.compiler.simulate import simulate
-from opweave.compiler.verify import Fault, verify
+from opweave.compiler.verify import Fault, verify, verify_ranks
 from opweave.hw_models.model import Engine, EngineKind
+from tests.compiler.verify.collective_faults import (
+    COLLECTIVE_FAULTS,
+    RANK_FAULTS,
+    communicating,
+    on_ranks,
+    resident,
+    timed,
+)
 from tests.compiler.verify.recompute_faults import RECOMPUTE_FAULTS
 from tests.graphs.build import GraphBuilder, all_graphs, machine
 from tests.graphs.edits import with_instruction, with_more, with_residence, with_times, without_offsets
@@ -53,7 +61,7 @@ def pinned(plan: Plan, *pins: Pin) -> Plan:
 
 
 def step_of(plan: Plan, do: type[Run | Load | Store], name: str) -> int:
-    names = [(type(i), i.op if isinstance(i, Run | Recompute) else i.buffer) for i in plan.instructions]
+    names = [(type(i), i.buffer if isinstance(i, Load | Store) else i.op) for i in plan.instructions]
     return names.index((do, name))
 
 
@@ -210,6 +218,7 @@ BROKEN: tuple[tuple[Fault, Callable[[], Plan]], ...] = (
     (Fault.CLAIM_REFUTED, lambda: claiming(order("chain"), "peak_bytes", 3584, 3585)),
     (Fault.STARTS_BEFORE_REGION_FREE, lambda: moved_to(simulate(without_offsets(handed_over())), 2, 0, behind=True)),
     *RECOMPUTE_FAULTS,
+    *COLLECTIVE_FAULTS,
 )
 
 
@@ -224,7 +233,32 @@ def test_broken_plan_has_exactly_this_fault(fault: Fault, broken: Callable[[], P
 
 
 def test_every_fault_is_made() -> None:
-    assert {fault for fault, _ in BROKEN} == set(Fault)
+    assert {fault for fault, _ in (*BROKEN, *RANK_FAULTS)} == set(Fault)
+
+
+@pytest.mark.parametrize(("fault", "broken"), RANK_FAULTS)
+def test_ranks_that_do_not_go_together(fault: Fault, broken: Callable[[], dict[int, Plan]]) -> None:
+    plans = broken()
+    assert all(verify(plan).ok for plan in plans.values())
+    findings = verify_ranks(plans)
+    assert {finding.fault for finding in findings} == {fault}, list(map(str, findings))
+    assert all("'" in finding.message for finding in findings)
+
+
+def test_ranks_that_go_together() -> None:
+    """What is started and waited for in one order, whatever comes in between; also where a group reaches further."""
+    blocking = communicating(Run("op0"), Run("op1"), Run("op2"), Run("op3"))
+    for plan in (communicating(), resident(), timed(), blocking):
+        assert verify(plan).ok, list(map(str, verify(plan).faults))
+        assert not verify_ranks(on_ranks(plan, communicating()))
+        assert not verify_ranks({1: plan})
+
+
+def test_a_rank_that_leaves_a_collective_out() -> None:
+    """The other one waits for ever."""
+    alone = msgspec.structs.replace(communicating(), instructions=(Run("op0"),))
+    faults = {finding.fault for finding in verify_ranks(on_ranks(communicating(), alone))}
+    assert faults == {Fault.COLLECTIVE_ORDER_DIFFERS, Fault.RANKS_WAIT_FOR_EACH_OTHER}
 
 
 def test_pins_that_are_kept() -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from opweave.compiler.plan import Load, Plan, Recompute, Residence, Run, Store
+from opweave.compiler.plan import Instruction, Load, Plan, Recompute, Residence, Run, Store
 from opweave.compiler.runtime.device.graph import planning_graph
 from opweave.compiler.runtime.device.layout import DevicePlan
 from opweave.compiler.runtime.device.order import recorded, synchronisation
@@ -83,7 +83,7 @@ def test_branches_need_one_wait() -> None:
     assert find_races(BRANCHES, ON_TWO) == ()
 
 
-def with_steps(device_plan: DevicePlan, *steps: Run | Load | Store | Recompute) -> DevicePlan:
+def with_steps(device_plan: DevicePlan, *steps: Instruction) -> DevicePlan:
     return replace(device_plan, plan=msgspec.structs.replace(device_plan.plan, instructions=steps))
 
 

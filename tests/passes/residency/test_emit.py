@@ -21,7 +21,7 @@ def written(plan: Plan, *dropped: Gap) -> list[str]:
     assert not verify(resident).faults
     assert verify(resident).additional_bytes == problem.additional_bytes(problem.index[gap] for gap in dropped)
     words = {Load: "load", Store: "store"}
-    return [i.op if isinstance(i, Run | Recompute) else f"{words[type(i)]} {i.buffer}" for i in resident.instructions]
+    return [f"{words[type(i)]} {i.buffer}" if isinstance(i, Load | Store) else i.op for i in resident.instructions]
 
 
 def three_uses(*, output: bool = False, role: Role = Role.ACTIVATION) -> Plan:
