@@ -12,7 +12,7 @@ from opweave.compiler.verify import Fault
 from opweave.hw_models.model import Link
 from tests.graphs.build import GraphBuilder, machine
 
-__all__ = ["COLLECTIVE_FAULTS", "RANK_FAULTS", "communicating", "on_ranks", "resident", "timed"]
+__all__ = ["COLLECTIVE_FAULTS", "RANK_FAULTS", "communicating", "on_ranks", "resident", "timed", "twice"]
 
 LINKED = msgspec.structs.replace(machine(), links=(Link("net", 1e9, 1e-6),))
 

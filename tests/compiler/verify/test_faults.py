@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from opweave.compiler.graph import Graph
-from opweave.compiler.plan import Certificate, Load, PassRecord, Pin, Plan, Recompute, Residence, Run, Store
+from opweave.compiler.plan import Certificate, Load, PassRecord, Pin, Plan, Residence, Run, Store
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import Fault, verify, verify_ranks
 from opweave.hw_models.model import Engine, EngineKind
