@@ -13,8 +13,9 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from ....errors import ModelError, UnsupportedOperator
-from ...graph import Graph, Op, Role
+from ...graph import Graph, Op, OpKind, Role
 from ..aten import is_random, positional, tensors_in
+from ..collectives import collective_of, is_communication, is_wait, unwrapped
 from ..flops import count_flops
 from ..fx.builder import GraphBuilder, is_dense
 from ..fx.recorder import Call, Recorder
@@ -24,11 +25,18 @@ __all__ = ["OperatorGraph", "operator_graph"]
 
 @dataclass(frozen=True)
 class OperatorGraph:
-    """``graph``, and the module's nodes: those that its operators are, by operator, and one for each of its tensors."""
+    """``graph``, and the module's nodes: those that its operators are, by operator, and one for each of its tensors.
+
+    ``waits`` are the nodes that wait for each collective: one for each of its results, none where another module waits.
+    A tensor that a collective makes has the node of its wait in ``values``: reading the start would be too early.
+    ``other_communication`` names the operators that talk to other ranks and are no collective that is known.
+    """
 
     graph: Graph
     nodes: Mapping[str, torch.fx.Node]
     values: Mapping[str, torch.fx.Node]
+    waits: Mapping[str, tuple[torch.fx.Node, ...]] = field(default_factory=dict)
+    other_communication: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,14 +70,18 @@ def operator_graph(module: torch.fx.GraphModule, size_of: Callable[[Any], int]) 
     A call that cannot be written down, or that writes an operand, becomes an operator without a body, which no rule
     matches; what it reads and writes is known all the same.
 
+    A collective and its wait are one operator of kind collective, and what the wait returns is the collective's result.
+
     Raises:
-        ModelError: a value is no plain tensor, or a call returns what it was given.
+        ModelError: a value is no plain tensor, a call returns what it was given, or a process group is not known here.
     """
     writer = _Writer(size_of)
     with torch.device("meta"):
         for node in module.graph.nodes:
             writer.add(node)
-    return OperatorGraph(writer.builder.finish("operators", [], writer.returned), writer.nodes, writer.values)
+    graph = writer.builder.finish("operators", [], writer.returned)
+    waits = {name: tuple(nodes) for name, nodes in writer.waits.items()}
+    return OperatorGraph(graph, writer.nodes, writer.values, waits, tuple(writer.other_communication))
 
 
 class _Writer:
@@ -80,6 +92,9 @@ class _Writer:
         self.nodes: dict[str, torch.fx.Node] = {}
         self.values: dict[str, torch.fx.Node] = {}
         self.returned: list[str] = []
+        self.waits: dict[str, list[torch.fx.Node]] = {}
+        self.other_communication: list[str] = []
+        self._in_flight: dict[str, str] = {}  # buffer -> the collective that wrote it last
         self._recorder = Recorder(self.builder, {})
         self._sized = _Sized(size_of)
         self._found: dict[torch.fx.Node, Any] = {}
@@ -92,10 +107,13 @@ class _Writer:
             return
         if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
             value = self._found[node.args[0]][node.args[1]]
+        elif is_wait(node.target) and isinstance(node.args[0], torch.fx.Node):
+            value = self._found[node.args[0]]
+            self._wait(node, value)
         else:
             value = tree_map(self._sized, node.meta.get("val"))
             if node.op == "call_function":
-                self._call(node, list(tensors_in(value)))
+                value = self._call(node, value)
             else:
                 self._place(node.name, tensors_in(value), Role.INPUT)
         self._found[node] = value
@@ -116,28 +134,57 @@ class _Writer:
             names.append(self.builder.add_base(whole, name, role))
         return names
 
-    def _call(self, node: torch.fx.Node, results: Sequence[torch.Tensor]) -> None:
+    def _wait(self, node: torch.fx.Node, value: torch.Tensor) -> None:
+        """A wait: who reads the tensor reads this node, no longer the one that started the collective."""
+        self.values[self._recorder.name(value)] = node
+        waited = self._in_flight.get(self.builder.buffer_of(value))
+        if waited is not None:
+            self.waits.setdefault(waited, []).append(node)
+
+    def _call(self, node: torch.fx.Node, value: Any) -> Any:
+        """Write down a call that returns ``value``; returns it as what follows sees it. Raises ModelError."""
         args, kwargs = map_arg((node.args, node.kwargs), self._found.__getitem__)
         operands = [t for t in tensors_in((args, kwargs)) if self.builder.is_placed(t)]
-        target = node.target
-        written = []
-        if isinstance(target, torch._ops.OpOverload):
-            bound = zip(target._schema.arguments, args, strict=False)
-            written = [v for p, v in bound if p.alias_info is not None and p.alias_info.is_write]
+        written = _written(node.target, args, kwargs)
+        if written and is_communication(node.target):
+            value = written[0]  # traced as if it were new
+        results = list(tensors_in(value))
         fresh = [tensor for tensor in results if not self.builder.is_placed(tensor)]
         if not fresh and not written:
-            return  # a view, or a size
+            return value  # a view, or a size
         if len(fresh) < len(results) and not written:
-            raise ModelError(f"node {node.name!r} returns what it was given and something new")
-        body, inputs = "", list(dict.fromkeys(self._recorder.name(value) for value in operands))
-        if isinstance(target, torch._ops.OpOverload) and not written:
-            body, inputs = self._body(Call(target, *positional(target, args, kwargs), node), inputs)
+            is_collective = is_communication(unwrapped(node.target, args, kwargs)[0])
+            hint = "use functional collectives, or trace through torch.compile, which makes them so"
+            raise ModelError(
+                f"node {node.name!r} returns what it was given and something new", hint=hint if is_collective else ""
+            )
+        body, inputs = "", list(dict.fromkeys(self._recorder.name(operand) for operand in operands))
+        if isinstance(node.target, torch._ops.OpOverload) and not written:
+            body, inputs = self._body(Call(node.target, *positional(node.target, args, kwargs), node), inputs)
         outputs = self._place(node.name, fresh, Role.ACTIVATION)
         outputs += [self.builder.new_version(old, f"{node.name}_updated") for old in tensors_in(written)]
-        is_pure = isinstance(target, torch._ops.OpOverload) and not is_random(target, args, kwargs)
+        is_pure = isinstance(node.target, torch._ops.OpOverload) and not is_random(node.target, args, kwargs)
         self.builder.ops.append(Op(node.name, tuple(inputs), tuple(outputs), body=body, repeatable=is_pure))
-        self._count(node, args, kwargs, results)
         self.nodes[node.name] = node
+        if not self._communicates(node, args, kwargs, list(tensors_in(written)) or fresh):
+            self._count(node, args, kwargs, results)
+        return value
+
+    def _communicates(self, node: torch.fx.Node, args: Any, kwargs: Any, results: Sequence[torch.Tensor]) -> bool:
+        """Whether the last operator talks to other ranks; says so in it. Raises ModelError."""
+        target, inner_args, inner_kwargs = unwrapped(node.target, args, kwargs)
+        if not is_communication(target):
+            return False
+        collective = collective_of(target, inner_args, inner_kwargs, node.name)
+        if collective is None:
+            self.other_communication.append(node.name)
+            self.builder.ops[-1] = replace(self.builder.ops[-1], repeatable=False)
+            return True
+        self._in_flight.update((self.builder.buffer_of(result), node.name) for result in results)
+        self.builder.ops[-1] = replace(
+            self.builder.ops[-1], kind=OpKind.COLLECTIVE, repeatable=False, collective=collective
+        )
+        return True
 
     def _body(self, call: Call, inputs: list[str]) -> tuple[str, list[str]]:
         try:
@@ -152,3 +199,12 @@ class _Writer:
             except (AttributeError, IndexError, TypeError, ValueError):
                 return  # some formulas want results that are None here, as of gradients that nobody asked for
             self.builder.ops[-1] = replace(self.builder.ops[-1], flops=flops)
+
+
+def _written(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Operands that a call of ``target`` writes, in the order of its schema."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    given = {p.name: v for p, v in zip(target._schema.arguments, args, strict=False)} | dict(kwargs)
+    arguments = [p for p in target._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
+    return [given[p.name] for p in arguments if p.name in given]

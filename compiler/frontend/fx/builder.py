@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from ....errors import ModelError
-from ...graph import DTYPE_BYTES, Graph, Op, Role, Tensor, contiguous_strides
+from ...graph import DTYPE_BYTES, Collective, Graph, Op, OpKind, Role, Tensor, contiguous_strides
 
 __all__ = ["GraphBuilder", "is_dense"]
 
@@ -57,11 +58,22 @@ class GraphBuilder:
         self._private: dict[str, str] = {}  # buffers that stand apart from memory they shared -> why
 
     def add_op(
-        self, name: str, inputs: Sequence[str], outputs: Sequence[str], *, flops: int, body: str, origin: str
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        flops: int,
+        body: str,
+        origin: str,
+        collective: Collective | None = None,
     ) -> None:
-        """Append an operator under a name that is free."""
+        """Append an operator under a name that is free; with a ``collective`` it is of that kind, and runs once."""
         name = _free_name(name, self._taken_by_operators)
-        self.ops.append(Op(name, tuple(inputs), tuple(outputs), flops=flops, body=body, origin=origin))
+        operator = Op(name, tuple(inputs), tuple(outputs), flops=flops, body=body, origin=origin)
+        if collective is not None:
+            operator = replace(operator, kind=OpKind.COLLECTIVE, flops=0, repeatable=False, collective=collective)
+        self.ops.append(operator)
 
     def is_placed(self, value: torch.Tensor) -> bool:
         """Whether the value lies in a buffer that exists already."""
@@ -121,13 +133,15 @@ class GraphBuilder:
     def finish(self, name: str, inputs: Iterable[str], outputs: Sequence[str]) -> Graph:
         """The graph, without operators whose results nobody sees and sources that nobody reads.
 
-        An operator stays if it writes a source or a buffer that an output or a staying operator reads.
+        An operator stays if it writes a source or a buffer that an output or a staying operator reads. A collective
+        stays in any case: the other ranks wait for this one in it.
         """
         needed = {self._tensors[t].buffer for t in outputs}
         ops: list[Op] = []
         for op in reversed(self.ops):
             written = {self._tensors[t].buffer for t in op.outputs}
-            if written & needed or any(self._tensors[b].role.is_source for b in written):
+            is_seen = bool(written & needed) or any(self._tensors[b].role.is_source for b in written)
+            if is_seen or op.collective is not None:
                 needed |= written | {self._tensors[t].buffer for t in op.inputs}
                 ops.append(op)
         ops.reverse()

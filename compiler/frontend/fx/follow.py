@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from ....errors import ModelError, UnsupportedOperator
 from ...graph import Role
 from ..aten import functional_form, is_check, is_random, positional, tensors_in
+from ..collectives import collective_of, is_communication, is_wait
 from .recorder import Call, Recorder
 from .sources import check_plain, place_weights
 
@@ -91,18 +92,7 @@ class Follower:
     def _call(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
-            if is_check(target):
-                return None
-            if target.namespace not in _NAMESPACES:
-                raise UnsupportedOperator(
-                    f"node {node.name!r} calls {target}, which has no lowering here",
-                    hint="choose an implementation in plain torch, where the library offers one: for experts of "
-                    'transformers, experts_implementation="batched_mm" in the configuration',
-                )
-            arguments = positional(target, _on_cpu(args), _on_cpu(dict(kwargs)))
-            if target in _FIRST_RESULT and _uses_first_only(node):
-                return (self._operator(Call(_FIRST_RESULT[target], *arguments, node), self._recorder.label(node)),)
-            return self._operator(Call(target, *arguments, node), self._recorder.label(node))
+            return self._overload(node, target, args, kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
             if str(target) == "wrap_with_set_grad_enabled":  # (enabled, body, *operands): no gradients here anyway
                 return self.run(args[1], args[2:])
@@ -115,6 +105,26 @@ class Follower:
         if getattr(target, "__module__", "") not in _SIZE_ARITHMETIC or list(tensors_in((args, kwargs))):
             raise _not_aten(node)
         return target(*args, **kwargs)  # type: ignore[operator]
+
+    def _overload(
+        self, node: torch.fx.Node, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if is_check(target):
+            return None
+        if is_wait(target):
+            return args[0]  # the same memory: the collective and its wait are one operator
+        if is_communication(target):
+            _refuse_unknown_communication(node, target, args, kwargs)
+        elif target.namespace not in _NAMESPACES:
+            raise UnsupportedOperator(
+                f"node {node.name!r} calls {target}, which has no lowering here",
+                hint="choose an implementation in plain torch, where the library offers one: for experts of "
+                'transformers, experts_implementation="batched_mm" in the configuration',
+            )
+        arguments = positional(target, _on_cpu(args), _on_cpu(dict(kwargs)))
+        if target in _FIRST_RESULT and _uses_first_only(node):
+            return (self._operator(Call(_FIRST_RESULT[target], *arguments, node), self._recorder.label(node)),)
+        return self._operator(Call(target, *arguments, node), self._recorder.label(node))
 
     def _operator(self, call: Call, label: str) -> Any:
         if torch.Tag.inplace_view in call.target.tags and not call.target._schema.name.startswith("aten::resize"):
@@ -202,6 +212,16 @@ def _not_aten(node: torch.fx.Node) -> UnsupportedOperator:
         f"node {node.name!r} is a {node.op} of {node.target!s:.80}, which is no ATen operator",
         hint="export the model first: torch.export.export(model, example_inputs)",
     )
+
+
+def _refuse_unknown_communication(
+    node: torch.fx.Node, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    if collective_of(target, args, kwargs, node.name) is None:
+        raise UnsupportedOperator(
+            f"node {node.name!r} calls {target}, a communication that is no functional collective",
+            hint="use the collectives of torch.distributed._functional_collectives in the model",
+        )
 
 
 def _hidden_write(call: Call, label: str) -> UnsupportedOperator:

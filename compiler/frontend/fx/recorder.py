@@ -11,6 +11,7 @@ import torch
 from ...graph import Role
 from ...runtime.calls import format_call
 from ..aten import replace_tensors, tensors_in
+from ..collectives import collective_of
 from ..flops import count_flops
 from .builder import GraphBuilder, is_dense
 
@@ -157,4 +158,5 @@ class Recorder:
         results: Sequence[torch.Tensor],
     ) -> None:
         flops = count_flops(call.target, call.args, call.kwargs, results)
-        self.builder.add_op(label, operands, names, flops=flops, body=body, origin=call.origin)
+        collective = collective_of(call.target, call.args, call.kwargs, label)
+        self.builder.add_op(label, operands, names, flops=flops, body=body, origin=call.origin, collective=collective)
