@@ -16,6 +16,7 @@ __all__ = [
     "OptionError",
     "OpweaveError",
     "PlanError",
+    "SplitRefused",
     "UnsupportedOperator",
     "VerificationError",
 ]
@@ -102,6 +103,19 @@ class ExecutionError(OpweaveError):
 
     code = "execution"
     exit_code = 8
+
+
+class SplitRefused(OpweaveError):
+    """A graph cannot be split into parts as asked: ``node`` calls ``target``, which cannot be divided, for ``reason``."""
+
+    code = "split"
+    exit_code = 9
+
+    def __init__(self, node: str, target: str, reason: str, *, hint: str = "") -> None:
+        super().__init__(f"cannot split {node!r}, which calls {target}: {reason}", hint=hint)
+        self.node = node
+        self.target = target
+        self.reason = reason
 
 
 class InternalError(OpweaveError):
