@@ -106,7 +106,7 @@ class ExecutionError(OpweaveError):
 
 
 class SplitRefused(OpweaveError):
-    """A graph cannot be split into parts as asked: ``node`` calls ``target``, which cannot be divided, for ``reason``."""
+    """A graph cannot be split as asked: ``node`` calls ``target``, which cannot be divided, for ``reason``."""
 
     code = "split"
     exit_code = 9
