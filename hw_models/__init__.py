@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cost import op_seconds, transfer_seconds
-    from .model import Concurrency, Engine, EngineKind, HardwareModel, Link, Memory
+    from .model import Concurrency, Engine, EngineKind, HardwareModel, Link, Memory, Tiling
     from .registry import load, names, parse_bytes
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "HardwareModel",
     "Link",
     "Memory",
+    "Tiling",
     "load",
     "names",
     "op_seconds",

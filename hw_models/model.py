@@ -10,8 +10,19 @@ from typing import Annotated
 import msgspec
 
 from ..errors import MachineError
+from .fabric import Fabric, Interference
 
-__all__ = ["Concurrency", "Direction", "Engine", "EngineKind", "HardwareModel", "Link", "Memory", "aligned_bytes"]
+__all__ = [
+    "Concurrency",
+    "Direction",
+    "Engine",
+    "EngineKind",
+    "HardwareModel",
+    "Link",
+    "Memory",
+    "Tiling",
+    "aligned_bytes",
+]
 
 #: Beyond any machine, and far enough below 2**63 that sums of a few such sizes stay exact in 64 bits.
 LARGEST_MEMORY_BYTES = 2**60
@@ -19,6 +30,7 @@ LARGEST_MEMORY_BYTES = 2**60
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 def aligned_bytes(nbytes: int, alignment_bytes: int) -> int:
@@ -67,7 +79,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """One unit that runs one instruction at a time.
 
     A compute engine states ``flops_per_s`` by dtype name (``default`` for the rest), ``launch_s``, the fixed cost of
-    one operator, and, where it is known, ``energy_per_flop_j`` by dtype name like the rates; a copy engine states
+    one operator, and, where they are known, ``energy_per_flop_j`` by dtype name like the rates and ``units``, the
+    multiprocessors or cores that the programs of a kernel are spread over; a copy engine states
     ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer, and the ``direction`` it copies in.
     """
 
@@ -79,6 +92,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     latency_s: NonNegativeFloat = 0.0
     direction: Direction = Direction.BOTH
     energy_per_flop_j: dict[str, PositiveFloat] = {}
+    units: PositiveInt | None = None
 
     def copies(self, direction: Direction) -> bool:
         """Whether this is a copy engine that takes transfers of ``direction``, load or store."""
@@ -107,10 +121,38 @@ class Concurrency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     saturating_elements: PositiveInt
 
 
+class Tiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a compute engine of ``multiprocessors`` works through tiles, and what part of its peaks kernels reach.
+
+    A matrix product's result is cut into ``tiles`` of one of these shapes. A tile of ``r`` x ``c`` elements runs at
+    ``matmul_efficiency / (1 + operand_elements * (1/r + 1/c))`` of the peak and takes ``tile_s`` more for its begin
+    and end. ``attention_efficiency`` is the part of the peak that attention's two products reach,
+    ``memory_efficiency`` the part of the bandwidth that a streaming kernel does, on at least ``saturating_share`` of
+    the multiprocessors (less of the bandwidth on fewer, in proportion).
+    """
+
+    multiprocessors: PositiveInt
+    tiles: tuple[tuple[PositiveInt, ...], ...]
+    matmul_efficiency: Fraction
+    operand_elements: NonNegativeFloat
+    tile_s: NonNegativeFloat
+    attention_efficiency: Fraction
+    memory_efficiency: Fraction
+    saturating_share: Fraction
+
+    def __post_init__(self) -> None:
+        if not self.tiles or any(len(tile) != 2 for tile in self.tiles):
+            raise MachineError(
+                f"a tiling has the tiles {[list(tile) for tile in self.tiles]}; "
+                "it takes at least one, of rows and columns, as [[128, 256]]"
+            )
+
+
 class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A machine. ``scratchpad`` names the memory that is planned, ``backing`` the one behind it (off-chip).
 
-    ``concurrency`` says how its compute engine runs several operators at a time, where it does.
+    ``concurrency`` says how its compute engine runs several operators at a time, where it does, ``tiling`` how kernels
+    fill it, where that is known.
     """
 
     name: str
@@ -122,6 +164,7 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     engines: tuple[Engine, ...]
     links: tuple[Link, ...] = ()
     concurrency: Concurrency | None = None
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         for kind, things in (("memory", self.memories), ("engine", self.engines), ("link", self.links)):
@@ -145,6 +188,12 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         if self.scratchpad == self.backing:
             raise MachineError(f"machine {self.name!r}: fields 'scratchpad' and 'backing' name the same memory")
         self._check_engines()
+        if self.fabric is not None:
+            units = self.engines_of(EngineKind.COMPUTE)[0].units
+            self.fabric.check(self.name, [link.name for link in self.links], units)
+        for table in self.interference:
+            if problem := table.problem():
+                raise MachineError(f"machine {self.name!r}: the interference of {table.kernel!r} {problem}")
 
     def _check_banks(self, memory: Memory) -> None:
         begins = [begin for begin, _ in memory.banks]

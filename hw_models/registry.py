@@ -140,7 +140,8 @@ def _allows(kind: inspect.Type, value: Any) -> bool:
 
 
 def _in_range(kind: inspect.IntType | inspect.FloatType, value: float) -> bool:
-    return (kind.gt is None or value > kind.gt) and (kind.ge is None or value >= kind.ge)
+    above = (kind.gt is None or value > kind.gt) and (kind.ge is None or value >= kind.ge)
+    return above and (kind.le is None or value <= kind.le)
 
 
 def _allowed(kind: inspect.Type) -> str:
@@ -154,7 +155,7 @@ def _allowed(kind: inspect.Type) -> str:
             bound = (
                 f" above {kind.gt:g}" if kind.gt is not None else f" from {kind.ge:g}" if kind.ge is not None else ""
             )
-            return noun + bound
+            return noun + bound + (f" up to {kind.le:g}" if kind.le is not None else "")
         case inspect.VarTupleType(item_type=item):
             return f"a list of {_allowed(item)}"
         case inspect.DictType(value_type=item):
