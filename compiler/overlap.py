@@ -4,10 +4,93 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from ..errors import OptionError
+from ..hw_models.registry import parse_bytes
 from .plan import CollectiveStart, Plan, Recompute, Run
 
-__all__ = ["CollectiveLine", "exposed_seconds", "lines_of"]
+__all__ = ["CollectiveLine", "OverlapOptions", "exposed_seconds", "lines_of"]
+
+_OPTIONS: Mapping[str, str] = {
+    "margin": "a fraction of the predicted time, below 1",
+    "parts": "one number of parts, or several to choose from, each 2 or more",
+    "sizes": "the sizes of the parts in tokens, two or more, each above 0",
+    "axis": "'auto', 'batch' or 'sequence'",
+    "memory_limit": "bytes, or a size such as '8GiB'",
+    "strict": "True or False",
+}
+
+
+@dataclass(frozen=True)
+class OverlapOptions:
+    """What a user may decide about overlap; what is left out is chosen by prediction.
+
+    ``margin`` is the least predicted gain, as a fraction of the time without: below it nothing is changed. ``parts``
+    are the numbers of parts to choose from; ``sizes`` fixes the parts, in tokens, whatever the prediction says.
+    ``axis`` says along what inputs are cut: ``"batch"``, ``"sequence"`` or, ``"auto"``, the first of them that can be.
+    ``memory_limit`` bounds the bytes alive at once. ``strict`` refuses a cut that needs a value to be joined on the
+    way.
+
+    Raises:
+        OptionError: a value is of a wrong type or out of range.
+    """
+
+    margin: float = 0.03
+    parts: tuple[int, ...] = (2, 3, 4)
+    sizes: tuple[int, ...] = ()
+    axis: str = "auto"
+    memory_limit: int | str | None = None
+    strict: bool = False
+
+    @classmethod
+    def of(cls, value: object) -> OverlapOptions | None:
+        """The options that ``overlap=value`` means: True, False, or a mapping of fields. Raises OptionError."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, bool):
+            return cls() if value else None
+        if not isinstance(value, Mapping):
+            raise OptionError(f"overlap is {value!r}; it takes True, False or a mapping of {', '.join(_OPTIONS)}")
+        unknown = [str(name) for name in value if name not in _OPTIONS]
+        if unknown:
+            raise OptionError(f"overlap has no option {unknown[0]!r}", hint=f"its options are {', '.join(_OPTIONS)}")
+        given: dict[str, Any] = {str(name): item for name, item in value.items()}
+        for name in ("parts", "sizes"):
+            if name in given:
+                item = given[name]
+                given[name] = tuple(item) if isinstance(item, list | tuple) else (item,)
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        right = {
+            "margin": _is_number(self.margin) and self.margin < 1,
+            "parts": all(_is_whole(n) and n >= 2 for n in self.parts) and bool(self.parts),
+            "sizes": all(_is_whole(n) and n >= 1 for n in self.sizes) and len(self.sizes) != 1,
+            "axis": self.axis in ("auto", "batch", "sequence"),
+            "memory_limit": self.memory_limit is None
+            or isinstance(self.memory_limit, str)
+            or _is_whole(self.memory_limit),
+            "strict": isinstance(self.strict, bool),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise OptionError(f"option {name!r} of overlap is {getattr(self, name)!r}; it takes {_OPTIONS[name]}")
+        if self.limit_bytes is not None and self.limit_bytes <= 0:
+            raise OptionError(f"option 'memory_limit' of overlap is {self.memory_limit!r}; it must be above 0")
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The memory limit in bytes."""
+        return parse_bytes(self.memory_limit) if isinstance(self.memory_limit, str) else self.memory_limit
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ....errors import OptionError
 from ....hw_models.model import LARGEST_MEMORY_BYTES
 from ....hw_models.registry import parse_bytes
+from ...overlap import OverlapOptions
 
 __all__ = ["MODES", "TIERS", "BackendOptions"]
 
@@ -36,6 +37,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "cache": ((bool,), "True or False"),
     "device": ((str,), "a device such as 'cuda'"),
     "kernels": ((str,), "'auto', 'all', 'off', or names of kernels with commas between them"),
+    "overlap": ((bool, Mapping), "True, False or a mapping of options"),
     "machine": ((str,), "the name of a machine that `opweave hw` lists, or a machine file"),
 }
 
@@ -54,6 +56,8 @@ class BackendOptions:
     model that times are predicted with; without it, the one of the device. ``kernels`` says which fused kernels may
     replace operators: ``"auto"`` those that are predicted to be faster, on a GPU, ``"all"`` wherever one fits,
     ``"off"`` none, or names with commas between them. On a CPU, a kernel that was asked for computes its reference.
+    ``overlap`` hides collectives behind compute: the tokens are cut into parts, and the parts put in turns, where that
+    is predicted to be faster on the machine; a mapping says more, as ``OverlapOptions`` has it.
 
     Raises:
         OptionError: a value has a wrong type or is out of range.
@@ -71,6 +75,7 @@ class BackendOptions:
     device: str | None = None
     machine: str | None = None
     kernels: str = "auto"
+    overlap: bool | Mapping[str, Any] = False
 
     def __post_init__(self) -> None:
         for name, (types, expected) in _TYPES.items():
@@ -80,6 +85,7 @@ class BackendOptions:
             wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
             if wrong or not _in_range(name, value):
                 raise OptionError(f"option {name!r} of backend 'opweave' is {value!r}; it takes {expected}")
+        self.overlapping  # noqa: B018 -- checked when built
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> BackendOptions:
@@ -112,6 +118,11 @@ class BackendOptions:
         if isinstance(limit, float) and limit <= 1.0:
             return int(limit * device_bytes)
         return min(parse_bytes(limit) if isinstance(limit, str) else int(limit), LARGEST_MEMORY_BYTES)
+
+    @property
+    def overlapping(self) -> OverlapOptions | None:
+        """What is wanted of overlap; ``None`` for nothing."""
+        return OverlapOptions.of(self.overlap)
 
     @property
     def key(self) -> str:
