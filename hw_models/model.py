@@ -79,8 +79,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """One unit that runs one instruction at a time.
 
     A compute engine states ``flops_per_s`` by dtype name (``default`` for the rest), ``launch_s``, the fixed cost of
-    one operator, and, where they are known, ``energy_per_flop_j`` by dtype name like the rates and ``units``, the
-    multiprocessors or cores that the programs of a kernel are spread over; a copy engine states
+    one operator, and, where it is known, ``energy_per_flop_j`` by dtype name like the rates; a copy engine states
     ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer, and the ``direction`` it copies in.
     """
 
@@ -92,7 +91,6 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     latency_s: NonNegativeFloat = 0.0
     direction: Direction = Direction.BOTH
     energy_per_flop_j: dict[str, PositiveFloat] = {}
-    units: PositiveInt | None = None
 
     def copies(self, direction: Direction) -> bool:
         """Whether this is a copy engine that takes transfers of ``direction``, load or store."""
@@ -152,7 +150,8 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     """A machine. ``scratchpad`` names the memory that is planned, ``backing`` the one behind it (off-chip).
 
     ``concurrency`` says how its compute engine runs several operators at a time, where it does, ``tiling`` how kernels
-    fill it, where that is known.
+    fill it, where that is known. One with a ``fabric`` is one of several equal devices; ``interference`` is what was
+    measured of kernels that run beside one another.
     """
 
     name: str
@@ -165,6 +164,8 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     links: tuple[Link, ...] = ()
     concurrency: Concurrency | None = None
     tiling: Tiling | None = None
+    fabric: Fabric | None = None
+    interference: tuple[Interference, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, things in (("memory", self.memories), ("engine", self.engines), ("link", self.links)):
@@ -225,6 +226,15 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no energy_per_flop_j.default")
             if engine.kind is EngineKind.COPY and engine.bandwidth_bytes_per_s is None:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no bandwidth_bytes_per_s")
+
+    def _check_fabric(self) -> None:
+        if self.fabric is not None:
+            self.fabric.check(
+                self.name, [link.name for link in self.links], self.tiling.multiprocessors if self.tiling else None
+            )
+        for table in self.interference:
+            if problem := table.problem():
+                raise MachineError(f"machine {self.name!r}: the interference of {table.kernel!r} {problem}")
 
     @property
     def memory(self) -> Mapping[str, Memory]:
