@@ -10,7 +10,7 @@ from ..errors import OptionError
 from ..hw_models.registry import parse_bytes
 from .plan import CollectiveStart, Plan, Recompute, Run
 
-__all__ = ["CollectiveLine", "OverlapOptions", "exposed_seconds", "lines_of"]
+__all__ = ["CollectiveLine", "OverlapOptions", "Overlapped", "exposed_seconds", "lines_of"]
 
 _OPTIONS: Mapping[str, str] = {
     "margin": "a fraction of the predicted time, below 1",
@@ -112,6 +112,31 @@ class CollectiveLine:
     hidden_by: tuple[str, ...] = ()
     mode: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """What became of a module of one rank: ``module`` as it is to run, its nodes in the order of ``plan``.
+
+    ``plan`` is timed and verified, of a graph whose operators are what is launched as one; ``before`` is that of the
+    module as it was given. ``sizes`` are the parts in tokens, empty where nothing is cut. ``lines`` has every
+    collective of the module as given; ``joined`` the operators that ended a cut, with the reason. ``reason`` says why
+    nothing was changed, and is empty where something was.
+    """
+
+    module: Any
+    plan: Plan
+    before: Plan
+    lines: tuple[CollectiveLine, ...]
+    sizes: tuple[int, ...] = ()
+    joined: tuple[tuple[str, str], ...] = ()
+    reason: str = ""
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Predicted seconds before and after."""
+        ends = [max((i.finish_s or 0.0 for i in plan.instructions), default=0.0) for plan in (self.before, self.plan)]
+        return ends[0], ends[1]
 
 
 def exposed_seconds(plan: Plan) -> Mapping[str, float]:
