@@ -80,7 +80,7 @@ def matmul(
 
 
 def _tiled(
-    batch: int, m: int, n: int, k: int, rate: float, tile: tuple[int, int], tiling: Tiling, available: int
+    batch: int, m: int, n: int, k: int, rate: float, tile: tuple[int, ...], tiling: Tiling, available: int
 ) -> tuple[float, int]:
     """Seconds of all waves with one shape of tile, and the multiprocessors that have any."""
     rows, columns = tile

@@ -1,0 +1,191 @@
+"""What each kernel takes on a machine: the lane it runs on, and its modes.
+
+A product is timed by its tiles and waves, attention by the pairs of query and key that it computes, everything else by
+the bytes that it moves, each once (`hw_models/matmul.py`, docs/formulations/compute-time.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...compiler.graph import DTYPE_BYTES, Collective, Graph, Op, Tensor
+from ...hw_models.collectives import CollectiveMode, collective_modes
+from ...hw_models.matmul import Kernel, attention, matmul, streaming
+from ...hw_models.model import EngineKind, HardwareModel
+from .problem import Mode
+from .regions import called, is_attention, is_product
+
+__all__ = ["Costs"]
+
+#: Calls that read of their first operand no more than they return.
+_LOOKUPS = frozenset({"embedding", "index", "index_select", "gather", "slice", "select", "take"})
+#: Calls that return memory they need not write.
+_UNWRITTEN = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted"})
+#: Place of ``is_causal`` among the arguments of an attention call.
+_CAUSAL_PLACE = {
+    "scaled_dot_product_attention": 5,
+    "_scaled_dot_product_attention_math": 5,
+    "_scaled_dot_product_flash_attention": 4,
+    "_scaled_dot_product_flash_attention_for_cpu": 4,
+    "_scaled_dot_product_efficient_attention": 6,
+    "_scaled_dot_product_cudnn_attention": 6,
+    "_scaled_dot_product_flash_attention_backward": 11,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 7,
+    "_scaled_dot_product_efficient_attention_backward": 11,
+    "_scaled_dot_product_cudnn_attention_backward": 14,
+}
+_INPUT = re.compile(r"^%(\d+)$")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Modes of the kernels of ``graph`` on ``machine``."""
+
+    graph: Graph
+    machine: HardwareModel
+
+    @cached_property
+    def _users(self) -> dict[str, set[int]]:
+        """Operators that read each buffer, by index; -1 for the caller, who gets what is returned or updated."""
+        users: dict[str, set[int]] = {}
+        for index, read in enumerate(self.graph.reads):
+            for buffer in read:
+                users.setdefault(buffer, set()).add(index)
+        for buffer in self.graph.output_buffers:
+            users.setdefault(buffer, set()).add(-1)
+        return users
+
+    def computing(self, region: Sequence[int]) -> tuple[str, Mode]:
+        """Lane and mode of one kernel for the operators of ``region``: the engine that is done first."""
+        ops = [self.graph.ops[index] for index in region]
+        if len(ops) == 1 and is_product(ops[0]) and ops[0].flops:
+            kernel = self._product(ops[0])
+        elif len(ops) == 1 and is_attention(ops[0]) and ops[0].flops:
+            kernel = self._attention(ops[0])
+        else:
+            flops, nbytes = sum(op.flops for op in ops), self.moved_bytes(region)
+            dtype = self.graph.tensor[ops[-1].outputs[0]].dtype if ops[-1].outputs else "default"
+            kernel = streaming(nbytes, self.machine, flops=flops, dtype=dtype) if nbytes else Kernel(0.0, 0.0, 0.0)
+        lane = self.machine.engines_of(EngineKind.COMPUTE)[0].name
+        memory = self.machine.scratchpad_memory.name
+        return lane, Mode(
+            called(ops[-1]) or ops[-1].name, kernel.seconds, _needs({lane: kernel.compute, memory: kernel.memory})
+        )
+
+    def communicating(self, collective: Collective, *, fuses: str = "") -> tuple[tuple[str, Mode], ...]:
+        """Lane and mode of each way of doing ``collective``, the fastest first; with ``fuses``, that as well.
+
+        Raises:
+            MachineError: the machine has no such collective.
+        """
+        ways = collective_modes(collective.kind, collective.nbytes, collective.ranks, self.machine, fuses=fuses)
+        return tuple((way.link, self._way(way)) for way in ways)
+
+    def _way(self, way: CollectiveMode) -> Mode:
+        engine = self.machine.engines_of(EngineKind.COMPUTE)[0].name
+        taken = {engine: way.compute_share, self.machine.scratchpad_memory.name: way.memory_share, **way.link_shares}
+        name = f"{way.algorithm}/{way.programs}" if way.programs else way.algorithm
+        return Mode(name, way.seconds, _needs(taken), fixed=True)
+
+    def moved_bytes(self, region: Sequence[int]) -> int:
+        """Bytes that one kernel for ``region`` moves: what it reads of others, and what others read of it."""
+        inside = set(region)
+        made = {buffer for index in region for buffer in self.graph.writes[index]}
+        read: dict[str, int] = {}
+        written: dict[str, int] = {}
+        seen: set[str] = set()
+        for index in region:
+            op = self.graph.ops[index]
+            returned = sum(self.graph.tensor[name].nbytes for name in op.outputs)
+            for place, name in enumerate(op.inputs):
+                tensor = self.graph.tensor[name]
+                if name in seen or self._made_inside(tensor, inside, made):
+                    continue
+                seen.add(name)
+                nbytes = _spanned_bytes(tensor)
+                if place == 0 and called(op) in _LOOKUPS:
+                    nbytes = min(nbytes, returned)
+                read[tensor.buffer] = read.get(tensor.buffer, 0) + nbytes
+            for name in op.outputs:
+                tensor = self.graph.tensor[name]
+                if called(op) not in _UNWRITTEN and not self._users.get(tensor.buffer, set()) <= inside:
+                    written[tensor.buffer] = written.get(tensor.buffer, 0) + _spanned_bytes(tensor)
+        buffers = self.graph.buffers
+        outside = sum(self.graph.ops[index].outside_bytes for index in region)
+        return outside + sum(min(n, buffers[b].nbytes) for b, n in (*read.items(), *written.items()))
+
+    def _made_inside(self, tensor: Tensor, inside: set[int], made: set[str]) -> bool:
+        """Whether the bytes of ``tensor`` come from the region: one that is updated in place was there before."""
+        if tensor.buffer not in made or self.graph.buffers[tensor.buffer].role.is_source:
+            return False
+        return self._creator[tensor.buffer] in inside
+
+    @cached_property
+    def _creator(self) -> dict[str, int]:
+        created: dict[str, int] = {}
+        for index, op in enumerate(self.graph.ops):
+            for name in op.outputs:
+                created.setdefault(self.graph.tensor[name].buffer, index)
+        return created
+
+    def _product(self, op: Op) -> Kernel:
+        """From the flops and the result's shape, which say the contracted extent whatever the call."""
+        out = self.graph.tensor[op.outputs[0]]
+        operands = [self.graph.tensor[name] for name in op.inputs]
+        name, batch, rows = called(op), 1, math.prod(out.shape[:-1])
+        columns = out.shape[-1] if out.shape else 1
+        if name in ("mv", "addmv"):
+            rows, columns = columns, 1
+        if name in ("bmm", "baddbmm") or (name == "matmul" and min(len(t.shape) for t in operands[:2]) > 2):
+            batch, rows = math.prod(out.shape[:-2]), out.shape[-2]
+        if name == "_grouped_mm" and len(operands) > 1 and len(operands[1].shape) == 3 and len(out.shape) == 2:
+            batch = operands[1].shape[0]  # rows are divided among the groups, evenly for all that is known
+            rows = -(-rows // batch)
+        if not batch * rows * columns:
+            return Kernel(0.0, 0.0, 0.0)
+        inner = max(1, round(op.flops / (2 * batch * rows * columns)))
+        return matmul(rows, columns, inner, _widest(operands), self.machine, batch=batch, out_dtype=out.dtype)
+
+    def _attention(self, op: Op) -> Kernel:
+        arguments = _arguments(op.body)
+        tensors = [self.graph.tensor[op.inputs[int(m[1])]] for a in arguments if (m := _INPUT.match(a))]
+        backward = "backward" in called(op)
+        query, key = tensors[1:3] if backward else tensors[:2]
+        place = _CAUSAL_PLACE.get(called(op), len(arguments))
+        causal = place < len(arguments) and arguments[place] == "True"
+        heads, queries, size = math.prod(query.shape[:-2]), query.shape[-2], query.shape[-1]
+        key_heads, keys = math.prod(key.shape[:-2]), key.shape[-2]
+        return attention(
+            heads, queries, keys, size, query.dtype, self.machine, key_heads=key_heads, causal=causal, backward=backward
+        )
+
+
+def _needs(parts: dict[str, float]) -> dict[str, float]:
+    return {name: min(1.0, part) for name, part in parts.items() if part > 0}
+
+
+def _spanned_bytes(tensor: Tensor) -> int:
+    """Bytes between the first and the last element, which are fewer than the elements' where extents are broadcast."""
+    return min(tensor.nbytes, tensor.end_bytes - tensor.offset_bytes)
+
+
+def _widest(operands: Sequence[Tensor]) -> str:
+    """Dtype at which a product of these runs: of its operands with two dimensions or more, the widest."""
+    return max((t.dtype for t in operands if len(t.shape) > 1), key=lambda d: DTYPE_BYTES[d], default="float32")
+
+
+def _arguments(body: str) -> list[str]:
+    """The positional arguments of a call written as text, those of lists left together."""
+    inner = body.partition("(")[2].rpartition(")")[0]
+    found, depth, start = [], 0, 0
+    for place, letter in enumerate(inner):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append(inner[start:place].strip())
+            start = place + 1
+    last = inner[start:].strip()
+    return [*found, last] if last else found
