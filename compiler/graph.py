@@ -17,6 +17,7 @@ from types import MappingProxyType
 import msgspec
 
 from ..errors import ModelError
+from ..hw_models.fabric import CollectiveKind
 
 __all__ = [
     "DTYPE_BYTES",
@@ -87,16 +88,6 @@ class OpKind(StrEnum):
     COLLECTIVE = "collective"
     COPY = "copy"
     BOUNDARY = "boundary"
-
-
-class CollectiveKind(StrEnum):
-    """What the ranks of a group do with one another's tensors."""
-
-    ALL_REDUCE = "all_reduce"
-    ALL_GATHER = "all_gather"
-    REDUCE_SCATTER = "reduce_scatter"
-    ALL_TO_ALL = "all_to_all"
-    BROADCAST = "broadcast"
 
 
 class Collective(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -18,8 +18,9 @@ The grammar, a statement a line; blank lines and lines that begin with ``#`` mea
 
     graph   = "graph" NAME "{" { tensor | op | return } "}"
     tensor  = ROLE NAME ":" DTYPE SHAPE [ "in" NAME ] [ "strides" LIST ] [ "offset" INTEGER ]
-    op      = "op" NAME NAMES "->" NAMES [ "kind" KIND ] [ "flops" INTEGER ] [ "outside" INTEGER ] [ "once" ]
+    op      = "op" NAME NAMES "->" NAMES [ "kind" KIND ] [ moves ] [ "flops" INTEGER ] [ "outside" INTEGER ] [ "once" ]
               [ "from" NAME ] [ "do" BODY ]
+    moves   = COLLECTIVE "of" NAME "ranks" LIST "bytes" INTEGER
     return  = "return" [ NAME { "," NAME } ]
 
 ``NAME`` is a JSON string, ``SHAPE`` and ``LIST`` are integers in brackets, ``NAMES`` are names in parentheses.
@@ -34,7 +35,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import ModelError
-from .graph import DTYPE_BYTES, Graph, Op, OpKind, Role, Tensor
+from .graph import DTYPE_BYTES, Collective, CollectiveKind, Graph, Op, OpKind, Role, Tensor
 
 __all__ = ["parse_graph", "print_graph"]
 
@@ -74,6 +75,9 @@ def _print_op(op: Op) -> str:
     text = f"op {_quoted(op.name)} ({inputs}) -> ({outputs})"
     if op.kind is not OpKind.COMPUTE:
         text += f" kind {op.kind.value}"
+    if op.collective is not None:
+        what = op.collective
+        text += f" {what.kind.value} of {_quoted(what.group)} ranks {list(what.ranks)} bytes {what.nbytes}"
     if op.flops:
         text += f" flops {op.flops}"
     if op.outside_bytes:
@@ -159,13 +163,28 @@ def _parse_op(line: _Line) -> Op:
     outputs = line.names_until(")")
     kinds = tuple(kind.value for kind in OpKind)
     kind_name = line.option("kind", lambda: line.word("a kind of operator", kinds))
+    collective = _parse_collective(line) if kind_name == OpKind.COLLECTIVE else None
     flops = line.option("flops", lambda: line.integer("a number of operations"))
     outside = line.option("outside", lambda: line.integer("a number of bytes"))
     once = line.option("once", lambda: True)
     origin = line.option("from", lambda: line.name("the name of the model's node"))
     body = line.option("do", line.body)
     kind = OpKind(kind_name or "compute")
-    return Op(name, inputs, outputs, kind, flops or 0, body or "", origin or "", outside or 0, not once)
+    return Op(name, inputs, outputs, kind, flops or 0, body or "", origin or "", outside or 0, not once, collective)
+
+
+def _parse_collective(line: _Line) -> Collective:
+    kind = CollectiveKind(line.word("a kind of collective", tuple(kind.value for kind in CollectiveKind)))
+    line.word("of", ("of",))
+    group = line.name("the process group's name")
+    line.word("ranks", ("ranks",))
+    ranks = line.integers("the ranks")
+    line.word("bytes", ("bytes",))
+    nbytes = line.integer("a number of bytes")
+    try:
+        return Collective(kind, group, ranks, nbytes)
+    except ModelError as error:
+        raise ModelError(f"line {line.number}: {error.message}") from error
 
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9]{1,40}(?![0-9])|[A-Za-z_][A-Za-z0-9_]*|->|[\[\](){},:]')

@@ -30,14 +30,13 @@ def check_times(plan: Plan, facts: Facts, residences: tuple[Residence, ...]) -> 
     for step, instruction in enumerate(plan.instructions):
         start, finish = instruction.start_s, instruction.finish_s
         is_moment = isinstance(instruction, CollectiveWait)
-        is_span = start is not None and finish is not None and 0 <= start <= finish < math.inf
-        if is_span and (start == finish or not is_moment):
+        if start is None or finish is None or not 0 <= start <= finish < math.inf or (is_moment and start < finish):
+            expected = "0 <= start == finish" if is_moment else "0 <= start <= finish"
+            message = f"{_subject(instruction)!r} goes from {start} to {finish} s; expected {expected}, both finite"
+            yield Finding(Fault.TIME_MALFORMED, message, step)
+            spans.append((math.inf, -math.inf))  # waits for nothing, and nothing waits for it
+        else:
             spans.append((start, finish))
-            continue
-        expected = "0 <= start == finish" if is_moment else "0 <= start <= finish"
-        message = f"{_subject(instruction)!r} goes from {start} to {finish} s; expected {expected}, both finite"
-        yield Finding(Fault.TIME_MALFORMED, message, step)
-        spans.append((math.inf, -math.inf))  # waits for nothing, and nothing waits for it
     yield from _check_durations(plan, facts, spans)
     yield from _check_engines(plan, spans)
     yield from _check_operands(plan, facts, spans)

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opweave.compiler.graph import DTYPE_BYTES, Graph, Op, OpKind, Role, Tensor, contiguous_strides
+from opweave.compiler.graph import (
+    DTYPE_BYTES,
+    Collective,
+    CollectiveKind,
+    Graph,
+    Op,
+    OpKind,
+    Role,
+    Tensor,
+    contiguous_strides,
+)
 from opweave.errors import ModelError
 from tests.graphs.build import all_graphs
 from tests.graphs.odd import odd_graphs
@@ -122,6 +132,14 @@ RELU = Op("relu", ("x",), ("y",), body="aten.relu.default(%0)")
 CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "names a tensor twice: x": lambda: graph([X, X], [], "x"),
     "names an operator twice: relu": lambda: graph([X, tensor("y")], [RELU, RELU], "y"),
+    "process group 'g' has ranks [0, 0]": lambda: Collective(CollectiveKind.BROADCAST, "g", (0, 0), 1),
+    "a collective of group 'g' moves -1 bytes": lambda: Collective(CollectiveKind.BROADCAST, "g", (0,), -1),
+    "operator 'o' is of kind collective, its collective is None": lambda: graph(
+        [X], [Op("o", ("x",), (), OpKind.COLLECTIVE)], "x"
+    ),
+    "operator 'o' is of kind compute, its collective is Collective": lambda: graph(
+        [X], [Op("o", ("x",), (), collective=Collective(CollectiveKind.BROADCAST, "g", (0,), 1))], "x"
+    ),
     "operator 'o' has -1 flops": lambda: graph([X], [Op("o", ("x",), (), flops=-1)], "x"),
     "both take 0 to 2**63 - 1": lambda: graph([X], [Op("o", ("x",), (), flops=1 << 63)], "x"),
     "tensor 'd' has 100000 dimensions": lambda: tensor("d", *[1 << 60] * 100_000),

@@ -48,7 +48,7 @@ def test_gaps() -> None:
     assert Certificate("peak_bytes", 0, 0, "analytic", "order").gap == 0
 
 
-@given(odd_graphs(), st.booleans(), st.booleans())
+@given(odd_graphs(alone=True), st.booleans(), st.booleans())
 def test_plans_survive_json(graph: Graph, keep: bool, timed: bool) -> None:
     plan = (keep_everything if keep else keep_nothing)(graph)
     plan = simulate(plan) if timed else plan

@@ -124,8 +124,9 @@ def twice(*, swapped: bool = False, groups: tuple[str, str] = ("0", "0"), waits_
         g.ops[-1] = msgspec.structs.replace(g.ops[-1], kind=OpKind.COLLECTIVE, collective=what, repeatable=False)
     names = ("op1", "op0") if swapped else ("op0", "op1")
     starts, waits = [CollectiveStart(n) for n in names], [CollectiveWait(n) for n in names]
-    pairs = zip(starts, waits, strict=True)
-    steps = [i for pair in pairs for i in pair] if waits_at_once else [*starts, *waits]
+    steps: list[Instruction] = [*starts, *waits]
+    if waits_at_once:
+        steps = [starts[0], waits[0], starts[1], waits[1]]
     return Plan(g.build("r0", "r1"), LINKED, tuple(steps))
 
 
