@@ -6,18 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .collectives import CollectiveMode, collective_modes, collective_seconds
     from .cost import op_seconds, transfer_seconds
+    from .fabric import CollectiveKind, CollectiveRate, Fabric, Interference
     from .model import Concurrency, Engine, EngineKind, HardwareModel, Link, Memory, Tiling
     from .registry import load, names, parse_bytes
 
 __all__ = [
+    "CollectiveKind",
+    "CollectiveMode",
+    "CollectiveRate",
     "Concurrency",
     "Engine",
     "EngineKind",
+    "Fabric",
     "HardwareModel",
+    "Interference",
     "Link",
     "Memory",
     "Tiling",
+    "collective_modes",
+    "collective_seconds",
     "load",
     "names",
     "op_seconds",
@@ -26,6 +35,8 @@ __all__ = [
 ]
 
 _MODULE = {"op_seconds": "cost", "transfer_seconds": "cost", "load": "registry", "names": "registry"}
+_MODULE |= dict.fromkeys(("CollectiveMode", "collective_modes", "collective_seconds"), "collectives")
+_MODULE |= dict.fromkeys(("CollectiveKind", "CollectiveRate", "Fabric", "Interference"), "fabric")
 _MODULE |= {"parse_bytes": "registry"}
 
 

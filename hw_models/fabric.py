@@ -37,7 +37,8 @@ class Scope(StrEnum):
 
 class Traffic(StrEnum):
     """How bytes reach the others: from device to device (a ring, or every pair), or through a switch that reduces
-    what it reads and copies what it writes (multimem instructions)."""
+    what it reads and copies what it writes (multimem instructions).
+    """
 
     PEERS = "peers"
     SWITCH = "switch"
@@ -72,8 +73,10 @@ class CollectiveRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     ``measured_s`` of ``measured_bytes``. ``step_s`` is the part of it for each of the ``steps`` that follow one
     another. ``algorithm`` names the way and ``traffic`` how it scales; with ``fuses``, it does that as well.
 
-    While it runs it occupies one multiprocessor for each of its ``programs``, or ``compute_share`` of the compute engine
-    where that is stated, and moves ``memory_bytes_per_byte`` bytes in the scratchpad for each byte of the message.
+    While it runs it occupies one multiprocessor for each of its ``programs``, or ``compute_share`` of the compute
+    engine where that is stated, and moves ``memory_bytes_per_byte`` bytes in the scratchpad for each byte of the message.
+    Where each rank works on one part of the message, as in a switch, ``part_bytes_per_s`` is what one program gets
+    through of it: with fewer ranks the parts are larger, and few programs no longer fill the link.
     """
 
     kind: CollectiveKind
@@ -89,6 +92,7 @@ class CollectiveRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     scope: Scope = Scope.WITHIN_NODE
     programs: NonNegativeInt = 0
     compute_share: NonNegativeFloat | None = None
+    part_bytes_per_s: PositiveFloat | None = None
     memory_bytes_per_byte: NonNegativeFloat = 0.0
     fuses: str = ""
 
@@ -117,25 +121,34 @@ class CollectiveRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     def problem(self) -> str:
         """What no machine may state, in words; empty where all is well."""
+        return self._problem_of_curve() or self._problem_of_use()
+
+    def _problem_of_curve(self) -> str:
         if self.ranks < 2:
-            return f"has ranks {self.ranks}, allowed is 2 or more"
+            return f"has ranks {self.ranks}, allowed are 2 or more"
         if (self.bandwidth_bytes_per_s is None) == (not self.measured_bytes):
             return "takes either bandwidth_bytes_per_s, with alpha_s, or measured_bytes and measured_s"
         if self.measured_bytes and self.alpha_s:
             return "takes alpha_s beside bandwidth_bytes_per_s only"
-        if len(self.measured_bytes) != len(self.measured_s):
-            return f"has {len(self.measured_bytes)} measured_bytes and {len(self.measured_s)} measured_s"
-        if len(self.measured_bytes) == 1:
-            return "has one measurement, allowed are 2 or more"
+        if len(self.measured_bytes) != len(self.measured_s) or len(self.measured_s) == 1:
+            counts = f"{len(self.measured_bytes)} measured_bytes and {len(self.measured_s)} measured_s"
+            return f"has {counts}, allowed are as many of both, 2 or more"
         for name in ("measured_bytes", "measured_s"):
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
                 return f"has {name} that do not increase"
         if self.fixed_s < self.step_s * steps(self.kind, self.traffic, self.ranks):
-            return f"takes {self.fixed_s:g} s for a message without bytes, less than the steps that step_s counts"
+            return f"takes {self.fixed_s:g} s for a message without bytes, less than its steps of {self.step_s:g} s"
+        return ""
+
+    def _problem_of_use(self) -> str:
         if self.traffic is Traffic.SWITCH and self.kind is CollectiveKind.ALL_TO_ALL:
-            return "has traffic 'switch', which an all_to_all has not: no switch reduces or copies there"
+            return "has traffic 'switch', allowed is 'peers': a switch neither reduces nor copies in an all_to_all"
+        if self.traffic is Traffic.SWITCH and self.scope is Scope.ACROSS_NODES:
+            return "has traffic 'switch' across nodes, allowed is 'peers'"
+        if self.part_bytes_per_s is not None and not self.programs:
+            return "has part_bytes_per_s, which is that of one program, and no programs"
         if self.compute_share is not None and self.compute_share > 1:
-            return f"has compute_share {self.compute_share}, allowed is 0 to 1"
+            return f"has compute_share {self.compute_share}, allowed are numbers from 0 to 1"
         return ""
 
 
@@ -150,7 +163,11 @@ class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     rates: tuple[CollectiveRate, ...]
 
     def check(self, machine: str, links: Collection[str], multiprocessors: int | None) -> None:
-        """Raise MachineError where ``machine``, with these links and this many multiprocessors, cannot have this fabric."""
+        """Check that ``machine``, with these links and this many multiprocessors, can have this fabric.
+
+        Raises:
+            MachineError: it cannot; the message names the field.
+        """
         if self.devices < 2 or self.devices % self.devices_per_node:
             raise MachineError(
                 f"machine {machine!r}: fabric.devices is {self.devices}, allowed are multiples of its "

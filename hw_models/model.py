@@ -189,12 +189,7 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         if self.scratchpad == self.backing:
             raise MachineError(f"machine {self.name!r}: fields 'scratchpad' and 'backing' name the same memory")
         self._check_engines()
-        if self.fabric is not None:
-            units = self.engines_of(EngineKind.COMPUTE)[0].units
-            self.fabric.check(self.name, [link.name for link in self.links], units)
-        for table in self.interference:
-            if problem := table.problem():
-                raise MachineError(f"machine {self.name!r}: the interference of {table.kernel!r} {problem}")
+        self._check_fabric()
 
     def _check_banks(self, memory: Memory) -> None:
         begins = [begin for begin, _ in memory.banks]

@@ -28,6 +28,10 @@ __all__ = ["load", "names", "parse_bytes"]
 _UNITS: Mapping[str, int] = MappingProxyType(
     {"": 1, "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 )
+#: Fields of a file that are no fields of a machine: what it takes from others. By the path of their table.
+_TAKEN: Mapping[str, tuple[str, ...]] = MappingProxyType({"": ("device",), "fabric": ("like",)})
+#: Lists that a machine's own are added to, where it takes from another.
+_JOINED = ("sources", "links", "rates", "interference")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
@@ -62,9 +66,17 @@ def load(name_or_path: str) -> HardwareModel:
     Raises:
         MachineError: an unknown name, a file that cannot be read, or a field that is missing, unknown or out of range.
     """
+    return _load(name_or_path, ())
+
+
+def _load(name_or_path: str, takers: tuple[str, ...]) -> HardwareModel:
+    """``load``, for the files ``takers``, each of which takes fields from the next one."""
+    if name_or_path in takers:
+        chain = " takes from ".join(repr(taker) for taker in (*takers, name_or_path))
+        raise MachineError(f"machine files take their fields from one another in a circle: {chain}")
     if name_or_path in names():
         text = (files(__package__) / "data" / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        return _read(text, name_or_path)
+        return _read(text, name_or_path, takers)
     if not name_or_path.endswith(".toml") and Path(name_or_path).name == name_or_path:
         near = get_close_matches(name_or_path.lower(), names(), n=1, cutoff=0.5)
         close = [name for name in names() if name.startswith(name_or_path.lower())] or near
@@ -78,20 +90,57 @@ def load(name_or_path: str) -> HardwareModel:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise MachineError(f"cannot read machine file {name_or_path!r}: {reason}") from error
-    return _read(text, name_or_path)
+    return _read(text, name_or_path, takers)
 
 
-def _read(text: str, source: str) -> HardwareModel:
+def _read(text: str, source: str, takers: tuple[str, ...]) -> HardwareModel:
     try:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise MachineError(f"machine file {source!r} is not TOML: {error}") from error
+    data = _completed(data, source, (*takers, source))
     for problem in _problems(data, inspect.type_info(HardwareModel), ""):
         raise MachineError(f"machine file {source!r}: {problem}", hint="docs/adding-a-machine.md lists the fields")
     try:
         return msgspec.convert(data, HardwareModel)
     except MachineError as error:
         raise MachineError(f"machine file {source!r}: {error.message}", hint=error.hint) from error
+
+
+def _completed(data: dict[str, Any], source: str, takers: tuple[str, ...]) -> dict[str, Any]:
+    """``data`` with what it takes from other machines: all that it leaves out from the ``device`` it names, and what
+    its fabric leaves out from the fabric of the machine that this one is ``like``.
+    """
+    device = _other(data.pop("device", None), "device", source, takers)
+    if device is not None:
+        data = _merged(device, data)
+    fabric = data.get("fabric")
+    other = _other(fabric.pop("like", None), "fabric.like", source, takers) if isinstance(fabric, dict) else None
+    if other is None:
+        return data
+    if "fabric" not in other:
+        raise MachineError(f"machine file {source!r}: field fabric.like names {other['name']!r}, which has no fabric")
+    return {**data, "fabric": _merged(other["fabric"], data["fabric"])}
+
+
+def _other(name: Any, path: str, source: str, takers: tuple[str, ...]) -> dict[str, Any] | None:
+    """The machine of that name as its file would state it; ``None`` if none is named."""
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise MachineError(f"machine file {source!r}: field {path} is {_shown(name)}, allowed are machines' names")
+    other: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(_load(name, takers)))
+    return other
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the fields of ``own`` instead; the lists in ``_JOINED`` are the base's with the own ones behind."""
+    joined = {
+        name: [*base[name], *own[name]]
+        for name in _JOINED
+        if isinstance(base.get(name), list) and isinstance(own.get(name), list)
+    }
+    return {**base, **own, **joined}
 
 
 def _problems(value: Any, kind: inspect.Type, path: str) -> Iterator[str]:
@@ -113,12 +162,13 @@ def _problems(value: Any, kind: inspect.Type, path: str) -> Iterator[str]:
 
 def _struct_problems(value: dict[str, Any], kind: inspect.StructType, path: str) -> Iterator[str]:
     fields = {field.encode_name: field for field in kind.fields}
+    known = [*fields, *_TAKEN.get(path, ())]
     prefix = f"{path}." if path else ""
     for name in value:
         if name not in fields:
-            close = get_close_matches(name, fields, n=1)
+            close = get_close_matches(name, known, n=1)
             meant = f"; did you mean {close[0]!r}?" if close else ""
-            yield f"field {prefix}{name} is unknown, allowed are {', '.join(fields)}{meant}"
+            yield f"field {prefix}{name} is unknown, allowed are {', '.join(known)}{meant}"
     for name, field in fields.items():
         if name in value:
             yield from _problems(value[name], field.type, f"{prefix}{name}")

@@ -10,7 +10,17 @@ import pytest
 from opweave.compiler.graph import DTYPE_BYTES
 from opweave.hw_models import EngineKind, HardwareModel, load, names
 
-EXPECTED = ("a100", "cpu-server", "edge-npu", "ethos-u65-like", "h100-sxm", "h200", "microcontroller", "tpuv4i-like")
+EXPECTED = (
+    "8xh100-nvlink",
+    "a100",
+    "cpu-server",
+    "edge-npu",
+    "ethos-u65-like",
+    "h100-sxm",
+    "h200",
+    "microcontroller",
+    "tpuv4i-like",
+)
 
 
 def test_the_promised_machines_are_there() -> None:
