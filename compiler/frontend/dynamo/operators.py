@@ -51,6 +51,18 @@ class _Sized:
             return self.size_of(value)
         return self._tensor(value) if isinstance(value, torch.Tensor) else value
 
+    def alias(self, value: Any, same: Any) -> None:
+        """Let the tensors of ``value`` share storage with those of ``same``, whose sizes they have. Raises ModelError."""
+        for new, old in zip(tensors_in(value), tensors_in(same), strict=True):
+            known = self.storages.get(new.untyped_storage()._cdata)
+            if known is not None and known.untyped_storage()._cdata == old.untyped_storage()._cdata:
+                continue
+            if old.storage_offset() != 0 or [self.size_of(stride) for stride in new.stride()] != list(old.stride()):
+                raise ModelError(
+                    "a wait for a part of what a collective returns, or a collective into part of a tensor"
+                )
+            self.storages[new.untyped_storage()._cdata] = old
+
     def _tensor(self, value: torch.Tensor) -> torch.Tensor:
         if value.layout != torch.strided or value.dtype.is_complex:
             raise ModelError(f"a tensor of {value.dtype}, {value.layout}")
@@ -109,6 +121,7 @@ class _Writer:
             value = self._found[node.args[0]][node.args[1]]
         elif is_wait(node.target) and isinstance(node.args[0], torch.fx.Node):
             value = self._found[node.args[0]]
+            self._sized.alias(node.meta.get("val"), value)  # traced as if it were new
             self._wait(node, value)
         else:
             value = tree_map(self._sized, node.meta.get("val"))
@@ -148,6 +161,7 @@ class _Writer:
         written = _written(node.target, args, kwargs)
         if written and is_communication(node.target):
             value = written[0]  # traced as if it were new
+            self._sized.alias(node.meta.get("val"), value)
         results = list(tensors_in(value))
         fresh = [tensor for tensor in results if not self.builder.is_placed(tensor)]
         if not fresh and not written:
