@@ -26,6 +26,7 @@ from .hw_models.registry import load as hardware
 if TYPE_CHECKING:
     from .compiler.fusion import Match
     from .compiler.graph import Graph
+    from .compiler.overlap import OverlapOptions, Overlapped
     from .compiler.partition import Partition, PartitionProblem
     from .compiler.runtime.device.layout import DevicePlan
     from .compiler.runtime.device.program import Program
@@ -134,7 +135,7 @@ def _backend() -> Backend:
     """One for the process: Dynamo calls a function, and users ask afterwards what it did."""
     from . import __version__
 
-    planners = Planners(_plan, _order, _machine, _rules, _launch, called, _partition)
+    planners = Planners(_plan, _order, _machine, _rules, _launch, called, _partition, _overlap)
     return Backend(planners, f"{__version__} kernels {_kernels_digest()}")
 
 
@@ -228,6 +229,14 @@ def _partition(
     return offloading_early(IlpPartition().choose(problem, limit_bytes, _budget(options), starts))
 
 
+def _overlap(
+    module: torch.fx.GraphModule, inputs: Sequence[str], machine: HardwareModel, wanted: OverlapOptions
+) -> Overlapped:
+    from .passes.overlap.modules import overlapped
+
+    return overlapped(module, inputs, machine, wanted)
+
+
 def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, budget: Budget) -> DevicePlan:
     """``planned`` with independent calls on streams of their own, where that is predicted to be faster."""
     from .passes.streams.critical_path import CriticalPath
@@ -263,12 +272,32 @@ def _order(graph: Graph, options: BackendOptions) -> tuple[int, ...]:
     return run_pass(LeastPeakOrder(), Plan.of_order(graph, machine), _budget(options)).order
 
 
+def _machine_of_ranks(device: torch.device, options: BackendOptions) -> HardwareModel:
+    """The hardware model of the devices that talk to each other. Raises OptionError, MachineError."""
+    name = options.machine
+    if name is None and device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+        name = next((model for part, model in _RANKS if part in kind), None)
+    machine = None if name is None else hardware(name)
+    if machine is None or machine.fabric is None:
+        missing = "no machine is named" if name is None else f"machine {name!r} is one device"
+        raise OptionError(
+            f"overlap needs a machine that says what collectives cost; {missing}",
+            hint="name one that `opweave hw` lists with its devices, as options={'machine': '8xh100-nvlink'}",
+        )
+    return machine
+
+
+#: Machines of several GPUs, by the name of one.
+_RANKS = (("H200", "8xh200-nvlink"), ("H100", "8xh100-nvlink"), ("A100", "8xa100-nvlink"))
 #: Which of our hardware models a GPU's name means, the most particular first.
 _GPUS = (("H200", "h200"), ("H100", "h100-sxm"), ("A100", "a100"))
 
 
 def _machine(device: torch.device, options: BackendOptions) -> HardwareModel:
     """The hardware model of ``device``. Raises MachineError."""
+    if options.overlapping is not None:
+        return _machine_of_ranks(device, options)
     if options.machine is not None:
         return hardware(options.machine)
     if device.type != "cuda":

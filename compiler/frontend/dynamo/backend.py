@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch._inductor.compile_fx import compile_fx
 
-from ....errors import Infeasible
+from ....errors import Infeasible, OptionError
 from ....hw_models.model import HardwareModel
 from ...runtime.device.host import HostMemory
 from .fallbacks import Fallbacks
@@ -67,12 +67,17 @@ class Backend:
             OptionError: the option ``device`` is for another model: one with gradients, or on a device already.
             ModelError: what works on the host only cannot run on that device.
         """
+        if options.overlapping is not None and (options.memory_limit is not None or options.device is not None):
+            raise OptionError(
+                "overlap does not go with memory_limit or device",
+                hint="options={'overlap': {'memory_limit': '8GiB'}} bounds what an overlapped graph has alive",
+            )
         if options.device is not None:
             return self._hosted(module, inputs, options)
         machine = self.planners.machine(device_of(module, inputs), options)
         limit = options.limit_bytes(machine.scratchpad_memory.capacity_bytes)
         if limit is None:
-            return self._compiled(module, inputs, self._inner(options, machine))
+            return self._compiled(module, inputs, self._inner(options, machine).cutting())
         return self._within(module, inputs, self._inner(options, machine, limit))
 
     def _inner(

@@ -17,6 +17,7 @@ from ....errors import ExecutionError, ModelError
 from ....hw_models.model import HardwareModel
 from ...fusion import Called, Match
 from ...graph import Graph
+from ...overlap import OverlapOptions
 from ...partition import Partition, PartitionProblem
 from ...runtime.device.host import HostMemory, on_host, residents
 from ...runtime.device.layout import DevicePlan
@@ -25,11 +26,13 @@ from .differentiable import Differentiable, launch_differentiable
 from .explain import described
 from .fallbacks import Fallbacks
 from .figures import figured
+from .frozen import SETTINGS
 from .hosted import HostedGraph
 from .joint import Halves
 from .launches import Rules, launch_instead, matched, write_beside
 from .lowering import Unrecorded, lower
 from .options import MODES, BackendOptions
+from .overlapping import Cutting, Overlap, communicates, hidden, own_inputs
 from .planned import PlannedGraph, StockGraph
 from .repairs import repaired
 from .report import GraphReport, Reports
@@ -52,7 +55,8 @@ class Planners:
     takes a device and the options. ``rules`` takes the options, and whether kernels need gradients, and returns the
     match rules of the fused kernels that they allow; ``launch`` takes a graph, matches in it, the machine and the
     options, and returns which of them to launch; ``called`` says of a kernel's name how it is called. ``partition``
-    takes a problem, the most bytes to save on the device, answers to begin with, and the options.
+    takes a problem, the most bytes to save on the device, answers to begin with, and the options. ``overlap`` takes a
+    module that communicates, inputs along which it may be cut, the machine and what is wanted.
     """
 
     plan: Callable[[Program, HardwareModel, BackendOptions, int | None, frozenset[str]], DevicePlan]
@@ -62,6 +66,7 @@ class Planners:
     launch: Callable[[Graph, Sequence[Match], HardwareModel, BackendOptions], Sequence[Match]]
     called: Callable[[str], Called | None]
     partition: Callable[[PartitionProblem, int, Sequence[Any], BackendOptions], Partition]
+    overlap: Overlap
 
 
 @dataclass
@@ -108,6 +113,14 @@ class Inner:
         partitioner = Partitioner(choose, self.machine, saved_limit, self.options.key)
         return dataclasses.replace(self, partitioner=partitioner, reports=[], is_settled=False)
 
+    def cutting(self) -> Inner:
+        """The same for a training step whose joint graph may be cut, so that its parts hide collectives."""
+        wanted = self.options.overlapping
+        if wanted is None:
+            return self
+        cut = Cutting(self.planners.overlap, self.machine, wanted)
+        return dataclasses.replace(self, partitioner=Partitioner(None, self.machine, 0, self.options.key, cut))
+
     def differentiable(self, module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """``module``, a graph of Dynamo's, with kernels that have gradients, where they were asked for."""
         if self.options.kernels in ("auto", "off"):  # what a backward costs that computes again, no prediction tells
@@ -143,6 +156,8 @@ class Inner:
         phase = "inference" if kwargs.get("is_inference") else "backward" if kwargs.get("is_backward") else "forward"
         name = f"graph {self.number} {phase}"
         report = GraphReport(name, phase, "T1", str(device_of(module, inputs)), limit_bytes=self.limit)
+        if self.options.overlapping is not None and communicates(module):
+            return self._overlapped(module, inputs, report, kwargs, self.options.overlapping)
         why = ""
         if self.options.tier != "T0":
             try:
@@ -210,6 +225,28 @@ class Inner:
             return known
         chosen = self.planners.launch(found.graph, matches, self.machine, self.options)
         return (*known, *(launch_instead(module, found, chosen) if chosen else ()))
+
+    def _overlapped(
+        self,
+        module: torch.fx.GraphModule,
+        inputs: Sequence[Any],
+        report: GraphReport,
+        kwargs: Mapping[str, Any],
+        wanted: OverlapOptions,
+    ) -> StockGraph:
+        """A graph that communicates, run by stock Inductor in an order that it keeps."""
+        begin = time.monotonic()
+        static = kwargs.get("static_input_idxs", ())
+        own = own_inputs(module, static) if report.phase == "inference" else ()  # a training step was cut as a whole
+        changed, done = hidden(copied(module), own, self.planners.overlap, self.machine, wanted)
+        planned = time.monotonic() - begin
+        with inductor_config.patch({**self.settings, **SETTINGS}), repaired():
+            compiled = compile_fx_inner(changed, inputs, **kwargs)
+        lowered = time.monotonic() - begin - planned
+        report = dataclasses.replace(report, tier="T0", overlap=done, planning_s=planned, lowering_s=lowered)
+        report = dataclasses.replace(report, predicted_s=done.seconds[1])
+        self.found(report)
+        return StockGraph(compiled, report)
 
     def _plan(self, program: Program, weights: Sequence[int] = ()) -> DevicePlan:
         limit = self.limit

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
+from ...overlap import Overlapped
 from ...plan import Plan, relative_gap
 
 __all__ = ["GraphReport", "Reports"]
@@ -27,7 +28,8 @@ class GraphReport:
     ``status`` what the solver proved. Under a limit of ``limit_bytes``, ``saved_bytes`` stay on the device from the
     forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the predicted time
     of what runs again. Of a model in host memory ``resident_bytes`` of weights stay on the device, and a call loads
-    ``loaded_bytes``; ``bound_s`` is what it takes at least in this order within the limit.
+    ``loaded_bytes``; ``bound_s`` is what it takes at least in this order within the limit. ``overlap`` says what became
+    of its collectives, where they were to be hidden.
     """
 
     name: str
@@ -57,6 +59,7 @@ class GraphReport:
     resident_bytes: int = 0
     loaded_bytes: int = 0
     bound_s: float | None = None
+    overlap: Overlapped | None = field(default=None, repr=False)
     from_cache: bool = False
     waits: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     plan: Plan | None = field(default=None, repr=False)

@@ -32,25 +32,32 @@ ChooseWithin = Callable[[PartitionProblem, int, Sequence[Any]], Partition]
 
 @dataclass
 class Partitioner(CustomPartitionerFn):
-    """Divides the joint graph, saving at most ``saved_limit`` bytes on the device; ``halves`` is what it made last."""
+    """Divides the joint graph, saving at most ``saved_limit`` bytes on the device; ``halves`` is what it made last.
 
-    choose: ChooseWithin
+    Without ``choose`` torch decides what is saved. ``cut`` may change the joint graph before.
+    """
+
+    choose: ChooseWithin | None
     machine: HardwareModel
     saved_limit: int
     key: str
+    cut: Callable[[torch.fx.GraphModule, Sequence[int]], torch.fx.GraphModule] | None = None
     halves: Halves | None = field(default=None, repr=False)
 
     def __call__(
         self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
         """The forward and the backward graph, as Inductor asks for them."""
+        choose = self.choose
+        if self.cut is not None:
+            gm = self.cut(gm, kwargs.get("static_lifetime_input_indices") or ())
         self.halves = partition(
             gm,
             joint_inputs,
             num_fwd_outputs=kwargs["num_fwd_outputs"],
             static_lifetime_input_indices=kwargs.get("static_lifetime_input_indices"),
             machine=self.machine,
-            choose=lambda problem, starts: self.choose(problem, self.saved_limit, starts),
+            choose=None if choose is None else lambda problem, starts: choose(problem, self.saved_limit, starts),
             offload=True,
         )
         return self.halves.forward, self.halves.backward

@@ -1,0 +1,66 @@
+"""Collectives hidden behind compute, in graphs of AOTAutograd's: who decides is handed in from above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ....hw_models.model import HardwareModel
+from ...overlap import OverlapOptions, Overlapped
+from ..collectives import is_communication, unwrapped
+from .frozen import freeze
+
+__all__ = ["Cutting", "Overlap", "communicates", "hidden", "own_inputs"]
+
+#: Given a module, the inputs along which it may be cut, a machine and what is wanted: how its collectives are hidden.
+Overlap = Callable[[torch.fx.GraphModule, Sequence[str], HardwareModel, OverlapOptions], Overlapped]
+
+
+def communicates(module: torch.fx.GraphModule) -> bool:
+    """Whether a rank that runs ``module`` talks to others."""
+    calls = (unwrapped(n.target, n.args, n.kwargs)[0] for n in module.graph.nodes if n.op == "call_function")
+    return any(map(is_communication, calls))
+
+
+def own_inputs(module: torch.fx.GraphModule, static: Sequence[int]) -> tuple[str, ...]:
+    """Inputs of ``module`` that may differ from call to call: all but parameters and buffers, by name."""
+    kept = frozenset(static)
+    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+    return tuple(node.name for number, node in enumerate(placeholders) if number not in kept)
+
+
+def hidden(
+    module: torch.fx.GraphModule,
+    inputs: Sequence[str],
+    overlap: Overlap,
+    machine: HardwareModel,
+    wanted: OverlapOptions,
+) -> tuple[torch.fx.GraphModule, Overlapped]:
+    """``module`` in the order that hides most, held in it by control dependencies, and what became of it.
+
+    ``inputs`` are those along which it may be cut, by name; with none, its operators are put in order as they are.
+    """
+    done = overlap(module, inputs, machine, wanted)
+    return freeze(done.module), replace(done, module=None)
+
+
+@dataclass
+class Cutting:
+    """Cuts the joint graph of a training step, before it is divided into halves; ``answer`` is the last decision."""
+
+    overlap: Overlap
+    machine: HardwareModel
+    wanted: OverlapOptions
+    answer: Overlapped | None = None
+
+    def __call__(self, module: torch.fx.GraphModule, static: Sequence[int]) -> torch.fx.GraphModule:
+        """``module``, cut where that is predicted to pay."""
+        if not communicates(module):
+            return module
+        done = self.overlap(module, own_inputs(module, static), self.machine, self.wanted)
+        self.answer = replace(done, module=None)
+        changed: Any = done.module
+        return changed if isinstance(changed, torch.fx.GraphModule) else module
