@@ -6,10 +6,9 @@ tensors they have shapes only. Nothing is read from a file.
 * ``DenseTensorParallel``: Llama-like layers cut as Megatron-LM does (arXiv 1909.08053), by functional collectives: an
   all-reduce behind attention and one behind the MLP; with ``sequence_parallel`` (arXiv 2205.05198) a reduce-scatter
   and an all-gather instead.
-* ``dense_dtensor``: the same layers as plain modules, cut by DTensor's ``parallelize_module``.
-* ``fully_sharded`` and ``data_parallel``: plain layers whose parameters are DTensors, gathered where they are used as
-  in SimpleFSDP (arXiv 2411.00284), or replicated with their gradients reduced.
 * ``ExpertParallelMoE``: attention on each rank's own tokens, experts spread over the ranks behind two all-to-alls.
+
+``parallel_dtensor`` has the layers that DTensor spreads.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 __all__ = [
     "LLAMA_3_70B",
@@ -93,11 +92,11 @@ class _Drawn:
         return nn.Parameter(self._draw(shape))
 
     def part(self, dim: int, *shape: int) -> nn.Parameter:
-        """This rank's part along ``dim`` of what all ranks draw alike."""
+        """What this rank has along ``dim`` of what all ranks draw alike."""
         return nn.Parameter(cut(self._draw(shape), dim, self.rank, self.ranks))
 
     def parts(self, dim: int, *shapes: Sequence[int]) -> nn.Parameter:
-        """This rank's parts of several weights, one behind the other: one matrix product does for all."""
+        """Parts of several weights, one behind the other: one matrix product does for all."""
         return nn.Parameter(torch.cat([cut(self._draw(shape), dim, self.rank, self.ranks) for shape in shapes], dim))
 
     def ones(self, extent: int) -> nn.Parameter:
@@ -105,28 +104,29 @@ class _Drawn:
         return nn.Parameter(torch.ones(extent, dtype=self._dtype))
 
     def _draw(self, shape: Sequence[int]) -> torch.Tensor:
-        return (torch.randn(*shape, generator=self._generator) * shape[-1] ** -0.5).to(self._dtype)
+        drawn = torch.randn(*shape, generator=self._generator)
+        return drawn.mul_(shape[-1] ** -0.5).to(self._dtype)
 
 
 def _all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))  # type: ignore[no-any-return]
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))  # type: ignore[no-any-return]
 
 
 def _all_gather(x: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), ranks, group))  # type: ignore[no-any-return]
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), ranks, group))  # type: ignore[no-any-return]
 
 
 def _reduce_scatter(x: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.reduce_scatter_tensor(x.contiguous(), "sum", ranks, group))  # type: ignore[no-any-return]
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.reduce_scatter_tensor(x.contiguous(), "sum", ranks, group))  # type: ignore[no-any-return]
 
 
 def _all_to_all(x: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    functional = torch.ops._c10d_functional
+    collectives = torch.ops._c10d_functional
     sizes = [x.shape[0] // ranks] * ranks
-    return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), sizes, sizes, group))  # type: ignore[no-any-return]
+    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), sizes, sizes, group))  # type: ignore[no-any-return]
 
 
 class _Conjugate(torch.autograd.Function):
@@ -168,23 +168,23 @@ class _Group:
 
     def over(self, x: torch.Tensor, forward: str, backward: str) -> torch.Tensor:
         """``x`` after collective ``forward``; its gradient goes through ``backward``."""
-        return _Conjugate.apply(x, forward, backward, self.name, self.ranks)  # type: ignore[no-any-return]
+        return _Conjugate.apply(x, forward, backward, self.name, self.ranks)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), scale, 1e-5)
+    return functional.rms_norm(x, (x.shape[-1],), scale, 1e-5)
 
 
 def _attended(qkv: torch.Tensor, heads: int, key_heads: int, head: int) -> torch.Tensor:
     """Causal attention of (batch, length, ...) queries, keys and values that lie side by side."""
     batch, length, _ = qkv.shape
-    query, key, value = qkv.split([heads * head, key_heads * head, key_heads * head], -1)
+    query, key, value = torch.split(qkv, [heads * head, key_heads * head, key_heads * head], -1)
     query = query.reshape(batch, length, heads, head).transpose(1, 2)
     key = key.reshape(batch, length, key_heads, head).transpose(1, 2)
     value = value.reshape(batch, length, key_heads, head).transpose(1, 2)
     if heads != key_heads:
         key, value = (kept.repeat_interleave(heads // key_heads, 1) for kept in (key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     return mixed.transpose(1, 2).reshape(batch, length, heads * head)
 
 
@@ -227,6 +227,7 @@ class DenseTensorParallel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All layers."""
+        layer: Any
         for layer in self.layers:
             if "qkv" in layer:
                 x = x + self._attention(x, layer)
@@ -235,18 +236,18 @@ class DenseTensorParallel(nn.Module):
 
     def _attention(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         heads, keys = self.sizes.heads // self.group.ranks, self.sizes.key_heads // self.group.ranks
-        qkv = F.linear(self.group.over(_norm(x, layer["attention_norm"]), *self.before), layer["qkv"])
+        qkv = functional.linear(self.group.over(_norm(x, layer["attention_norm"]), *self.before), layer["qkv"])
         if self.sequence_parallel:
             qkv = qkv.transpose(0, 1)
         mixed = _attended(qkv, heads, keys, self.sizes.head)
         if self.sequence_parallel:
             mixed = mixed.transpose(0, 1)
-        return self.group.over(F.linear(mixed, layer["out"]), *self.behind)
+        return self.group.over(functional.linear(mixed, layer["out"]), *self.behind)
 
     def _mlp(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         whole = self.group.over(_norm(x, layer["mlp_norm"]), *self.before)
-        gate, up = F.linear(whole, layer["gate_up"]).chunk(2, -1)
-        return self.group.over(F.linear(F.silu(gate) * up, layer["down"]), *self.behind)
+        gate, up = functional.linear(whole, layer["gate_up"]).chunk(2, -1)
+        return self.group.over(functional.linear(functional.silu(gate) * up, layer["down"]), *self.behind)
 
 
 class ExpertParallelMoE(nn.Module):
@@ -291,18 +292,19 @@ class ExpertParallelMoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All layers."""
+        layer: Any
         for layer in self.layers:
             if "qkv" in layer:
-                qkv = F.linear(_norm(x, layer["attention_norm"]), layer["qkv"])
+                qkv = functional.linear(_norm(x, layer["attention_norm"]), layer["qkv"])
                 mixed = _attended(qkv, self.sizes.heads, self.sizes.key_heads, self.sizes.head)
-                x = x + F.linear(mixed, layer["out"])
+                x = x + functional.linear(mixed, layer["out"])
             x = x + self._experts(_norm(x, layer["mlp_norm"]), layer)
         return x
 
     def _experts(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         batch, length, wide = x.shape
         each, experts, picks = self.capacity(length), self.sizes.experts, self.sizes.experts_per_token
-        weight, choice = F.linear(x, layer["router"]).softmax(-1).topk(picks, -1)
+        weight, choice = functional.linear(x, layer["router"]).softmax(-1).topk(picks, -1)
         slot = _slots(choice.reshape(batch, length * picks), experts, each)
         index = slot.unsqueeze(-1).expand(-1, -1, wide)
         copies = x.unsqueeze(2).expand(-1, -1, picks, -1).reshape(batch, length * picks, wide)
@@ -319,12 +321,12 @@ class ExpertParallelMoE(nn.Module):
         own = x.shape[0] // ranks
         rows = x.reshape(ranks, own, batch, each, wide).permute(1, 2, 0, 3, 4).reshape(own, -1, wide)
         gate, up = torch.bmm(rows, layer["gate_up"]).chunk(2, -1)
-        done = torch.bmm(F.silu(gate) * up, layer["down"]).reshape(own, batch, ranks, each, wide)
+        done = torch.bmm(functional.silu(gate) * up, layer["down"]).reshape(own, batch, ranks, each, wide)
         return done.permute(2, 0, 1, 3, 4).reshape(ranks * own, batch, each, wide)
 
 
 def _slots(choice: torch.Tensor, experts: int, capacity: int) -> torch.Tensor:
     """Where each choice's token lies among all experts' slots of its sequence; ``experts * capacity`` is nowhere."""
-    picked = F.one_hot(choice, experts)
+    picked = functional.one_hot(choice, experts)
     place = (picked.cumsum(1) * picked).sum(-1) - 1
     return torch.where(place < capacity, choice * capacity + place, experts * capacity)

@@ -52,7 +52,7 @@ class _Sized:
         return self._tensor(value) if isinstance(value, torch.Tensor) else value
 
     def alias(self, value: Any, same: Any) -> None:
-        """Let the tensors of ``value`` share storage with those of ``same``, whose sizes they have. Raises ModelError."""
+        """Let the tensors of ``value`` share storage with those of ``same``, of equal sizes. Raises ModelError."""
         for new, old in zip(tensors_in(value), tensors_in(same), strict=True):
             known = self.storages.get(new.untyped_storage()._cdata)
             if known is not None and known.untyped_storage()._cdata == old.untyped_storage()._cdata:
