@@ -159,11 +159,8 @@ def _written(node: Node) -> Iterator[Node]:
     for number, parameter in enumerate(node.target._schema.arguments):
         value = node.args[number] if number < len(node.args) else node.kwargs.get(parameter.name)
         if parameter.alias_info is not None and parameter.alias_info.is_write:
-            yield from (item for item in (value if isinstance(value, list | tuple) else [value]) if _is_node(item))
-
-
-def _is_node(item: object) -> bool:
-    return isinstance(item, Node)
+            items = value if isinstance(value, list | tuple) else [value]
+            yield from (item for item in items if isinstance(item, Node))
 
 
 def _has_effect(node: Node) -> bool:
@@ -200,8 +197,9 @@ def _write_in_place(nodes: Iterable[Node]) -> None:
     for node in nodes:
         if node.target is functional.all_reduce.default:
             operand = node.args[0]
-            is_own = isinstance(operand, Node) and _computes(operand) and list(operand.users) == [node]
-            if is_own and operand.meta["val"].is_contiguous():
+            if not isinstance(operand, Node) or not _computes(operand) or list(operand.users) != [node]:
+                continue
+            if operand.meta["val"].is_contiguous():
                 node.target = functional.all_reduce_.default
 
 
