@@ -126,7 +126,8 @@ class Tiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     ``matmul_efficiency / (1 + operand_elements * (1/r + 1/c))`` of the peak and takes ``tile_s`` more for its begin
     and end. ``attention_efficiency`` is the part of the peak that attention's two products reach,
     ``memory_efficiency`` the part of the bandwidth that a streaming kernel does, on at least ``saturating_share`` of
-    the multiprocessors (less of the bandwidth on fewer, in proportion).
+    the multiprocessors (less of the bandwidth on fewer, in proportion). A grouped product, as of experts, runs at
+    ``grouped_efficiency`` of the rate of a plain one.
     """
 
     multiprocessors: PositiveInt
@@ -137,6 +138,7 @@ class Tiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     attention_efficiency: Fraction
     memory_efficiency: Fraction
     saturating_share: Fraction
+    grouped_efficiency: Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not self.tiles or any(len(tile) != 2 for tile in self.tiles):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...compiler.graph import DTYPE_BYTES, Collective, Graph, Op, Tensor
@@ -38,6 +38,8 @@ _CAUSAL_PLACE = {
     "_scaled_dot_product_efficient_attention_backward": 11,
     "_scaled_dot_product_cudnn_attention_backward": 14,
 }
+#: Calls whose operands are [batch, tokens, heads, features] and whose last query sees the last key.
+_ALIGNED_LAST = {"_flash_attention_forward": 8}
 _INPUT = re.compile(r"^%(\d+)$")
 
 
@@ -148,19 +150,32 @@ class Costs:
         if not batch * rows * columns:
             return Kernel(0.0, 0.0, 0.0)
         inner = max(1, round(op.flops / (2 * batch * rows * columns)))
-        return matmul(rows, columns, inner, _widest(operands), self.machine, batch=batch, out_dtype=out.dtype)
+        kernel = matmul(rows, columns, inner, _widest(operands), self.machine, batch=batch, out_dtype=out.dtype)
+        tiling = self.machine.tiling
+        if tiling is None or name != "_grouped_mm":
+            return kernel
+        return replace(kernel, seconds=kernel.seconds / tiling.grouped_efficiency)
 
     def _attention(self, op: Op) -> Kernel:
         arguments = _arguments(op.body)
         tensors = [self.graph.tensor[op.inputs[int(m[1])]] for a in arguments if (m := _INPUT.match(a))]
-        backward = "backward" in called(op)
-        query, key = tensors[1:3] if backward else tensors[:2]
-        place = _CAUSAL_PLACE.get(called(op), len(arguments))
+        query, key = tensors[1:3] if "backward" in called(op) else tensors[:2]
+        place = (_CAUSAL_PLACE | _ALIGNED_LAST).get(called(op), len(arguments))
         causal = place < len(arguments) and arguments[place] == "True"
-        heads, queries, size = math.prod(query.shape[:-2]), query.shape[-2], query.shape[-1]
-        key_heads, keys = math.prod(key.shape[:-2]), key.shape[-2]
+        heads_at, tokens_at = (-2, -3) if called(op) in _ALIGNED_LAST else (-3, -2)
+        queries, keys = query.shape[tokens_at], key.shape[tokens_at]
+        sequences = math.prod(query.shape[:-3])
         return attention(
-            heads, queries, keys, size, query.dtype, self.machine, key_heads=key_heads, causal=causal, backward=backward
+            sequences * query.shape[heads_at],
+            queries,
+            keys,
+            query.shape[-1],
+            query.dtype,
+            self.machine,
+            key_heads=sequences * key.shape[heads_at],
+            causal=causal,
+            before=max(0, keys - queries) if called(op) in _ALIGNED_LAST else 0,
+            backward="backward" in called(op),
         )
 
 
