@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -67,13 +68,18 @@ class Captured:
     parameter or buffer, and ``inputs`` the placeholders of the inputs, in call order; both hold for ``forward`` and
     ``joint``, and for what ``backward`` has of them. The first ``outputs`` results are the model's, and then what it
     updates; behind them ``joint`` returns gradients, ``gradients`` giving the position of each parameter's (that in
-    ``backward`` is ``outputs`` fewer), and ``forward`` what ``backward`` takes under the same names.
+    ``backward`` is ``outputs`` fewer), and ``forward`` what ``backward`` takes under the same names. ``updated`` are
+    the parameters, buffers and inputs, by placeholder, whose new values come first among the results. ``call`` and
+    ``result`` are the structures of ``(args, kwargs)`` and of what the module returns.
     """
 
     forward: torch.fx.GraphModule
     parameters: Mapping[str, str]
     inputs: tuple[str, ...]
     outputs: int
+    call: pytree.TreeSpec
+    result: pytree.TreeSpec
+    updated: tuple[str, ...] = ()
     backward: torch.fx.GraphModule | None = None
     joint: torch.fx.GraphModule | None = None
     gradients: Mapping[str, int] | None = None
@@ -82,16 +88,18 @@ class Captured:
 def captured(
     module: torch.nn.Module,
     inputs: Sequence[Any],
+    named_inputs: Mapping[str, Any] | None = None,
     *,
     training: bool = False,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Captured:
-    """The graphs of ``module(*inputs)`` on this rank.
+    """The graphs of ``module(*inputs, **named_inputs)`` on this rank.
 
     Args:
         module: its parameters and buffers become placeholders, DTensors by their local tensors. Fake tensors must all
             be of one mode.
         inputs: example inputs, real or fake.
+        named_inputs: those given by name.
         training: trace the gradients of all parameters that require one too.
         decompositions: of ATen operators, such as ``torch._inductor.decomposition.select_decomp_table()``; none where
             ``None``.
@@ -100,27 +108,37 @@ def captured(
         ModelError: AOTAutograd cannot trace the module, or training was asked for and nothing requires a gradient.
     """
     with ExitStack() as stack, torch.set_grad_enabled(training):
-        traced = _traced(stack, module, tuple(inputs), decompositions)
+        traced = _traced(stack, module, tuple(inputs), dict(named_inputs or {}), decompositions)
+        specs = pytree.tree_structure((tuple(inputs), dict(named_inputs or {}))), traced.out_spec
         if not training:
-            return _inference(traced.graph_module)
+            return _inference(traced.graph_module, specs)
         if not any(node.name.startswith("tangents") for node in traced.graph_module.graph.find_nodes(op="placeholder")):
             raise ModelError(
                 f"nothing that {type(module).__name__} returns requires a gradient",
                 hint="capture with training=False, or let parameters require gradients",
             )
         joint = _copied(traced.graph_module)
-        return _training(joint, *_halves(traced))
+        return _training(specs, joint, *_halves(traced))
 
 
 def _traced(
-    stack: ExitStack, module: torch.nn.Module, inputs: tuple[Any, ...], decompositions: Mapping[Any, Any] | None
+    stack: ExitStack,
+    module: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    named_inputs: dict[str, Any],
+    decompositions: Mapping[Any, Any] | None,
 ) -> Any:
     """What AOTAutograd traced (``JointWithDescriptors``); without gradients the graph is that of inference."""
     from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
     table = None if decompositions is None else dict(decompositions)
+    if any(hasattr(part, "unshard") and hasattr(part, "reshard") for part in module.modules()):
+        raise ModelError(
+            f"{type(module).__name__} is sharded by fully_shard, which gathers parameters in hooks that are not traced",
+            hint="let DTensor parameters gather themselves where they are used, as in SimpleFSDP",
+        )
     try:
-        return aot_export_joint_with_descriptors(stack, module, inputs, decompositions=table)
+        return aot_export_joint_with_descriptors(stack, module, inputs, named_inputs, decompositions=table)
     except Exception as error:  # tracing runs the model, which may raise anything
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
@@ -149,14 +167,19 @@ def _halves(traced: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, in
     return forward, backward, counts[0]
 
 
-def _inference(module: torch.fx.GraphModule) -> Captured:
+def _inference(module: torch.fx.GraphModule, specs: tuple[pytree.TreeSpec, pytree.TreeSpec]) -> Captured:
     forward = _copied(module)
     parameters, inputs = _placeholders(forward)
-    return Captured(forward, parameters, inputs, outputs=len(forward.graph.output_node().args[0]))  # type: ignore[arg-type]
+    outputs = len(_leaves(forward.graph.output_node().args[0]))
+    return Captured(forward, parameters, inputs, outputs, *specs, _updated(forward))
 
 
 def _training(
-    joint: torch.fx.GraphModule, forward: torch.fx.GraphModule, backward: torch.fx.GraphModule, outputs: int
+    specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
+    joint: torch.fx.GraphModule,
+    forward: torch.fx.GraphModule,
+    backward: torch.fx.GraphModule,
+    outputs: int,
 ) -> Captured:
     parameters, inputs = _placeholders(joint)
     gradients: dict[str, int] = {}
@@ -166,7 +189,14 @@ def _training(
             name = _parameter(base.grad_of)
             if name is not None:
                 gradients.setdefault(name, position)
-    return Captured(forward, parameters, inputs, outputs, backward, joint, gradients)
+    return Captured(forward, parameters, inputs, outputs, *specs, _updated(joint), backward, joint, gradients)
+
+
+def _updated(module: torch.fx.GraphModule) -> tuple[str, ...]:
+    """Placeholders whose new values the module returns first."""
+    places = {node.meta.get("desc"): node.name for node in module.graph.find_nodes(op="placeholder")}
+    found = module.graph.output_node().meta.get("desc", ())
+    return tuple(places[item.mutated_input] for item in found if isinstance(item, descriptors.InputMutationAOTOutput))
 
 
 def _placeholders(module: torch.fx.GraphModule) -> tuple[dict[str, str], tuple[str, ...]]:

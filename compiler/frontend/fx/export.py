@@ -23,6 +23,7 @@ from ...graph import Role
 from ..program import ImportedGraph
 from .builder import is_dense
 from .convert import Converted, convert
+from .spread import from_spread, is_spread
 
 __all__ = ["from_exported", "from_module"]
 
@@ -36,7 +37,7 @@ def from_module(
 
     Args:
         module: exported as it is: call ``eval()`` before, unless training behaviour is wanted. Its weights are
-            referred to, not copied.
+            referred to, not copied. One whose weights DTensor spreads over ranks is captured as this rank runs it.
         args: example inputs; nested lists, tuples and dictionaries of tensors and plain values.
         kwargs: keyword inputs.
         name: name of the graph; the module's class where ``None``.
@@ -46,6 +47,8 @@ def from_module(
         UnsupportedOperator: as for ``from_graph_module``.
     """
     name = name or type(module).__name__
+    if is_spread(module):
+        return from_spread(module, tuple(args), dict(kwargs or {}), name)
     args, kwargs = pytree.tree_map(_without_gaps, (tuple(args), dict(kwargs or {})))
     try:
         with torch.no_grad(), warnings.catch_warnings():
