@@ -195,10 +195,11 @@ class _Recorder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         written: tuple[str, ...],
+        read: tuple[str, ...] = (),
     ) -> None:
         effect = target not in self.kernels and has_effect(target, args, kwargs)
         call = Call(f"{len(self.calls)}_{target}", target, args, kwargs, effect=effect)
-        touched = dict.fromkeys(self.tensors.storage_of(name) for name in call.views)
+        touched = dict.fromkeys((*(self.tensors.storage_of(name) for name in call.views), *read))
         # What a kernel writes it may read before, too, but for bytes that nothing has been written to: those begin with
         # the first call that touches them, even if it does no more than read what `torch.empty` happens to hold.
         planned = (name for name in touched if self.tensors.storages[name].origin is Origin.PLANNED)
@@ -293,11 +294,15 @@ class _Recorder:
         if aliased and target in _SAME_BYTES and isinstance(args[0], Ref):
             self.same_bytes[node.get_name()] = args[0].name
             return
+        if aliased and isinstance(node, ir._CollectiveKernel):
+            # PyTorch finds what to wait for by storage: in an arena, a wait would be for every collective in flight.
+            raise Unrecorded(f"{target}, a collective that writes in place")
         if aliased:
             raise Unrecorded(f"{target}, whose result is a view of {aliased[0]!r}")
         # An operator of the user's that writes to its arguments says so by further outputs of its node.
         changed = [name for output in node.get_outputs() for name in output.get_mutation_names()]
-        self._record(target, args, kwargs, tuple(map(self.tensors.storage_of, changed)))
+        written = tuple(map(self.tensors.storage_of, changed))
+        self._record(target, args, kwargs, written, tuple(self._in_flight(node)))
         name = node.get_name()
         self.made[name] = len(self.calls) - 1
         if isinstance(node.layout, ir.MultiOutputLayout):
@@ -309,6 +314,12 @@ class _Recorder:
         if isinstance(node.layout, ir.MutationLayoutSHOULDREMOVE):
             return
         self._made(name, name, node.layout, ())
+
+    def _in_flight(self, node: Any) -> Iterator[str]:
+        """Storages that a collective reads until ``node``, its wait, is done: nobody gets their bytes before."""
+        if isinstance(node, ir._WaitKernel):
+            for item in node.get_volatile_reads():
+                yield self.tensors.storage_of(self.tensors.operand(item).name)
 
     def _made(self, call: str, name: str, layout: Any, path: tuple[int, ...]) -> None:
         self.tensors.own(name, layout, Origin.CALL)
