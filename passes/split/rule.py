@@ -93,7 +93,8 @@ class Builder(Protocol):
 class Part:
     """What a rule's ``emit`` is given: the part it makes nodes for, and the operands in the states it needs.
 
-    ``earlier`` holds what ``emit`` returned for parts 0 .. index - 1. All nodes are of the new module.
+    ``earlier`` holds what ``emit`` returned for the parts made before: 0 .. index - 1, or, with ``last_first``, those
+    behind ``index``, the last part first. All nodes are of the new module.
     """
 
     index: int
@@ -153,8 +154,9 @@ def _called(target: torch._ops.OpOverload, filled: Mapping[str, Any]) -> tuple[l
         elif not (argument.has_default_value() and filled[argument.name] == argument.default_value):
             kwargs[argument.name] = filled[argument.name]
     plain = [argument for argument in target._schema.arguments if not argument.kwarg_only]
-    while args and plain[len(args) - 1].has_default_value() and args[-1] is not None:
-        if isinstance(args[-1], Node) or args[-1] != plain[len(args) - 1].default_value:
+    while args and plain[len(args) - 1].has_default_value():
+        default = plain[len(args) - 1].default_value
+        if isinstance(args[-1], Node) or type(args[-1]) is not type(default) or args[-1] != default:
             break
         args.pop()
     return args, kwargs
@@ -170,7 +172,9 @@ class Divided:
     ``result`` is the state of what it returns. ``needs`` are the states in which it reads its operands, one for each
     entry of ``Call.operands``; None is as they are. A Whole operand can be needed Along (it is sliced); one that is
     not Whole can be needed Whole (it is joined, for ``reason``). ``emit`` makes the nodes of one part; None is the
-    call itself with that part's operands, and with the arguments that ``given`` has for the part, by name.
+    call itself with that part's operands, and with the arguments that ``given`` has for the part, by name. With
+    ``last_first`` the parts are made from the last to the first. Of a tuple that ``emit`` returns, items behind the
+    states of ``result`` are for the parts made later alone.
 
     With a ``result`` of Whole only, the operator runs once, on the operands of part 0: right where what it returns
     does not depend on the divided operands' values or extents.
@@ -181,6 +185,7 @@ class Divided:
     emit: Emit | None = None
     given: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     reason: str = ""
+    last_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,10 @@ class Rule:
     """How one operator is divided.
 
     ``divide`` is a pure function of a call. With ``partial`` it is asked about operands that are Partial as well;
-    without, they are summed first, which is always right.
+    without, they are summed first, which is always right. With ``seeded`` it is asked about operators that may draw
+    random numbers, and refuses those that do.
     """
 
     divide: Callable[[Call], Outcome]
     partial: bool = False
+    seeded: bool = False

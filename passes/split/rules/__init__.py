@@ -10,7 +10,7 @@ from ..rule import Rule
 __all__ = ["FAMILIES", "default_rules"]
 
 #: Modules of this folder; a later one wins where two know an operator.
-FAMILIES: tuple[str, ...] = ()
+FAMILIES: tuple[str, ...] = ("elementwise", "matmul", "reduction", "views", "collective", "creation")
 
 
 def default_rules() -> Mapping[str, Rule]:

@@ -1,0 +1,144 @@
+"""The nodes that hold a value, in each of the states it has been read in: made when first read, and then shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+
+from ...errors import InternalError
+from .build import Maker, Making
+from .state import WHOLE, Along, Division, Partial, State
+
+__all__ = ["Forms", "Joined"]
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Where a value had to be whole: ``value`` is read by ``node``, which calls ``target``; nodes of the given module.
+
+    ``by`` is "cat" (of slices), "sum" (of summands) or "kept" (it was computed whole, and parts are slices of it).
+    ``reason`` says why the reader could not take the parts.
+    """
+
+    node: str
+    target: str
+    value: str
+    by: str
+    reason: str
+
+
+class Forms:
+    """Nodes of ``graph`` for values of the given module, by state. Grows while a split is made."""
+
+    def __init__(self, graph: Graph, mode: FakeTensorMode, division: Division) -> None:
+        self.graph, self.mode, self.division = graph, mode, division
+        self.joined: list[Joined] = []
+        self._forms: dict[Node, dict[State, tuple[Node, ...]]] = {}
+        self._items: dict[Node, Sequence[Node | tuple[Node, ...]]] = {}
+
+    def put(self, value: Node, state: State, nodes: tuple[Node, ...]) -> None:
+        """``nodes`` hold ``value`` in ``state``: one for each part, or a single one if it is Whole."""
+        self._forms.setdefault(value, {})[state] = nodes
+
+    def put_items(self, value: Node, made: Sequence[Node | tuple[Node, ...]]) -> None:
+        """``made`` hold the several tensors that ``value`` returns, one entry for each part."""
+        self._items[value] = made
+
+    def items(self, value: Node) -> Sequence[Node | tuple[Node, ...]]:
+        """What ``put_items`` was given."""
+        return self._items[value]
+
+    def has(self, value: Node, state: State) -> bool:
+        """Whether nodes hold ``value`` in ``state``."""
+        return state in self._forms.get(value, {})
+
+    def held(self, value: Node, state: State) -> tuple[Node, ...]:
+        """The nodes that hold ``value`` in ``state``, which must have been made."""
+        return self._forms[value][state]
+
+    def get(self, value: Node, state: State, wanted: State, reader: Node, reason: str) -> tuple[Node, ...]:
+        """``value``, which is in ``state``, as ``wanted``: made now, if it was not before.
+
+        A value that is joined for ``reader`` is noted with ``reason``, unless that is empty.
+        """
+        forms = self._forms[value]
+        if state not in (WHOLE, wanted) and reason:
+            self.joined.append(Joined(reader.name, str(reader.target), value.name, self._by(value, state), reason))
+        if wanted not in forms:
+            forms[wanted] = self._made(value, state, wanted)
+        return forms[wanted]
+
+    def _by(self, value: Node, state: State) -> str:
+        if next(iter(self._forms[value])) == WHOLE:
+            return "kept"
+        return "sum" if isinstance(state, Partial) else "cat"
+
+    def _made(self, value: Node, state: State, wanted: State) -> tuple[Node, ...]:
+        forms = self._forms[value]
+        if WHOLE not in forms:
+            forms[WHOLE] = (self._whole(value, state),)
+        if isinstance(wanted, Along):
+            whole = forms[WHOLE][0]
+            return tuple(self._slice(value, whole, wanted, part) for part in range(self.division.count))
+        if isinstance(wanted, Partial):
+            raise InternalError(f"a rule wants summands of {value.name!r}, which has none")
+        return forms[WHOLE]
+
+    def _whole(self, value: Node, state: State) -> Node:
+        parts = self._forms[value][state]
+        if isinstance(state, Along):
+            return self._cat(value, parts, state)
+        maker = Maker(self.graph, self.mode, Making(value, None, f"{value.name}_sum"))
+        total = parts[0]
+        for part in parts[1:]:
+            total = maker.make(_ATEN.add.Tensor, (total, part), {})
+        return total
+
+    def _cat(self, value: Node, parts: Sequence[Node], along: Along) -> Node:
+        """The parts side by side; interleaved where there are several blocks; in the layout of the given value."""
+        maker = Maker(self.graph, self.mode, Making(value, None, f"{value.name}_joined"))
+        shape = tuple(value.meta["val"].shape)
+        order = _layout(value.meta["val"])
+        if along.blocks > 1:
+            spread = [
+                maker.make(_ATEN.view.default, (part, self._blocked(tuple(part.meta["val"].shape), along)), {})
+                for part in parts
+            ]
+            joined = maker.make(_ATEN.cat.default, (spread, along.dim + 1), {})
+            return maker.make(_ATEN.view.default, (joined, list(shape)), {})
+        if order is None:
+            return maker.make(_ATEN.cat.default, (list(parts), along.dim), {})
+        turned = [maker.make(_ATEN.permute.default, (part, order), {}) for part in parts]
+        joined = maker.make(_ATEN.cat.default, (turned, order.index(along.dim)), {})
+        return maker.make(_ATEN.permute.default, (joined, [order.index(dim) for dim in range(len(order))]), {})
+
+    def _slice(self, value: Node, whole: Node, along: Along, part: int) -> Node:
+        maker = Maker(self.graph, self.mode, Making(value, part, f"{value.name}_slice{part}"))
+        start, end = self.division.bounds(along, part)
+        if along.blocks == 1:
+            return maker.make(_ATEN.slice.Tensor, (whole, along.dim, start, end), {})
+        shape = tuple(whole.meta["val"].shape)
+        spread = maker.make(_ATEN.view.default, (whole, self._blocked(shape, along)), {})
+        own = maker.make(_ATEN.slice.Tensor, (spread, along.dim + 1, start, end), {})
+        packed = maker.make(_ATEN.clone.default, (own,), {"memory_format": torch.contiguous_format})
+        return maker.make(_ATEN.view.default, (packed, list(self.division.shape(shape, along, part))), {})
+
+    @staticmethod
+    def _blocked(shape: tuple[int, ...], along: Along) -> list[int]:
+        """``shape`` with the dimension of ``along`` as two: the blocks, and what a block holds."""
+        return [*shape[: along.dim], along.blocks, shape[along.dim] // along.blocks, *shape[along.dim + 1 :]]
+
+
+def _layout(value: torch.Tensor) -> list[int] | None:
+    """Dimensions from the slowest to the fastest where ``value`` is dense in memory but not in order; else None."""
+    if value.is_contiguous():
+        return None
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
+    return order if value.permute(order).is_contiguous() else None
