@@ -68,8 +68,9 @@ def from_spread(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
 
 def _input_names(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """What ``forward`` calls each input tensor; numbered where it stands in a list or the like."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    named = [(name, pytree.tree_leaves(value)) for name, value in bound.items()]
+    positional = [*inspect.signature(module.forward).parameters, *("input" for _ in args)]
+    given = [*zip(positional, args, strict=False), *kwargs.items()]
+    named = [(name, pytree.tree_leaves(value)) for name, value in given]
     return [name if len(leaves) == 1 else f"{name}_{i}" for name, leaves in named for i in range(len(leaves))]
 
 
