@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import msgspec
@@ -29,10 +29,13 @@ __all__ = ["EngineUse", "Timeline", "latency_ns", "simulate", "timeline_summary"
 
 @dataclass(frozen=True)
 class EngineUse:
-    """Seconds an engine is busy, and the fraction of the plan's latency that makes."""
+    """Seconds an engine or link is busy, and the fraction of the plan's latency that makes.
+
+    ``kind`` is the engine's, or ``"link"``.
+    """
 
     engine: str
-    kind: EngineKind
+    kind: str
     busy_s: float
     utilisation: float
 
@@ -42,22 +45,26 @@ class Timeline:
     """How long a timed plan takes and the roofline below it.
 
     ``compute_bound_s`` is the sum of all operators' seconds, shared among the compute engines; ``transfer_bound_s`` the
-    bytes loaded and stored over the copy engines' bandwidth. No schedule of these instructions beats the larger.
+    bytes loaded and stored over the copy engines' bandwidth; ``communication_bound_s`` the seconds of the collectives
+    on the link that is busiest. No schedule of these instructions beats the largest.
     """
 
     latency_s: float
     engines: tuple[EngineUse, ...]
     compute_bound_s: float
     transfer_bound_s: float
+    communication_bound_s: float = 0.0
 
     @property
     def bound_s(self) -> float:
         """The roofline bound on the latency."""
-        return max(self.compute_bound_s, self.transfer_bound_s)
+        return max(self.compute_bound_s, self.transfer_bound_s, self.communication_bound_s)
 
     @property
-    def bound_by(self) -> Literal["compute", "transfer"]:
-        """Which of its two terms the bound is."""
+    def bound_by(self) -> Literal["compute", "transfer", "communication"]:
+        """Which of its terms the bound is."""
+        if self.communication_bound_s > max(self.compute_bound_s, self.transfer_bound_s):
+            return "communication"
         return "compute" if self.compute_bound_s >= self.transfer_bound_s else "transfer"
 
 
@@ -108,11 +115,13 @@ def timeline_summary(plan: Plan) -> Timeline:
         else:
             direction = Direction.LOAD if isinstance(instruction, Load) else Direction.STORE
             moved[direction] += _known(plan.graph.buffers, instruction.buffer, f"step {step}", "buffer").nbytes
-    engines = tuple(
-        EngineUse(e.name, e.kind, busy[e.name], min(1.0, busy[e.name] / latency_s) if latency_s else 0.0)
-        for e in plan.machine.engines
-    )
-    return Timeline(latency_s, engines, compute_s / len(computing), _transfer_seconds(plan.machine, moved))
+    units = [(engine.name, engine.kind.value) for engine in plan.machine.engines]
+    units += [(name, "link") for name in sorted(links) if busy[name]]
+    uses = (EngineUse(name, kind, busy[name], busy[name]) for name, kind in units)
+    engines = tuple(replace(use, utilisation=min(1.0, use.busy_s / latency_s) if latency_s else 0.0) for use in uses)
+    communication_s = max((busy[name] for name in links), default=0.0)
+    transfer_s = _transfer_seconds(plan.machine, moved)
+    return Timeline(latency_s, engines, compute_s / len(computing), transfer_s, communication_s)
 
 
 def _transfer_seconds(machine: HardwareModel, moved: Mapping[Direction, int]) -> float:

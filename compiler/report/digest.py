@@ -240,13 +240,16 @@ def _time(plan: Plan, counted: Verification) -> TimeFacts | None:
         if counted.faults:
             return None  # the faults say what is wrong with the times
         raise
+    terms = {"compute": timeline.compute_bound_s, "transfer": timeline.transfer_bound_s}
+    if timeline.communication_bound_s:
+        terms["communication"] = timeline.communication_bound_s
     return TimeFacts(
         latency_s=timeline.latency_s,
         bound_s=timeline.bound_s,
         bound_by=timeline.bound_by,
-        terms={"compute": timeline.compute_bound_s, "transfer": timeline.transfer_bound_s},
+        terms=terms,
         engines=tuple(
-            EngineFacts(name=e.engine, kind=e.kind.value, busy_s=e.busy_s, utilisation=e.utilisation)
+            EngineFacts(name=e.engine, kind=e.kind, busy_s=e.busy_s, utilisation=e.utilisation)
             for e in timeline.engines
         ),
     )

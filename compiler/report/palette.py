@@ -35,6 +35,8 @@ CATEGORY_COLOURS: Mapping[str, str] = MappingProxyType(
         "compulsory store": "#f5bd8f",
         "additional store": "#d55e00",
         "recompute": "#cc79a7",
+        "collective": "#e69f00",
+        "wait": "#5c5c5c",
     }
 )
 

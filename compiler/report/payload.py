@@ -16,7 +16,7 @@ from .view import Bar, Region, bars, is_timed, regions, role_of
 
 __all__ = ["payload"]
 
-_KINDS = ("run", "load", "store", "recompute")
+_KINDS = ("run", "load", "store", "recompute", "collective", "wait")
 _Columns = dict[str, list[Any]]
 
 
@@ -36,9 +36,7 @@ def payload(plan: Plan, verification: Verification | None = None) -> bytes:
         "engines": list(engines),
         "buffers": _buffers(plan, facts, buffers),
         "ops": _ops(plan, ops, buffers),
-        "instructions": _instructions(
-            plan, instructions, {"run": ops, "load": buffers, "store": buffers, "recompute": ops}, engines
-        ),
+        "instructions": _instructions(plan, instructions, ops, buffers, engines),
         "residences": _residences(plan, residences, buffers),
         "palette": {
             "roles": dict(ROLE_COLOURS),
@@ -114,12 +112,16 @@ def _ops(plan: Plan, ops: Mapping[str, int], buffers: Mapping[str, int]) -> _Col
 
 
 def _instructions(
-    plan: Plan, instructions: tuple[Bar, ...], subjects: Mapping[str, Mapping[str, int]], engines: Mapping[str, int]
+    plan: Plan,
+    instructions: tuple[Bar, ...],
+    ops: Mapping[str, int],
+    buffers: Mapping[str, int],
+    engines: Mapping[str, int],
 ) -> _Columns:
     timed = is_timed(plan)
     return {
         "kind": [_KINDS.index(bar.kind) for bar in instructions],
-        "subject": [subjects[bar.kind][bar.subject] for bar in instructions],
+        "subject": [(ops if bar.executes else buffers)[bar.subject] for bar in instructions],
         "engine": [engines[bar.engine] for bar in instructions],
         "nbytes": [bar.nbytes for bar in instructions],
         "additional": [bar.additional_bytes for bar in instructions],

@@ -65,7 +65,8 @@ def timeline(plan: Plan, path: str | Path) -> None:
     instructions = view.bars(plan)
     lanes = list(dict.fromkeys([e.name for e in plan.machine.engines] + [b.engine for b in instructions]))
     if not timed:
-        lanes = ["run", "load", "store", *(["recompute"] if any(b.kind == "recompute" for b in instructions) else [])]
+        kinds = {bar.kind for bar in instructions}
+        lanes = ["run", "load", "store", *(kind for kind in ("recompute", "collective", "wait") if kind in kinds)]
     figure, axes = _figure("Engines", plan, 260 + 110 * len(lanes))
     groups: dict[str, list[Rectangle]] = {}
     for bar in instructions:

@@ -85,6 +85,17 @@ def _faults(facts: Digest) -> Iterator[str]:
         yield ""
 
 
+#: Names of instructions, as plans have them, in words.
+_INSTRUCTIONS = {
+    "run": "run",
+    "recompute": "recompute",
+    "load": "load",
+    "store": "store",
+    "collectivestart": "collective",
+    "collectivewait": "wait",
+}
+
+
 def _head(facts: Digest) -> Iterator[str]:
     model, machine = facts.model, facts.machine
     yield from _topic(
@@ -96,7 +107,7 @@ def _head(facts: Digest) -> Iterator[str]:
     )
     verdict = "verified" if facts.verified else "DOES NOT VERIFY"
     moves = ", ".join(
-        plural(facts.instructions[k], k) for k in ("run", "recompute", "load", "store") if k in facts.instructions
+        plural(facts.instructions[kind], word) for kind, word in _INSTRUCTIONS.items() if kind in facts.instructions
     )
     yield from _topic("plan", [f"{LEVELS[facts.level]}, {verdict}; {moves or 'no instructions'}"])
     share = format_percent(facts.peak_bytes / machine.capacity_bytes)

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..plan import Instruction, Load, Plan, Store
+from ...hw_models.model import EngineKind
+from ..graph import OpKind
+from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Store
 
 __all__ = ["UNKNOWN_ROLE", "Bar", "Region", "bars", "is_timed", "live_bytes", "live_over_time", "regions", "role_of"]
 
@@ -23,9 +25,9 @@ UNKNOWN_ROLE = "unknown"
 class Bar:
     """One instruction as drawn.
 
-    ``subject`` is the operator a run or recompute executes or the buffer a transfer moves; ``nbytes`` what it moves
-    between scratchpad and backing memory (for an operator: its streamed operands), of which ``additional_bytes`` are
-    not compulsory.
+    ``subject`` is the operator that it executes, starts among ranks or waits for, or the buffer a transfer moves;
+    ``nbytes`` what it moves between scratchpad and backing memory (for an operator: its streamed operands), of which
+    ``additional_bytes`` are not compulsory.
     """
 
     step: int
@@ -39,12 +41,12 @@ class Bar:
 
     @property
     def executes(self) -> bool:
-        """Whether it executes an operator, for the first time or again."""
-        return self.kind in ("run", "recompute")
+        """Whether it is about an operator: executes it, for the first time or again, or waits for it."""
+        return self.kind not in ("load", "store")
 
     @property
     def category(self) -> str:
-        """``run``, ``recompute``, or whether and which way it moves: ``compulsory load``, ``additional store``..."""
+        """Its kind, and of a transfer whether it is compulsory: ``run``, ``wait``, ``additional store``..."""
         if self.executes:
             return self.kind
         return f"{'additional' if self.additional_bytes else 'compulsory'} {self.kind}"
@@ -92,10 +94,16 @@ def bars(plan: Plan) -> tuple[Bar, ...]:
     last_store = {i.buffer: step for step, i in enumerate(plan.instructions) if isinstance(i, Store)}
     compulsory_store = {last_store[b] for b in graph.output_buffers if b in last_store}
     streamed_reads = _streamed_reads(plan)
+    collectives = {op.name for op in graph.ops if op.kind is OpKind.COLLECTIVE}
+    computing = plan.machine.engines_of(EngineKind.COMPUTE)[0].name  # where a wait lets others wait
     result: list[Bar] = []
     for step, instruction in enumerate(plan.instructions):
         moved: Iterable[str]
-        kind = type(instruction).__name__.lower()
+        kind, engine = type(instruction).__name__.lower(), instruction.engine
+        if isinstance(instruction, CollectiveWait):
+            kind, engine = "wait", instruction.engine or computing
+        elif isinstance(instruction, CollectiveStart) or getattr(instruction, "op", "") in collectives:
+            kind = "collective"
         if isinstance(instruction, Load | Store):
             subject, moved = instruction.buffer, (instruction.buffer,)
         else:
@@ -110,8 +118,8 @@ def bars(plan: Plan) -> tuple[Bar, ...]:
                 to_read.discard(buffer)
             else:
                 additional += nbytes
-        bar = Bar(step, kind, subject, instruction.engine, instruction.start_s, instruction.finish_s, total, additional)
-        result.append(bar)
+        times = (instruction.start_s, instruction.finish_s)
+        result.append(Bar(step, kind, subject, engine, *times, total, additional))
     return tuple(result)
 
 

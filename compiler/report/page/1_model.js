@@ -1,7 +1,7 @@
 // The plan as columns, the words and units people read, and small helpers for the document.
 const data = JSON.parse(document.getElementById("plan").textContent);
 const { digest, buffers, ops, instructions, residences, engines, palette, words } = data;
-const KINDS = ["run", "load", "store", "recompute"];
+const KINDS = ["run", "load", "store", "recompute", "collective", "wait"];
 const CATEGORIES = Object.keys(palette.categories);
 const ROLES = Object.keys(palette.roles);
 const counts = { residences: residences.buffer.length, instructions: instructions.kind.length };
@@ -9,9 +9,9 @@ const timed = data.timed;
 const placed = residences.offset.some((offset) => offset !== null);
 const capacity = digest.machine.capacity_bytes;
 
-// Whether the step executes an operator, for the first time or again.
+// Whether the step is about an operator: executes it, for the first time or again, or waits for it.
 function executes(step) {
-  return KINDS[instructions.kind[step]] === "run" || KINDS[instructions.kind[step]] === "recompute";
+  return KINDS[instructions.kind[step]] !== "load" && KINDS[instructions.kind[step]] !== "store";
 }
 
 function category(step) {

@@ -83,13 +83,13 @@ function makeTraffic() {
 }
 
 function makeOperators() {
-  const rows = instructions.kind.map((_, step) => step).filter(executes);
+  const rows = instructions.kind.map((_, step) => step).filter((step) => executes(step) && KINDS[instructions.kind[step]] !== "wait");
   const op = (step) => instructions.subject[step];
   const takes = (step) => (timed ? instructions.finish[step] - instructions.start[step] : 0);
   const held = (step) => buffersAt(step).reduce((sum, b) => sum + (buffers.is_streamed[b] ? 0 : buffers.nbytes[b]), 0);
   const columns = [
     { name: "step", number: true, value: (s) => s, show: (s) => formatCount(s) },
-    { name: "operator", value: (s) => ops.name[op(s)], show: (s) => link(KINDS[instructions.kind[s]] === "run" ? ops.name[op(s)] : `${ops.name[op(s)]}, again`, () => reveal(() => goToStep(s))) },
+    { name: "operator", value: (s) => ops.name[op(s)], show: (s) => link(KINDS[instructions.kind[s]] === "recompute" ? `${ops.name[op(s)]}, again` : ops.name[op(s)], () => reveal(() => goToStep(s))) },
     { name: "calls", value: (s) => ops.target[op(s)], show: (s) => ops.target[op(s)] },
     { name: "arithmetic", number: true, value: (s) => ops.flops[op(s)], show: (s) => (ops.flops[op(s)] ? formatFlops(ops.flops[op(s)]) : "") },
     bytesColumn("working set", held),

@@ -17,6 +17,7 @@ from opweave.compiler.report.palette import CATEGORY_COLOURS, ROLE_COLOURS, TRAF
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import BufferTraffic, verify
 from tests.compiler.report.report_plans import at_every_level, faulty, hostile, spilling
+from tests.compiler.verify.collective_faults import communicating
 from tests.graphs.build import all_graphs
 from tests.graphs.recomputed import recomputing
 
@@ -72,7 +73,7 @@ def test_the_memory_map_shows_each_role_in_proportion(tmp_path: Path) -> None:
 
 def test_the_timeline_shows_every_kind_of_instruction(tmp_path: Path) -> None:
     shown: set[str] = set()
-    for plan in (spilling(), simulate(recomputing()), recomputing()):
+    for plan in (spilling(), simulate(recomputing()), recomputing(), communicating()):
         pictures.timeline(plan, tmp_path / "timeline.png")
         picture = pixels(tmp_path / "timeline.png")
         present = {bar.category for bar in view.bars(plan)}

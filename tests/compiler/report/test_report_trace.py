@@ -14,6 +14,7 @@ from opweave.compiler.report.trace import chrome_trace
 from opweave.compiler.simulate import simulate
 from opweave.errors import PlanError
 from tests.compiler.report.report_plans import at_every_level, dense, faulty, hostile, spilling
+from tests.compiler.verify.collective_faults import timed
 from tests.graphs.build import all_graphs
 from tests.graphs.edits import with_times
 from tests.graphs.recomputed import recomputing
@@ -97,3 +98,11 @@ def test_times_beyond_any_clock_still_make_a_trace() -> None:
 def test_a_plan_without_times_has_no_trace(level: str) -> None:
     with pytest.raises(PlanError, match="start and a finish"):
         chrome_trace(at_every_level(all_graphs()["chain"])[level])
+
+
+def test_collectives_are_slices_of_their_links_and_waits_of_the_compute_engine() -> None:
+    events = events_of(timed())
+    threads = {e["tid"]: e["args"]["name"] for e in events["M"] if e["name"] == "thread_name"}
+    shown = [(e["name"], e["cat"], threads[e["tid"]], e["dur"]) for e in events["X"]]
+    assert shown[1] == ("collective op1", "collective", "net", 1e6)
+    assert shown[3] == ("wait op1", "wait", "core", 0)
