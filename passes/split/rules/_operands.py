@@ -1,0 +1,60 @@
+"""What the rules of several families ask of their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Node
+
+from ..rule import Call, Divided, Operand, Part
+from ..state import WHOLE, Along, Partial, State
+
+__all__ = ["CHOSEN", "alike", "needs", "once", "sliced", "zeros"]
+
+aten = torch.ops.aten
+
+CHOSEN = "rows chosen among all tokens"
+
+
+def alike(call: Call, along: Along, names: Iterable[str]) -> dict[str, State] | None:
+    """``along`` for each of the arguments that is a tensor; None where one is cut otherwise, or is too short for it."""
+    found: dict[str, State] = {}
+    for operand in call.operands:
+        if operand.name not in names:
+            continue
+        if operand.state not in (along, WHOLE) or not sliced(call, operand.shape, along):
+            return None
+        found[operand.name] = along
+    return found
+
+
+def sliced(call: Call, shape: tuple[int, ...], along: Along) -> bool:
+    """Whether a value of ``shape`` has the extent that ``along`` speaks of."""
+    return along.dim < len(shape) and shape[along.dim] == call.division.total(along)
+
+
+def needs(call: Call, given: dict[str, State]) -> tuple[State, ...]:
+    """States of all operands: those given by the argument's name, and Whole for the others."""
+    return tuple(given.get(operand.name, WHOLE) for operand in call.operands)
+
+
+def once(place: int, states: tuple[State, ...], zeros: bool) -> Divided:
+    """A sum onto operand ``place``, which only part 0 adds to; the others to zeros."""
+
+    def emit(part: Part) -> Node:
+        if part.index == 0 or zeros:
+            return part.again()
+        name = part.call.operands[place].name
+        return part.again(**{name: part.make(aten.zeros_like.default, part.operand(place))})
+
+    return Divided(Partial(), states, emit=emit)
+
+
+def zeros(operand: Operand) -> bool:
+    """Whether an operand is a constant of zeros."""
+    node = operand.node
+    name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
+    if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+        return True
+    return name in ("aten::full", "aten::full_like", "aten::new_full") and node.args[-1] == 0 and len(node.args) > 1
