@@ -10,7 +10,19 @@ from ..rule import Rule
 __all__ = ["FAMILIES", "default_rules"]
 
 #: Modules of this folder; a later one wins where two know an operator.
-FAMILIES: tuple[str, ...] = ("elementwise", "matmul", "reduction", "views", "collective", "creation")
+FAMILIES: tuple[str, ...] = (
+    "elementwise",
+    "matmul",
+    "reduction",
+    "views",
+    "collective",
+    "creation",
+    "attention",
+    "attention_backward",
+    "backward",
+    "routing",
+    "indexing",
+)
 
 
 def default_rules() -> Mapping[str, Rule]:
