@@ -4,9 +4,12 @@ Fake ranks (PyTorch's ``fake`` process group) have groups, sizes and numbers, an
 meaningless values: enough to trace any rank of a model, not to run it. With fake tensors, a model of any size is
 traced without memory::
 
-    with fake_ranks(8), FakeTensorMode():
-        module = parallelize_module(Model(), init_device_mesh("cpu", (8,)), plan)
-        graphs = captured(module, (torch.empty(1, 4096, 8192),))
+    with fake_ranks(8):
+        mesh = init_device_mesh("cpu", (8,))
+        with FakeTensorMode():
+            module = parallelize_module(Model(), mesh, plan)
+            inputs = (torch.empty(1, 4096, 8192),)
+        graphs = captured(module, inputs)
 
 Tracing runs the module itself under AOTAutograd, without Dynamo: hooks, tensor subclasses such as DTensor, and
 in-place updates become plain ATen calls on the local shapes of this rank, and functional collectives with their waits.
