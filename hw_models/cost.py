@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import MachineError
-from .model import Engine, HardwareModel, Memory
+from .model import Engine, EngineKind, HardwareModel, Memory
 
 __all__ = ["op_joules", "op_seconds", "transfer_joules", "transfer_seconds"]
 
@@ -15,7 +15,8 @@ def op_seconds(
 
     The roofline model of Williams, Waterman and Patterson (Communications of the ACM 52(4), 2009), with one roof for
     the arithmetic in ``dtype`` (the engine's ``default`` rate where it states none), one for the ``local_bytes`` read
-    and written in the scratchpad, and one for the ``streamed_bytes`` read from backing memory.
+    and written in the scratchpad, and one for the ``streamed_bytes`` read from backing memory. Units near memory have
+    their own bandwidth in the scratchpad.
 
     Raises:
         MachineError: ``engine`` states no arithmetic rate, so it is not a compute engine.
@@ -25,9 +26,10 @@ def op_seconds(
         raise MachineError(
             f"engine {engine.name!r} of machine {machine.name!r} states no flops_per_s; it cannot compute"
         )
+    near = engine.bandwidth_bytes_per_s if engine.kind is EngineKind.NEAR_MEMORY else None
     return engine.launch_s + max(
         flops / rate,
-        local_bytes / machine.scratchpad_memory.bandwidth_bytes_per_s,
+        local_bytes / (near or machine.scratchpad_memory.bandwidth_bytes_per_s),
         streamed_bytes / machine.backing_memory.bandwidth_bytes_per_s,
     )
 

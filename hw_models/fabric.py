@@ -74,8 +74,8 @@ class CollectiveRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     another. ``algorithm`` names the way and ``traffic`` how it scales; with ``fuses``, it does that as well.
 
     While it runs it occupies one multiprocessor for each of its ``programs``, or ``compute_share`` of the compute
-    engine where that is stated, and moves ``memory_bytes_per_byte`` bytes in the scratchpad for each byte of the message.
-    Where each rank works on one part of the message, as in a switch, ``part_bytes_per_s`` is what one program gets
+    engine where that is stated, and moves ``memory_bytes_per_byte`` bytes in the scratchpad for each of the message.
+    Where each rank works on one part of the message, as with a switch, ``part_bytes_per_s`` is what one program gets
     through of it: with fewer ranks the parts are larger, and few programs no longer fill the link.
     """
 
@@ -136,6 +136,8 @@ class CollectiveRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         for name in ("measured_bytes", "measured_s"):
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
                 return f"has {name} that do not increase"
+        if self.fixed_s < 0:
+            return "has measurements whose first line takes less than no time without bytes"
         if self.fixed_s < self.step_s * steps(self.kind, self.traffic, self.ranks):
             return f"takes {self.fixed_s:g} s for a message without bytes, less than its steps of {self.step_s:g} s"
         return ""
@@ -155,7 +157,8 @@ class CollectiveRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``devices`` equal devices, ``devices_per_node`` in a node, and the ``rates`` of their collectives.
 
-    Device ``d`` holds rank ``d`` and is in node ``d // devices_per_node``. The machine describes one of them.
+    Device ``d`` holds rank ``d`` and is in node ``d // devices_per_node``. The machine describes one of them. Where
+    several rates have one kind, algorithm and number of programs, the library behind them takes the fastest.
     """
 
     devices: PositiveInt
@@ -173,7 +176,7 @@ class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
                 f"machine {machine!r}: fabric.devices is {self.devices}, allowed are multiples of its "
                 f"devices_per_node, {self.devices_per_node}, from 2"
             )
-        seen = set()
+        seen: set[CollectiveRate] = set()
         for index, rate in enumerate(self.rates):
             where = f"machine {machine!r}: fabric.rates[{index}] ({rate.kind.value}, {rate.algorithm!r})"
             if problem := rate.problem():
@@ -186,10 +189,9 @@ class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
                     f"{multiprocessors}",
                     hint="state the machine's tiling, or the compute_share of the rate",
                 )
-            name = (rate.kind, rate.algorithm, rate.scope, rate.programs, rate.fuses)
-            if name in seen:
-                raise MachineError(f"{where} is described twice for {rate.scope.value} and {rate.programs} programs")
-            seen.add(name)
+            if rate in seen:
+                raise MachineError(f"{where} is stated twice")
+            seen.add(rate)
 
 
 class Interference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -61,10 +61,11 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class EngineKind(StrEnum):
-    """What an engine does: compute operators, or copy between memories."""
+    """What an engine does: compute operators, copy between memories, or compute inside the scratchpad's memory."""
 
     COMPUTE = "compute"
     COPY = "copy"
+    NEAR_MEMORY = "near_memory"
 
 
 class Direction(StrEnum):
@@ -80,7 +81,9 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     A compute engine states ``flops_per_s`` by dtype name (``default`` for the rest), ``launch_s``, the fixed cost of
     one operator, and, where it is known, ``energy_per_flop_j`` by dtype name like the rates; a copy engine states
-    ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer, and the ``direction`` it copies in.
+    ``bandwidth_bytes_per_s``, ``latency_s``, the fixed cost of one transfer, and the ``direction`` it copies in. Units
+    near memory state ``flops_per_s`` and ``launch_s`` as well, and as ``bandwidth_bytes_per_s`` what they read and
+    write inside the scratchpad's memory, which is more than the memory hands out.
     """
 
     name: str
@@ -208,7 +211,7 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
                 )
 
     def _check_engines(self) -> None:
-        for kind in EngineKind:
+        for kind in (EngineKind.COMPUTE, EngineKind.COPY):
             if not self.engines_of(kind):
                 raise MachineError(f"machine {self.name!r} has no engine of kind {kind.value!r}; it needs at least one")
         for direction in (Direction.LOAD, Direction.STORE):
@@ -217,11 +220,11 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
                     f"machine {self.name!r} has no copy engine whose direction admits a {direction.value}"
                 )
         for engine in self.engines:
-            if engine.kind is EngineKind.COMPUTE and "default" not in engine.flops_per_s:
+            if engine.kind is not EngineKind.COPY and "default" not in engine.flops_per_s:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no flops_per_s.default")
             if engine.energy_per_flop_j and "default" not in engine.energy_per_flop_j:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no energy_per_flop_j.default")
-            if engine.kind is EngineKind.COPY and engine.bandwidth_bytes_per_s is None:
+            if engine.kind is not EngineKind.COMPUTE and engine.bandwidth_bytes_per_s is None:
                 raise MachineError(f"machine {self.name!r}: engine {engine.name!r} states no bandwidth_bytes_per_s")
 
     def _check_fabric(self) -> None:

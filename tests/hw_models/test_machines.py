@@ -11,7 +11,12 @@ from opweave.compiler.graph import DTYPE_BYTES
 from opweave.hw_models import EngineKind, HardwareModel, load, names
 
 EXPECTED = (
+    "2x8xh100-infiniband",
+    "8x4x2080ti-infiniband",
+    "8xa100-nvlink",
     "8xh100-nvlink",
+    "8xh200-nvlink",
+    "8xl20-pcie",
     "a100",
     "cpu-server",
     "edge-npu",
@@ -19,6 +24,8 @@ EXPECTED = (
     "h100-sxm",
     "h200",
     "microcontroller",
+    "npu-pim",
+    "t3-80cu",
     "tpuv4i-like",
 )
 

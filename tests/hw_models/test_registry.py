@@ -109,7 +109,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
-    with pytest.raises(MachineError, match="there are 8xh100-nvlink, a100, cpu-server, edge-npu") as raised:
+    with pytest.raises(MachineError, match=r"there are .*a100, cpu-server, edge-npu") as raised:
         load("edge_npu")
     assert "did you mean 'edge-npu'?" in raised.value.hint
     with pytest.raises(MachineError) as raised:
