@@ -165,12 +165,15 @@ def exposed_seconds(plan: Plan) -> Mapping[str, float]:
     return exposed
 
 
-def lines_of(before: Plan, after: Plan, origin: Mapping[str, str], reasons: Mapping[str, str]) -> list[CollectiveLine]:
+def lines_of(
+    before: Plan, after: Plan, origin: Mapping[str, str] | None = None, reasons: Mapping[str, str] | None = None
+) -> list[CollectiveLine]:
     """A line for each collective of ``before``, in its order; both plans are timed.
 
     ``origin`` says of operators of ``after`` which of ``before`` they are parts of, where the name is another;
     ``reasons`` why some of ``before`` were left alone.
     """
+    origin, reasons = origin or {}, reasons or {}
     was, now = exposed_seconds(before), exposed_seconds(after)
     modes = {i.op: i.mode for i in after.instructions if isinstance(i, CollectiveStart)}
     parts: dict[str, list[str]] = {}

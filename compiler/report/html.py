@@ -10,10 +10,12 @@ import base64
 import hashlib
 import html
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from ...errors import OptionError
+from ..overlap import CollectiveLine
 from ..plan import Plan
 from ..verify import Verification, verify
 from .payload import payload
@@ -24,14 +26,19 @@ from .view import is_timed
 __all__ = ["write_html", "write_report"]
 
 
-def write_html(plan: Plan, path: str | Path, verification: Verification | None = None) -> None:
-    """Write the page to ``path``, creating its folder; ``verification`` spares verifying the plan again."""
+def write_html(
+    plan: Plan, path: str | Path, verification: Verification | None = None, lines: Sequence[CollectiveLine] = ()
+) -> None:
+    """Write the page to ``path``, creating its folder; ``verification`` spares verifying the plan again.
+
+    ``lines`` are what became of the collectives, for their table.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(_page(plan, verification or verify(plan)).encode())
+    target.write_bytes(_page(plan, verification or verify(plan), lines).encode())
 
 
-def write_report(plan: Plan, folder: str | Path) -> dict[str, Path]:
+def write_report(plan: Plan, folder: str | Path, lines: Sequence[CollectiveLine] = ()) -> dict[str, Path]:
     """Write everything there is to see of ``plan`` into ``folder``; returns the files by name.
 
     Always ``index.html``, ``memory_map.png``, ``timeline.png``, ``live_bytes.png`` and ``traffic.png``; ``trace.json``
@@ -41,20 +48,20 @@ def write_report(plan: Plan, folder: str | Path) -> dict[str, Path]:
         OptionError: the folder cannot be made or written to.
     """
     try:
-        return _write_all(plan, Path(folder))
+        return _write_all(plan, Path(folder), lines)
     except OSError as error:
         raise OptionError(
             f"cannot write the report to {str(folder)!r}: {error.strerror}", hint="name a folder that can be written to"
         ) from error
 
 
-def _write_all(plan: Plan, target: Path) -> dict[str, Path]:
+def _write_all(plan: Plan, target: Path, lines: Sequence[CollectiveLine]) -> dict[str, Path]:
     from . import pictures  # matplotlib takes a while to import
 
     counted = verify(plan)
     names = ("index.html", "trace.json", "memory_map.png", "timeline.png", "live_bytes.png", "traffic.png")
     paths = {name: target / name for name in names}
-    write_html(plan, paths["index.html"], counted)
+    write_html(plan, paths["index.html"], counted, lines)
     if is_timed(plan):
         paths["trace.json"].write_bytes(chrome_trace(plan))
     else:
@@ -66,7 +73,7 @@ def _write_all(plan: Plan, target: Path) -> dict[str, Path]:
     return paths
 
 
-def _page(plan: Plan, counted: Verification) -> str:
+def _page(plan: Plan, counted: Verification, lines: Sequence[CollectiveLine]) -> str:
     folder = resources.files(__package__).joinpath("page")
     scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".js")), key=lambda f: f.name)
     script = "\n".join(['"use strict";', "(() => {", *(f.read_text(encoding="utf-8") for f in scripts), "})();"])
@@ -80,7 +87,7 @@ def _page(plan: Plan, counted: Verification) -> str:
         "title": html.escape(f"{plan.graph.name} on {plan.machine.name}"),
         "style": style,
         "summary": html.escape(summary(plan, counted)),
-        "data": payload(plan, counted).decode(),
+        "data": payload(plan, counted, lines).decode(),
         "script": script,
     }
     template = folder.joinpath("page.html").read_text(encoding="utf-8")

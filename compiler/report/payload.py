@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
+from ..overlap import CollectiveLine, lines_of
 from ..plan import Plan
 from ..verify import Verification
 from .digest import Digest, digest
@@ -17,11 +19,15 @@ from .view import Bar, Region, bars, is_timed, regions, role_of
 __all__ = ["payload"]
 
 _KINDS = ("run", "load", "store", "recompute", "collective", "wait")
+_MOST_NAMES = 4
 _Columns = dict[str, list[Any]]
 
 
-def payload(plan: Plan, verification: Verification | None = None) -> bytes:
-    """JSON that is safe inside a ``<script>`` element whatever the names in the plan are."""
+def payload(plan: Plan, verification: Verification | None = None, lines: Sequence[CollectiveLine] = ()) -> bytes:
+    """JSON that is safe inside a ``<script>`` element whatever the names in the plan are.
+
+    ``lines`` say what became of collectives; without them the page shows what ``plan`` alone tells.
+    """
     facts = digest(plan, verification)
     instructions, residences = bars(plan), regions(plan)
     # A plan that does not verify may use names that the graph does not have; they are drawn all the same.
@@ -37,6 +43,8 @@ def payload(plan: Plan, verification: Verification | None = None) -> bytes:
         "buffers": _buffers(plan, facts, buffers),
         "ops": _ops(plan, ops, buffers),
         "instructions": _instructions(plan, instructions, ops, buffers, engines),
+        "collectives": [_collective(line) for line in lines or (lines_of(plan, plan) if is_timed(plan) else ())],
+        "is_compared": bool(lines),
         "residences": _residences(plan, residences, buffers),
         "palette": {
             "roles": dict(ROLE_COLOURS),
@@ -128,6 +136,12 @@ def _instructions(
         "start": [bar.start_s for bar in instructions] if timed else [],
         "finish": [bar.finish_s for bar in instructions] if timed else [],
     }
+
+
+def _collective(line: CollectiveLine) -> dict[str, Any]:
+    hidden_by = ", ".join(line.hidden_by[:_MOST_NAMES])
+    more = len(line.hidden_by) - _MOST_NAMES
+    return {**asdict(line), "hidden_by": f"{hidden_by} and {more} more" if more > 0 else hidden_by}
 
 
 def _residences(plan: Plan, residences: tuple[Region, ...], buffers: Mapping[str, int]) -> _Columns:

@@ -105,6 +105,28 @@ function makeOperators() {
   drawn.operators = makeTable(byId("operators"), settings);
 }
 
+function makeCollectives() {
+  const rows = data.collectives;
+  byId("collectives-section").hidden = rows.length === 0;
+  if (!rows.length) return;
+  const seconds = (name, of) => ({ name, number: true, value: of, show: (row) => formatSeconds(of(row)) });
+  const words = (name, of) => ({ name, value: of, show: of });
+  const columns = [
+    { name: "collective", value: (row) => row.op, show: (row) => link(row.op, () => reveal(() => find(row.op))) },
+    words("kind", (row) => row.kind),
+    words("group", (row) => row.group),
+    bytesColumn("message", (row) => row.nbytes),
+    ...(data.is_compared ? [seconds("exposed before", (row) => row.exposed_before_s)] : []),
+    seconds(data.is_compared ? "exposed after" : "exposed", (row) => row.exposed_after_s),
+    words("done by", (row) => row.mode),
+    words("hidden by", (row) => row.hidden_by),
+    words("left alone because", (row) => row.reason),
+  ];
+  const text = (row) => `${row.op} ${row.kind} ${row.group} ${row.mode} ${row.reason}`;
+  const sort = data.is_compared ? 5 : 4;
+  drawn.collectives = makeTable(byId("collectives"), { columns, rows, sort, text, filterName: "search collectives", empty: "none" });
+}
+
 // Act on the charts and bring them into sight.
 function reveal(action) {
   action();

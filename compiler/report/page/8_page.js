@@ -148,6 +148,7 @@ makeChart("memory", placed ? 430 : 80, drawMemory);
 makeHeader();
 makeFaults();
 makeTiles();
+makeCollectives();
 makeTraffic();
 makeOperators();
 makePasses();

@@ -21,9 +21,11 @@ import pytest
 from opweave.compiler.graph import Graph
 from opweave.compiler.plan import Plan, Run
 from opweave.compiler.report import view, write_html
+from opweave.compiler.report.ranks import side_by_side
 from opweave.compiler.simulate import simulate
 from opweave.compiler.verify import verify
 from tests.compiler.report.report_plans import HOSTILE_NAME, at_every_level, dense, faulty, hostile, recorded, spilling
+from tests.compiler.verify.collective_faults import timed
 from tests.graphs.build import all_graphs
 from tests.graphs.recomputed import recomputing
 
@@ -189,3 +191,13 @@ def test_undecided_plans_are_drawn_as_far_as_they_go(level: str, tmp_path: Path)
 def test_a_plan_of_nothing_has_a_page(tmp_path: Path) -> None:
     plan = Plan.of_order(all_graphs()["no_operators"], spilling().machine)
     assert drawn_in(document_of(plan, tmp_path))["operators"] == 0
+
+
+def test_collectives_have_lanes_and_a_table(tmp_path: Path) -> None:
+    """Of two ranks, side by side; a wait is a mark on the lane that waits."""
+    plan = side_by_side({0: timed(), 1: timed()})
+    document = document_of(plan, tmp_path)
+    drawn = drawn_in(document)
+    assert {n: c for n, c in drawn["time"]["bars"]["categories"].items() if c} == {"run": 6, "collective": 2, "wait": 2}
+    assert drawn["collectives"] == 2
+    assert "all_reduce" in text_of(document)
