@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opweave.compiler.runtime.device.code import placed
 
-__all__ = ["Driver", "Event", "Stream", "queues"]
+__all__ = ["Driver", "Event", "Launches", "Stream", "queues"]
 
 Clock = dict[int, int]
 #: What queues nothing.
@@ -36,7 +36,8 @@ class Stream:
 
     driver: Driver
 
-    def __init__(self, device: object = None) -> None:
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        self.priority = priority
         self.number = len(self.driver.streams)
         self.clock: Clock = {}
         self.driver.streams.append(self)
@@ -75,6 +76,7 @@ class _Block:
     pool: int | None
     behind: Clock
     users: Clock = field(default_factory=dict)
+    recorded: set[int] = field(default_factory=set)  # streams that the allocator was told of
 
 
 class Driver:
@@ -110,8 +112,16 @@ class Driver:
         weakref.finalize(lent, self._free, block)
         return placed(torch.from_numpy(lent), 0, shape, strides, dtype)
 
+    def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """As ``torch.Tensor.record_stream``: nobody gets the memory before what is queued when it is freed is done."""
+        block = self.blocks.get(tensor.untyped_storage().data_ptr())
+        if block is not None:
+            block.recorded.add(stream.number)
+
     def _free(self, block: _Block) -> None:
-        self.freed[block.pool] = _joined(self.freed.get(block.pool, {}), block.users)
+        done = _joined(*(self.streams[number].clock for number in block.recorded))
+        users = {stream: tick for stream, tick in block.users.items() if tick > done.get(stream, 0)}
+        self.freed[block.pool] = _joined(self.freed.get(block.pool, {}), users)
 
     def launch(self, name: str, tensors: list[tuple[torch.Tensor, bool]]) -> None:
         """Queue what touches ``tensors``, and writes some of them."""
@@ -137,7 +147,7 @@ class Driver:
                 self.races.append(f"{name} on stream {access.stream} races with launch {other.tick} on {other.stream}")
 
 
-class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call] # of a function of torch's
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call] # of a function of torch's
     """Tells a driver of every operator that computes; what operators make comes from its pools."""
 
     def __init__(self, driver: Driver) -> None:
@@ -172,5 +182,6 @@ def queues() -> Iterator[tuple[Driver, Callable[[], TorchDispatchMode]]]:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "set_stream", driver.set_stream)
         patch.setattr(torch.cuda, "current_stream", driver.current_stream)
+        patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: driver.record_stream(tensor, stream))
         driver.current = stream_class()
-        yield driver, lambda: _Launches(driver)
+        yield driver, lambda: Launches(driver)

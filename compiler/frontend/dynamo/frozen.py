@@ -25,7 +25,7 @@ from ..collectives import is_communication, is_wait
 from .effects import has_effect
 from .traced import copied
 
-__all__ = ["SETTINGS", "freeze", "is_start", "orderings", "reorder"]
+__all__ = ["SETTINGS", "freeze", "is_start", "is_view", "orderings", "reorder"]
 
 #: Inductor's options under which it moves no more than it must.
 SETTINGS: Mapping[str, Any] = MappingProxyType(
@@ -41,6 +41,12 @@ SETTINGS: Mapping[str, Any] = MappingProxyType(
 def is_start(node: Node) -> bool:
     """Whether ``node`` talks to other ranks and does not merely wait: it starts a collective, or sends or receives."""
     return node.op == "call_function" and is_communication(node.target) and not is_wait(node.target)
+
+
+def is_view(node: Node) -> bool:
+    """Whether ``node`` computes nothing: it is a view of another's memory, or one of its results."""
+    is_changed = node.op == "call_function" and (is_wait(node.target) or any(True for _ in _written(node)))
+    return not is_changed and _base(node) is not node
 
 
 def reorder(module: GraphModule, order: Sequence[str]) -> GraphModule:
@@ -257,4 +263,4 @@ def _is_long(node: Node) -> bool:
 def _computes(node: Node) -> bool:
     """Whether ``node`` makes a tensor of others: no view, no part, no constant."""
     is_made = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
-    return is_made and _base(node) is node and bool(node.all_input_nodes)
+    return is_made and not is_view(node) and bool(node.all_input_nodes)
