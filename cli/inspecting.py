@@ -98,22 +98,30 @@ def hw_list(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"machines": [{"name": m.name, "description": m.description} for m in machines]})
         return
+    width = max(len(machine.name) for machine in machines)
     for machine in machines:
-        say(f"{machine.name:<16} {machine.scratchpad_memory.capacity_bytes:>15,} bytes  {machine.description}")
+        say(f"{machine.name:<{width}} {machine.scratchpad_memory.capacity_bytes:>15,} bytes  {machine.description}")
 
 
 def hw_show(
     machine: Annotated[str, typer.Argument(help="A name from `opweave hw list`, or a TOML file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show one machine: memories, engines, links, and where its figures come from."""
+    """Show one machine: memories, engines, links, what collectives take, and where its figures come from."""
     import msgspec
 
     from ..compiler.report.words import outline
     from ..hw_models.registry import load
+    from ..hw_models.table import collective_table
 
-    facts = json.loads(msgspec.json.encode(load(machine)))
-    print_json(facts) if as_json else say(outline(facts))
+    model = load(machine)
+    facts = json.loads(msgspec.json.encode(model))
+    if as_json:
+        print_json(facts)
+        return
+    if model.fabric is not None:  # a table in the place of its rates, of which there are dozens
+        facts["fabric"]["rates"] = f"{len(model.fabric.rates)} (all of them with --json)"
+    say("\n\n".join(filter(None, (outline(facts), collective_table(model)))))
 
 
 def passes(as_json: AsJson = False) -> None:
