@@ -13,7 +13,6 @@ tensors they have shapes only. Nothing is read from a file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+
+from .parallel_parts import Drawn, Group, attended, norm
 
 __all__ = [
     "LLAMA_3_70B",
@@ -31,7 +32,6 @@ __all__ = [
     "DenseTensorParallel",
     "ExpertParallelMoE",
     "Sizes",
-    "cut",
     "tokens_of",
 ]
 
@@ -73,121 +73,6 @@ def tokens_of(sizes: Sizes, batch: int, length: int, dtype: torch.dtype = torch.
     return torch.empty(batch, length, sizes.hidden, dtype=dtype)
 
 
-def cut(whole: torch.Tensor, dim: int, rank: int, ranks: int) -> torch.Tensor:
-    """Part ``rank`` of ``ranks`` equal parts along ``dim``, in memory of its own."""
-    if whole.shape[dim] % ranks:
-        raise ValueError(f"{whole.shape[dim]} rows do not divide among {ranks} ranks")
-    return whole.chunk(ranks, dim)[rank].clone()
-
-
-class _Drawn:
-    """Weights, one after the other, of one seed: ``rank`` of ``ranks`` gets its parts of them."""
-
-    def __init__(self, seed: int, dtype: torch.dtype, rank: int, ranks: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._dtype, self.rank, self.ranks = dtype, rank, ranks
-
-    def whole(self, *shape: int) -> nn.Parameter:
-        """Of variance 1 / (elements a result sums over)."""
-        return nn.Parameter(self._draw(shape))
-
-    def part(self, dim: int, *shape: int) -> nn.Parameter:
-        """What this rank has along ``dim`` of what all ranks draw alike."""
-        return nn.Parameter(cut(self._draw(shape), dim, self.rank, self.ranks))
-
-    def parts(self, dim: int, *shapes: Sequence[int]) -> nn.Parameter:
-        """Parts of several weights, one behind the other: one matrix product does for all."""
-        return nn.Parameter(torch.cat([cut(self._draw(shape), dim, self.rank, self.ranks) for shape in shapes], dim))
-
-    def ones(self, extent: int) -> nn.Parameter:
-        """A norm's scale."""
-        return nn.Parameter(torch.ones(extent, dtype=self._dtype))
-
-    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
-        drawn = torch.randn(*shape, generator=self._generator)
-        return drawn.mul_(shape[-1] ** -0.5).to(self._dtype)
-
-
-def _all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    collectives = torch.ops._c10d_functional
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))  # type: ignore[no-any-return]
-
-
-def _all_gather(x: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    collectives = torch.ops._c10d_functional
-    return collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), ranks, group))  # type: ignore[no-any-return]
-
-
-def _reduce_scatter(x: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    collectives = torch.ops._c10d_functional
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor(x.contiguous(), "sum", ranks, group))  # type: ignore[no-any-return]
-
-
-def _all_to_all(x: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    collectives = torch.ops._c10d_functional
-    sizes = [x.shape[0] // ranks] * ranks
-    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), sizes, sizes, group))  # type: ignore[no-any-return]
-
-
-class _Conjugate(torch.autograd.Function):
-    """A collective forward, and the one that is its transpose backward; ``"copy"`` is none."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, forward: str, backward: str, group: str, ranks: int) -> torch.Tensor:
-        """``x`` after collective ``forward``."""
-        ctx.how = backward, group, ranks
-        return _collective(x, forward, group, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """The gradient after collective ``backward``."""
-        return _collective(gradients[0], *ctx.how), None, None, None, None
-
-
-def _collective(x: torch.Tensor, kind: str, group: str, ranks: int) -> torch.Tensor:
-    match kind:
-        case "all_reduce":
-            return _all_reduce(x, group)
-        case "all_gather":
-            return _all_gather(x, group, ranks)
-        case "reduce_scatter":
-            return _reduce_scatter(x, group, ranks)
-        case "all_to_all":
-            return _all_to_all(x, group, ranks)
-        case _:
-            return x.view_as(x)
-
-
-class _Group:
-    """The process group of a layer: its name, this rank's place in it and its size."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        chosen = group or dist.group.WORLD
-        assert chosen is not None, "init_process_group or fake_ranks first"
-        self.name, self.rank, self.ranks = chosen.group_name, chosen.rank(), chosen.size()
-
-    def over(self, x: torch.Tensor, forward: str, backward: str) -> torch.Tensor:
-        """``x`` after collective ``forward``; its gradient goes through ``backward``."""
-        return _Conjugate.apply(x, forward, backward, self.name, self.ranks)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), scale, 1e-5)
-
-
-def _attended(qkv: torch.Tensor, heads: int, key_heads: int, head: int) -> torch.Tensor:
-    """Causal attention of (batch, length, ...) queries, keys and values that lie side by side."""
-    batch, length, _ = qkv.shape
-    query, key, value = torch.split(qkv, [heads * head, key_heads * head, key_heads * head], -1)
-    query = query.reshape(batch, length, heads, head).transpose(1, 2)
-    key = key.reshape(batch, length, key_heads, head).transpose(1, 2)
-    value = value.reshape(batch, length, key_heads, head).transpose(1, 2)
-    if heads != key_heads:
-        key, value = (kept.repeat_interleave(heads // key_heads, 1) for kept in (key, value))
-    mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return mixed.transpose(1, 2).reshape(batch, length, heads * head)
-
-
 class DenseTensorParallel(nn.Module):
     """Layers of ``sizes`` on one rank of ``group`` (all ranks where ``None``), cut along heads and intermediate.
 
@@ -206,12 +91,12 @@ class DenseTensorParallel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.group, self.sizes = _Group(group), sizes
+        self.group, self.sizes = Group(group), sizes
         self.before, self.behind = ("copy", "all_reduce"), ("all_reduce", "copy")
         self.sequence_parallel = sequence_parallel
         if sequence_parallel:
             self.before, self.behind = ("all_gather", "reduce_scatter"), ("reduce_scatter", "all_gather")
-        drawn = _Drawn(seed, dtype, self.group.rank, self.group.ranks)
+        drawn = Drawn(seed, dtype, self.group.rank, self.group.ranks)
         wide, keys, inner = sizes.hidden, sizes.key_heads * sizes.head, sizes.intermediate
         self.layers = nn.ModuleList()
         for _ in range(sizes.layers):
@@ -236,22 +121,26 @@ class DenseTensorParallel(nn.Module):
 
     def _attention(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         heads, keys = self.sizes.heads // self.group.ranks, self.sizes.key_heads // self.group.ranks
-        qkv = functional.linear(self.group.over(_norm(x, layer["attention_norm"]), *self.before), layer["qkv"])
+        scale = self._scale(layer["attention_norm"])
+        qkv = functional.linear(self.group.over(norm(x, scale), *self.before), layer["qkv"])
         if self.sequence_parallel:
             qkv = qkv.transpose(0, 1)
-        mixed = _attended(qkv, heads, keys, self.sizes.head)
+        mixed = attended(qkv, heads, keys, self.sizes.head)
         if self.sequence_parallel:
             mixed = mixed.transpose(0, 1)
         return self.group.over(functional.linear(mixed, layer["out"]), *self.behind)
 
+    def _scale(self, scale: torch.Tensor) -> torch.Tensor:
+        return self.group.same(scale) if self.sequence_parallel else scale
+
     def _mlp(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        whole = self.group.over(_norm(x, layer["mlp_norm"]), *self.before)
+        whole = self.group.over(norm(x, self._scale(layer["mlp_norm"])), *self.before)
         gate, up = functional.linear(whole, layer["gate_up"]).chunk(2, -1)
         return self.group.over(functional.linear(functional.silu(gate) * up, layer["down"]), *self.behind)
 
 
 class ExpertParallelMoE(nn.Module):
-    """Layers whose experts are spread over the ranks of ``group``; attention and router are whole on every rank.
+    """Layers whose experts are spread over the ranks of ``group``; every rank has the same attention and router.
 
     Takes and returns this rank's own sequences, (batch, length, hidden). Each expert takes at most ``capacity`` tokens
     of a sequence: ``capacity_factor`` times its even share, at least one; what is more passes by (GShard,
@@ -269,8 +158,8 @@ class ExpertParallelMoE(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.group, self.sizes, self.capacity_factor = _Group(group), sizes, capacity_factor
-        drawn = _Drawn(seed, dtype, self.group.rank, self.group.ranks)
+        self.group, self.sizes, self.capacity_factor = Group(group), sizes, capacity_factor
+        drawn = Drawn(seed, dtype, self.group.rank, self.group.ranks)
         wide, keys, inner, experts = sizes.hidden, sizes.key_heads * sizes.head, sizes.intermediate, sizes.experts
         self.layers = nn.ModuleList()
         for _ in range(sizes.layers):
@@ -295,16 +184,19 @@ class ExpertParallelMoE(nn.Module):
         layer: Any
         for layer in self.layers:
             if "qkv" in layer:
-                qkv = functional.linear(_norm(x, layer["attention_norm"]), layer["qkv"])
-                mixed = _attended(qkv, self.sizes.heads, self.sizes.key_heads, self.sizes.head)
-                x = x + functional.linear(mixed, layer["out"])
-            x = x + self._experts(_norm(x, layer["mlp_norm"]), layer)
+                x = x + self._attention(x, layer)
+            x = x + self._experts(norm(x, self.group.same(layer["mlp_norm"])), layer)
         return x
+
+    def _attention(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        scale, weight, out = (self.group.same(layer[name]) for name in ("attention_norm", "qkv", "out"))
+        qkv = functional.linear(norm(x, scale), weight)
+        return functional.linear(attended(qkv, self.sizes.heads, self.sizes.key_heads, self.sizes.head), out)
 
     def _experts(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         batch, length, wide = x.shape
         each, experts, picks = self.capacity(length), self.sizes.experts, self.sizes.experts_per_token
-        weight, choice = functional.linear(x, layer["router"]).softmax(-1).topk(picks, -1)
+        weight, choice = functional.linear(x, self.group.same(layer["router"])).softmax(-1).topk(picks, -1)
         slot = _slots(choice.reshape(batch, length * picks), experts, each)
         index = slot.unsqueeze(-1).expand(-1, -1, wide)
         copies = x.unsqueeze(2).expand(-1, -1, picks, -1).reshape(batch, length * picks, wide)

@@ -86,14 +86,14 @@ def test_kind_group_ranks_and_whole_message(world: str, case: str) -> None:
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def test_a_wait_is_an_alias_and_its_views_lie_in_the_collectives_buffer(world: str) -> None:
     """Who reads the result reads the collective's tensor; a kernel that asks for its node gets the wait."""
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        gathered = WAIT(OPS.all_gather_into_tensor(x, 3, world))
+        gathered: torch.Tensor = WAIT(OPS.all_gather_into_tensor(x, 3, world))
         return gathered.view(3, 96).t() + gathered.sum()
 
     found = traced(call, X)
@@ -186,8 +186,11 @@ class _Layer(torch.nn.Module):
         self.linear = torch.nn.Linear(6, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        whole = funcol.all_gather_tensor(self.linear(x), 0, "0")
-        return funcol.all_reduce(whole.relu(), "sum", "0").view(8, -1)
+        group = dist.group.WORLD
+        assert group is not None
+        whole = funcol.all_gather_tensor(self.linear(x), 0, group)
+        reduced: torch.Tensor = funcol.all_reduce(whole.relu(), "sum", group)
+        return reduced.view(8, -1)
 
 
 @pytest.mark.filterwarnings("ignore:.*all_gather_tensor.*deprecated:FutureWarning")

@@ -21,6 +21,8 @@ from opweave.errors import ModelError, OptionError
 class Gated(torch.nn.Module):
     """Two linears with a ReLU between, as tensor parallelism cuts them."""
 
+    seen: torch.Tensor
+
     def __init__(self, wide: int = 16, inner: int = 32) -> None:
         super().__init__()
         self.up = torch.nn.Linear(wide, inner, bias=False)
@@ -82,16 +84,17 @@ def test_training_gives_joint_and_halves_that_agree() -> None:
     assert found.joint is not None
     assert found.backward is not None
     assert found.gradients is not None
-    held = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    held: dict[str, torch.Tensor] = {name: value.clone() for name, value in module.state_dict().items()}
     values = {name: held[parameter] for name, parameter in found.parameters.items()} | {found.inputs[0]: x}
     tangent = torch.randn(2, 3, 16)
     (tangents,) = (n.name for n in found.joint.graph.find_nodes(op="placeholder") if n.name.startswith("tangents"))
-    values[tangents] = tangent
+    values[str(tangents)] = tangent
     module(x).backward(tangent)
     whole = run(found.joint, values)
     assert set(found.gradients) == {"up.weight", "down.weight"}
     forward = run(found.forward, values)
-    saved = [node.name for node in found.forward.graph.output_node().args[0][found.outputs :]]  # type: ignore[index, union-attr]
+    leaves: Any = found.forward.graph.output_node().args[0]
+    saved = [str(node.name) for node in leaves[found.outputs :]]
     backward = run(found.backward, values | dict(zip(saved, forward[found.outputs :], strict=True)))
     for name, position in found.gradients.items():
         torch.testing.assert_close(whole[position], module.get_parameter(name).grad)
@@ -139,7 +142,8 @@ def test_what_cannot_be_captured_says_why() -> None:
     from torch.distributed.fsdp import fully_shard
 
     with fake_ranks(2):
-        sharded = fully_shard(Gated(), mesh=init_device_mesh("cpu", (2,)))
+        sharded = Gated()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
         with pytest.raises(ModelError, match="sharded by fully_shard"):
             captured(sharded, (x,))
 
