@@ -56,10 +56,12 @@ def matmul(
     batch: int = 1,
     engine: Engine | None = None,
     out_dtype: str | None = None,
+    ragged: bool = False,
 ) -> Kernel:
     """The product of ``matmul_seconds`` with what it occupies; the operands are read once and the result is written.
 
-    The tile is the one of the machine's candidates with which it ends first, as a library's heuristic chooses.
+    The tile is the one of the machine's candidates with which it ends first, as a library's heuristic chooses. Rows of
+    ``ragged`` products are ``m`` on average, as those of experts: each ends somewhere in a tile, half a tile is lost.
 
     Raises:
         MachineError: as ``matmul_seconds``.
@@ -75,16 +77,25 @@ def matmul(
     if not nbytes or not m * n:
         return Kernel(engine.launch_s, 0.0, 0.0)
     available = _available(tiling, share)
-    body, used = min(_tiled(batch, m, n, k, rate, tile, tiling, available) for tile in tiling.tiles)
+    body, used = min(_tiled(batch, m, n, k, rate, tile, tiling, available, ragged) for tile in tiling.tiles)
     return _bounded(body, nbytes, used / tiling.multiprocessors, machine, engine, tiling, share)
 
 
 def _tiled(
-    batch: int, m: int, n: int, k: int, rate: float, tile: tuple[int, ...], tiling: Tiling, available: int
+    batch: int,
+    m: int,
+    n: int,
+    k: int,
+    rate: float,
+    tile: tuple[int, ...],
+    tiling: Tiling,
+    available: int,
+    ragged: bool,
 ) -> tuple[float, int]:
     """Seconds of all waves with one shape of tile, and the multiprocessors that have any."""
     rows, columns = tile
-    tiles = batch * -(-m // rows) * -(-n // columns)
+    down = -(-batch * m // rows) + batch // 2 if ragged else batch * -(-m // rows)
+    tiles = down * -(-n // columns)
     waves = -(-tiles // available)
     efficiency = tiling.matmul_efficiency / (1 + tiling.operand_elements * (1 / rows + 1 / columns))
     one = 2 * rows * columns * k / (rate / tiling.multiprocessors * efficiency) + tiling.tile_s

@@ -15,7 +15,7 @@ from functools import cached_property
 from ...compiler.graph import DTYPE_BYTES, Collective, Graph, Op, Tensor
 from ...hw_models.collectives import CollectiveMode, collective_modes
 from ...hw_models.matmul import Kernel, attention, matmul, streaming
-from ...hw_models.model import EngineKind, HardwareModel
+from ...hw_models.model import Engine, EngineKind, HardwareModel
 from .problem import Mode
 from .regions import called, is_attention, is_product
 
@@ -62,21 +62,35 @@ class Costs:
         return users
 
     def computing(self, region: Sequence[int]) -> tuple[str, Mode]:
-        """Lane and mode of one kernel for the operators of ``region``: the engine that is done first."""
+        """Lane and mode of one kernel for the operators of ``region``: units near memory, where they are faster."""
         ops = [self.graph.ops[index] for index in region]
-        if len(ops) == 1 and is_product(ops[0]) and ops[0].flops:
-            kernel = self._product(ops[0])
-        elif len(ops) == 1 and is_attention(ops[0]) and ops[0].flops:
-            kernel = self._attention(ops[0])
-        else:
-            flops, nbytes = sum(op.flops for op in ops), self.moved_bytes(region)
-            dtype = self.graph.tensor[ops[-1].outputs[0]].dtype if ops[-1].outputs else "default"
-            kernel = streaming(nbytes, self.machine, flops=flops, dtype=dtype) if nbytes else Kernel(0.0, 0.0, 0.0)
+        nbytes = self.moved_bytes(region)
+        kernel = self._kernel(ops, nbytes)
+        name = called(ops[-1]) or ops[-1].name
+        if len(ops) == 1 and (is_product(ops[0]) or is_attention(ops[0])):
+            for engine in self.machine.engines_of(EngineKind.NEAR_MEMORY):
+                seconds = self._near_memory_s(ops[0], nbytes, engine)
+                if seconds < kernel.seconds:
+                    return engine.name, Mode(name, seconds)  # its banks, not the bus that the others share
         lane = self.machine.engines_of(EngineKind.COMPUTE)[0].name
-        memory = self.machine.scratchpad_memory.name
-        return lane, Mode(
-            called(ops[-1]) or ops[-1].name, kernel.seconds, _needs({lane: kernel.compute, memory: kernel.memory})
-        )
+        taken = {lane: kernel.compute, self.machine.scratchpad_memory.name: kernel.memory}
+        return lane, Mode(name, kernel.seconds, _needs(taken))
+
+    def _kernel(self, ops: Sequence[Op], nbytes: int) -> Kernel:
+        if len(ops) == 1 and is_product(ops[0]) and ops[0].flops:
+            return self._product(ops[0])
+        if len(ops) == 1 and is_attention(ops[0]) and ops[0].flops:
+            return self._attention(ops[0])
+        if not nbytes:
+            return Kernel(0.0, 0.0, 0.0)
+        dtype = self.graph.tensor[ops[-1].outputs[0]].dtype if ops[-1].outputs else "default"
+        return streaming(nbytes, self.machine, flops=sum(op.flops for op in ops), dtype=dtype)
+
+    def _near_memory_s(self, op: Op, nbytes: int, engine: Engine) -> float:
+        dtype = self.graph.tensor[op.outputs[0]].dtype
+        rate = engine.flops_per_s.get(dtype) or engine.flops_per_s["default"]
+        bandwidth = engine.bandwidth_bytes_per_s or self.machine.scratchpad_memory.bandwidth_bytes_per_s
+        return engine.launch_s + max(op.flops / rate, nbytes / bandwidth)
 
     def communicating(self, collective: Collective, *, fuses: str = "") -> tuple[tuple[str, Mode], ...]:
         """Lane and mode of each way of doing ``collective``, the fastest first; with ``fuses``, that as well.
@@ -150,9 +164,11 @@ class Costs:
         if not batch * rows * columns:
             return Kernel(0.0, 0.0, 0.0)
         inner = max(1, round(op.flops / (2 * batch * rows * columns)))
-        kernel = matmul(rows, columns, inner, _widest(operands), self.machine, batch=batch, out_dtype=out.dtype)
-        tiling = self.machine.tiling
-        if tiling is None or name != "_grouped_mm":
+        dtype, grouped, tiling = _widest(operands), name == "_grouped_mm", self.machine.tiling
+        kernel = matmul(
+            rows, columns, inner, dtype, self.machine, batch=batch, out_dtype=out.dtype, ragged=grouped and batch > 1
+        )
+        if tiling is None or not grouped:
             return kernel
         return replace(kernel, seconds=kernel.seconds / tiling.grouped_efficiency)
 
