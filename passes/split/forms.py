@@ -103,19 +103,22 @@ class Forms:
     def _cat(self, value: Node, parts: Sequence[Node], along: Along) -> Node:
         """The parts side by side; interleaved where there are several blocks; in the layout of the given value."""
         maker = Maker(self.graph, self.mode, Making(value, None, f"{value.name}_joined"))
-        shape = tuple(value.meta["val"].shape)
         order = _layout(value.meta["val"])
-        if along.blocks > 1:
-            spread = [
-                maker.make(_ATEN.view.default, (part, self._blocked(tuple(part.meta["val"].shape), along)), {})
-                for part in parts
-            ]
-            joined = maker.make(_ATEN.cat.default, (spread, along.dim + 1), {})
-            return maker.make(_ATEN.view.default, (joined, list(shape)), {})
+        if order is not None:
+            parts = [maker.make(_ATEN.permute.default, (part, order), {}) for part in parts]
+            along = along.at(order.index(along.dim))
+        if along.blocks == 1:
+            joined = maker.make(_ATEN.cat.default, (list(parts), along.dim), {})
+        else:
+            shapes = [self._blocked(tuple(part.meta["val"].shape), along) for part in parts]
+            pairs = zip(parts, shapes, strict=True)
+            spread = [maker.make(_ATEN.view.default, (part, shape), {}) for part, shape in pairs]
+            mixed = maker.make(_ATEN.cat.default, (spread, along.dim + 1), {})
+            extents = list(parts[0].meta["val"].shape)
+            extents[along.dim] = self.division.total(along)
+            joined = maker.make(_ATEN.view.default, (mixed, extents), {})
         if order is None:
-            return maker.make(_ATEN.cat.default, (list(parts), along.dim), {})
-        turned = [maker.make(_ATEN.permute.default, (part, order), {}) for part in parts]
-        joined = maker.make(_ATEN.cat.default, (turned, order.index(along.dim)), {})
+            return joined
         return maker.make(_ATEN.permute.default, (joined, [order.index(dim) for dim in range(len(order))]), {})
 
     def _slice(self, value: Node, whole: Node, along: Along, part: int) -> Node:
