@@ -57,4 +57,5 @@ def zeros(operand: Operand) -> bool:
     name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
     if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
         return True
-    return name in ("aten::full", "aten::full_like", "aten::new_full") and node.args[-1] == 0 and len(node.args) > 1
+    filled = name in ("aten::full", "aten::full_like", "aten::new_full")
+    return filled and len(node.args) > 1 and isinstance(node.args[-1], int | float) and not node.args[-1]

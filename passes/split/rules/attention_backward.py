@@ -70,14 +70,14 @@ def _backward_sequence(call: Call, kernel: Kernel, along: Along, rows: tuple[str
     query = call.operand("query")
     if along.dim != SEQUENCE or query is None:
         return Refused("attention cut along its features")
-    state = along if query.state == WHOLE else query.state
+    state = query.along or along
     if any(operand is None or operand.state not in (state, WHOLE) for operand in map(call.operand, rows)):
         return Refused(MIXED)
     if kernel.logarithms == "padded" and query.shape[SEQUENCE] % PADDING:
         return Refused(f"logarithms of {query.shape[SEQUENCE]} rows, which are no multiple of {PADDING}")
     needs: dict[str, State] = dict.fromkeys(rows, state)
     if not call.arguments["is_causal"]:
-        needs |= {"key": WHOLE, "value": WHOLE} | mask_rows(call, kernel, state)
+        needs |= {"key": WHOLE, "value": WHOLE, **mask_rows(call, kernel, state)}
         result = _gradients(call, state, Partial(), Partial())
         reason = "every query attends to all keys"
         return Divided(result, call.states(**needs), emit=_backward_block(kernel), reason=reason)
