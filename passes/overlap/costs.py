@@ -11,10 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from ...compiler.graph import DTYPE_BYTES, Collective, Graph, Op, Tensor
 from ...hw_models.collectives import CollectiveMode, collective_modes
-from ...hw_models.matmul import Kernel, attention, matmul, streaming
+from ...hw_models.matmul import Kernel, attention, matmul, streaming, visible_pairs
 from ...hw_models.model import Engine, EngineKind, HardwareModel
 from .problem import Mode
 from .regions import called, is_attention, is_product
@@ -109,6 +110,11 @@ class Costs:
 
     def moved_bytes(self, region: Sequence[int]) -> int:
         """Bytes that one kernel for ``region`` moves: what it reads of others, and what others read of it."""
+        outside = sum(self.graph.ops[index].outside_bytes for index in region)
+        return outside + sum(nbytes for moved in self.traffic(region) for nbytes in moved.values())
+
+    def traffic(self, region: Sequence[int]) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes that one kernel for ``region`` reads of buffers of others, and writes for others, by buffer."""
         inside = set(region)
         made = {buffer for index in region for buffer in self.graph.writes[index]}
         read: dict[str, int] = {}
@@ -130,9 +136,10 @@ class Costs:
                 tensor = self.graph.tensor[name]
                 if called(op) not in _UNWRITTEN and not self._users.get(tensor.buffer, set()) <= inside:
                     written[tensor.buffer] = written.get(tensor.buffer, 0) + _spanned_bytes(tensor)
-        buffers = self.graph.buffers
-        outside = sum(self.graph.ops[index].outside_bytes for index in region)
-        return outside + sum(min(n, buffers[b].nbytes) for b, n in (*read.items(), *written.items()))
+        sizes = self.graph.buffers
+        for moved in (read, written):
+            moved.update({buffer: min(nbytes, sizes[buffer].nbytes) for buffer, nbytes in moved.items()})
+        return read, written
 
     def _made_inside(self, tensor: Tensor, inside: set[int], made: set[str]) -> bool:
         """Whether the bytes of ``tensor`` come from the region: one that is updated in place was there before."""
@@ -172,7 +179,31 @@ class Costs:
             return kernel
         return replace(kernel, seconds=kernel.seconds / tiling.grouped_efficiency)
 
+    def flops(self, region: Sequence[int]) -> int:
+        """Flops of one kernel for ``region``; of attention those of the pairs that are visible, which it computes."""
+        ops = [self.graph.ops[index] for index in region]
+        if len(ops) != 1 or not is_attention(ops[0]) or not ops[0].flops:
+            return sum(op.flops for op in ops)
+        shape = self._attention_shape(ops[0])
+        seen = visible_pairs(shape.queries, shape.keys, shape.before)
+        return ops[0].flops * seen // (shape.queries * shape.keys) if shape.causal else ops[0].flops
+
     def _attention(self, op: Op) -> Kernel:
+        shape = self._attention_shape(op)
+        return attention(
+            shape.heads,
+            shape.queries,
+            shape.keys,
+            shape.size,
+            shape.dtype,
+            self.machine,
+            key_heads=shape.key_heads,
+            causal=shape.causal,
+            before=shape.before,
+            backward="backward" in called(op),
+        )
+
+    def _attention_shape(self, op: Op) -> _Attention:
         arguments = _arguments(op.body)
         tensors = [self.graph.tensor[op.inputs[int(m[1])]] for a in arguments if (m := _INPUT.match(a))]
         query, key = tensors[1:3] if "backward" in called(op) else tensors[:2]
@@ -181,18 +212,27 @@ class Costs:
         heads_at, tokens_at = (-2, -3) if called(op) in _ALIGNED_LAST else (-3, -2)
         queries, keys = query.shape[tokens_at], key.shape[tokens_at]
         sequences = math.prod(query.shape[:-3])
-        return attention(
+        return _Attention(
             sequences * query.shape[heads_at],
+            sequences * key.shape[heads_at],
             queries,
             keys,
             query.shape[-1],
             query.dtype,
-            self.machine,
-            key_heads=sequences * key.shape[heads_at],
-            causal=causal,
-            before=max(0, keys - queries) if called(op) in _ALIGNED_LAST else 0,
-            backward="backward" in called(op),
+            causal,
+            max(0, keys - queries) if called(op) in _ALIGNED_LAST else 0,
         )
+
+
+class _Attention(NamedTuple):
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    size: int
+    dtype: str
+    causal: bool
+    before: int
 
 
 def _needs(parts: dict[str, float]) -> dict[str, float]:
