@@ -186,7 +186,7 @@ class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             if rate.programs and rate.compute_share is None and rate.programs > (multiprocessors or 0):
                 raise MachineError(
                     f"{where} has programs {rate.programs}, allowed are up to its tiling's multiprocessors, "
-                    f"{multiprocessors}",
+                    f"{multiprocessors or 'none'}",
                     hint="state the machine's tiling, or the compute_share of the rate",
                 )
             if rate in seen:

@@ -128,7 +128,7 @@ def _other(name: Any, path: str, source: str, takers: tuple[str, ...]) -> dict[s
     if name is None:
         return None
     if not isinstance(name, str):
-        raise MachineError(f"machine file {source!r}: field {path} is {_shown(name)}, allowed are machines' names")
+        raise MachineError(f"machine file {source!r}: field {path} is {_shown(name)}, allowed are names of machines")
     other: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(_load(name, takers)))
     return other
 

@@ -49,7 +49,7 @@ FUSED_RMS_NORM = {
     128: (18.304, 22.56, 33.248, 55.552, 100.864, 163.36, 300.16, 567.68, 1078.336, 2064.128),
 }
 
-#: The same, latency figures: milliseconds of a prefill of Llama-3.3-70B (80 layers, two all-reduces each) with and without
-#: its communication, by thousands of tokens, on 8 and on 4 devices.
+#: The same, prefills of Llama-3.3-70B (80 layers, two all-reduces each): milliseconds with and without communication,
+#: by thousands of tokens, on 8 and on 4 devices.
 PREFILL_8 = {4: (179.5, 144.9), 8: (356.0, 289.5), 16: (744.1, 610.2), 32: (1639.9, 1371.4), 64: (3917.7, 3338.3)}
 PREFILL_4 = {4: (295.2, 257.2), 8: (609.6, 531.5), 16: (1288.0, 1130.0), 32: (2881.0, 2546.0), 64: (7064.0, 6333.0)}

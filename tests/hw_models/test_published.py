@@ -47,10 +47,10 @@ def test_two_figures_a_kernel_fit_ten_sizes_as_the_page_says(kernel: tuple[str, 
 
 @pytest.mark.parametrize("kind", published.NCCL)
 def test_nccl_is_a_table_and_another_run_agrees(kind: str) -> None:
-    """Interpolated: at its own points within 2.3 %, where its ring is taken for faster; another session's within 3 %."""
+    """Interpolated: at its own points within 2.3 %, where its ring is taken for faster; as far from another session."""
     times = [seconds(kind, nbytes, "nccl", 24) * 1e6 for nbytes in published.BYTES]
     assert largest_error(times, published.NCCL[kind]) <= 0.0235
-    assert largest_error(times, published.NCCL_AGAIN[kind]) <= 0.03
+    assert largest_error(times, published.NCCL_AGAIN[kind]) <= 0.0235
 
 
 def test_more_programs_stop_helping_where_the_link_is_full() -> None:
