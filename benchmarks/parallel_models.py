@@ -219,6 +219,6 @@ class ExpertParallelMoE(nn.Module):
 
 def _slots(choice: torch.Tensor, experts: int, capacity: int) -> torch.Tensor:
     """Where each choice's token lies among all experts' slots of its sequence; ``experts * capacity`` is nowhere."""
-    picked = functional.one_hot(choice, experts)
+    picked = (choice.unsqueeze(-1) == torch.arange(experts, device=choice.device)).long()
     place = (picked.cumsum(1) * picked).sum(-1) - 1
     return torch.where(place < capacity, choice * capacity + place, experts * capacity)
