@@ -257,7 +257,8 @@ def _end(arrays: Arrays, state: State, task: int) -> None:
 @compiled
 def _add_needs(arrays: Arrays, state: State) -> None:
     """What all running tasks of fixed modes need at full speed, and all others."""
-    state.fixed[:], state.free[:], state.demand[:] = 0.0, 1.0, 0.0
+    for r in range(arrays.needs.shape[1]):
+        state.fixed[r], state.free[r], state.demand[r] = 0.0, 1.0, 0.0
     for lane in range(len(state.running)):
         if state.running[lane] >= 0:
             mode = arrays.mode_begin[state.running[lane]] + state.modes[state.running[lane]]
@@ -284,7 +285,8 @@ def _set_rates(arrays: Arrays, state: State) -> None:
                     rate = min(rate, room / total)
             state.rate[lane] = rate
             if turn == 0:
-                state.free[:] -= arrays.needs[mode] * rate
+                for r in range(arrays.needs.shape[1]):
+                    state.free[r] -= arrays.needs[mode, r] * rate
 
 
 @compiled

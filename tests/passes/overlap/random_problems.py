@@ -66,7 +66,8 @@ def _with_absorbing(draw: st.DrawFn, tasks: list[Task]) -> list[Task]:
         and task.collective is None
         and all(other <= first for other in task.before)
     ]
-    if pairs and draw(st.booleans()):
+    wanted: bool = draw(st.booleans())
+    if pairs and wanted:
         first, then = draw(st.sampled_from(pairs))
         mode = Mode("fused", float(draw(st.integers(1, 4))), {"sm": 0.5}, fixed=True, absorbs=(then,))
         tasks[first] = Task(**{**vars(tasks[first]), "modes": (*tasks[first].modes, mode)})

@@ -74,21 +74,23 @@ class _Replay:
             moment = max(moment, self.finish[other] + (Fraction(self.problem.event_s) if away else 0))
         return moment
 
+    def total(self, resource: str, tasks: Sequence[int]) -> Fraction:
+        return sum((Fraction(self.mode[i].needs.get(resource, 0)) for i in tasks), Fraction(0))
+
     def rates(self, running: Sequence[int]) -> dict[int, Fraction]:
         names = {name for index in running for name in self.mode[index].needs}
-        fixed = {r: sum(Fraction(self.mode[i].needs.get(r, 0)) for i in running if self.mode[i].fixed) for r in names}
+        fixed = {r: self.total(r, [i for i in running if self.mode[i].fixed]) for r in names}
         rates: dict[int, Fraction] = {}
         for index in running:
             if self.mode[index].fixed:
                 worst = max([Fraction(1), *(fixed[r] for r in self.mode[index].needs)])
                 rates[index] = 1 / worst
-        left = {r: 1 - sum(Fraction(self.mode[i].needs.get(r, 0)) * rate for i, rate in rates.items()) for r in names}
+        left = {r: 1 - sum((self.total(r, [i]) * v for i, v in rates.items()), Fraction(0)) for r in names}
         for index in running:
             if not self.mode[index].fixed:
                 shares = [Fraction(1)]
                 for r in self.mode[index].needs:
-                    wanted = sum(Fraction(self.mode[i].needs.get(r, 0)) for i in running if not self.mode[i].fixed)
-                    shares.append(left[r] / wanted)
+                    shares.append(left[r] / self.total(r, [i for i in running if not self.mode[i].fixed]))
                 rates[index] = min(shares)
         return rates
 
