@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ...errors import ModelError, SplitRefused
 
-__all__ = ["Making", "Maker", "fake_mode_of", "fresh_value", "prune"]
+__all__ = ["Making", "Maker", "alike", "fake_mode_of", "fresh_value", "prune"]
 
 #: What a node of the given module says of its own tensors alone.
 _OWN = frozenset({"val", "tensor_meta", "example_value", "eager_input_vals", "opweave_part", "opweave_origin"})
@@ -55,6 +55,19 @@ def _attribute(node: Node) -> Any:
     for name in str(node.target).split("."):
         value = getattr(value, name)
     return value
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether an operator returns the same kind of value for either: one object, or tensors of one shape and layout."""
+    if one is other:
+        return True
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    return _form(one) == _form(other)
+
+
+def _form(value: torch.Tensor) -> tuple[Any, ...]:
+    return (*value.shape, *value.stride(), value.storage_offset(), value.dtype, value.device)
 
 
 @dataclass(frozen=True)

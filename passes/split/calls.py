@@ -13,7 +13,7 @@ from .rule import Call, Operand, Rule
 from .rules.elementwise import POINTWISE
 from .state import WHOLE, Along, Division, Result, State
 
-__all__ = ["call_of", "check_claim", "refusal_of", "rule_of"]
+__all__ = ["call_of", "check_claim", "offered", "refusal_of", "rule_of"]
 
 
 def call_of(node: Node, states: Mapping[Node, Result], division: Division) -> Call:
@@ -59,13 +59,45 @@ def rule_of(node: Node, rules: Mapping[str, Rule]) -> Rule | None:
 
 def refusal_of(node: Node, rule: Rule | None) -> str:
     """Why the call must run once whatever rules say; empty where it need not."""
-    if any(isinstance(value.meta.get("val"), list | tuple) for value in node.all_input_nodes):
+    values = [node.meta.get("val"), *(value.meta.get("val") for value in node.all_input_nodes)]
+    if any(isinstance(value, list | tuple) for value in values[1:]):
         return "it reads several values at once"
+    if any(_symbolic(value) for value in values):
+        return "a size depends on values"
     target = node.target
     seeded = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
     if seeded and not (rule and rule.seeded):
         return "it draws random numbers"
     return ""
+
+
+def _symbolic(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_symbolic(item) for item in value)
+    sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+    return any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes)
+
+
+def offered(call: Call) -> Result:
+    """The state in which the result of an operator that ran once is offered: slices where the tokens seem to be.
+
+    Slicing is always right; it pays where an operator in the middle of a network cannot be divided, such as an
+    attention that no rule knows, and what follows can.
+    """
+    divided = [operand for operand in call.operands if isinstance(operand.state, Along)]
+    if not divided:
+        return WHOLE
+    largest = max(divided, key=lambda operand: operand.value.numel())
+    assert isinstance(largest.state, Along)
+    if isinstance(call.value, list | tuple):
+        return tuple(_sliceable(value, largest.state, call.division) for value in call.value)
+    return _sliceable(call.value, largest.state, call.division)
+
+
+def _sliceable(value: Any, along: Along, division: Division) -> State:
+    if not isinstance(value, torch.Tensor) or value.dim() <= along.dim or _symbolic(value):
+        return WHOLE
+    return along if value.shape[along.dim] == division.total(along) else WHOLE
 
 
 def check_claim(node: Node, value: Any, result: Result, made: Sequence[Any], division: Division) -> None:

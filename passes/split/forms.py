@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from ...errors import InternalError
 from .build import Maker, Making
-from .state import WHOLE, Along, Division, Partial, State
+from .state import WHOLE, Along, Division, Partial, Result, State
 
 __all__ = ["Forms", "Joined"]
 
@@ -44,11 +44,18 @@ class Forms:
 
     def put(self, value: Node, state: State, nodes: tuple[Node, ...]) -> None:
         """``nodes`` hold ``value`` in ``state``: one for each part, or a single one if it is Whole."""
-        self._forms.setdefault(value, {})[state] = nodes
+        forms = self._forms.setdefault(value, {})
+        forms[state] = nodes
+        if isinstance(state, Partial):
+            forms[Partial()] = nodes
 
     def put_items(self, value: Node, made: Sequence[Node | tuple[Node, ...]]) -> None:
         """``made`` hold the several tensors that ``value`` returns, one entry for each part."""
         self._items[value] = made
+
+    def has_items(self, value: Node) -> bool:
+        """Whether ``put_items`` was called."""
+        return value in self._items
 
     def items(self, value: Node) -> Sequence[Node | tuple[Node, ...]]:
         """What ``put_items`` was given."""
@@ -61,6 +68,13 @@ class Forms:
     def held(self, value: Node, state: State) -> tuple[Node, ...]:
         """The nodes that hold ``value`` in ``state``, which must have been made."""
         return self._forms[value][state]
+
+    def parts(self, value: Node, state: Result) -> tuple[Node, ...]:
+        """The nodes that return the parts of ``value``, of the whole of what it returns; none if it is not divided."""
+        if isinstance(state, tuple):
+            made = [item for item in self._items.get(value, ()) if isinstance(item, Node)]
+            return tuple(made) if len(made) == self.division.count > 1 else ()
+        return self._forms[value].get(state, ()) if state != WHOLE else ()
 
     def get(self, value: Node, state: State, wanted: State, reader: Node, reason: str) -> tuple[Node, ...]:
         """``value``, which is in ``state``, as ``wanted``: made now, if it was not before.

@@ -177,7 +177,8 @@ class Divided:
     states of ``result`` are for the parts made later alone.
 
     With a ``result`` of Whole only, the operator runs once, on the operands of part 0: right where what it returns
-    does not depend on the divided operands' values or extents.
+    does not depend on the divided operands' values or extents. Such a result is offered to what follows in state
+    ``again``: an Along slices it.
     """
 
     result: Result
@@ -185,6 +186,7 @@ class Divided:
     emit: Emit | None = None
     given: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     reason: str = ""
+    again: Result = WHOLE
     last_first: bool = False
 
 
@@ -192,11 +194,12 @@ class Divided:
 class Refused:
     """The operator runs once, on joined operands, for ``reason`` (a clause: "softmax over the tokens").
 
-    ``again`` is the state in which its result is offered to what follows: an Along slices it again.
+    ``again`` is the state in which its result is offered to what follows: an Along slices it again. None leaves it to
+    the split, which slices what has the tokens' dimension still.
     """
 
     reason: str
-    again: Result = WHOLE
+    again: Result | None = None
 
 
 Outcome = Divided | Refused

@@ -15,10 +15,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ...errors import ModelError, OptionError, SplitRefused
-from .build import Maker, Making, fake_mode_of, fresh_value, prune
-from .calls import call_of, check_claim, refusal_of, rule_of
+from .build import Maker, Making, alike, fake_mode_of, fresh_value, prune
+from .calls import call_of, check_claim, offered, refusal_of, rule_of
+from .dispatch import in_order, plain
 from .forms import Forms, Joined
 from .mutation import mutates
+from .orders import Counts, Ordered
 from .rule import Call, Divided, Part, Refused, Rule
 from .rules import default_rules
 from .state import WHOLE, Along, Division, Partial, Result, State
@@ -130,12 +132,11 @@ class _Splitting:
         result = GraphModule(self.module, self.graph)
         result.meta.update(self.module.meta)
         alive = set(self.graph.nodes)
-        parts = {
-            node.name: tuple(held.name for held in self.forms.held(node, state))
-            for node, state in self.states.items()
-            if isinstance(state, Along | Partial) and self.forms.has(node, state)
-            if all(held in alive for held in self.forms.held(node, state))
-        }
+        parts: dict[str, tuple[str, ...]] = {}
+        for node, state in self.states.items():
+            held = self.forms.parts(node, state)
+            if held and alive.issuperset(held):
+                parts[node.name] = tuple(part.name for part in held)
         return Split(result, self.division.sizes, tuple(self.forms.joined), MappingProxyType(parts))
 
     def _state(self, argument: Any) -> Result:
@@ -144,7 +145,9 @@ class _Splitting:
     def _input(self, node: Node) -> None:
         value = fresh_value(node, self.mode)
         made = self.graph.create_node(node.op, node.target, node.args, node.kwargs, node.name, node.type)
-        made.meta = {**node.meta, "opweave_origin": node.name, "val": value}
+        made.meta = {**node.meta, "opweave_origin": node.name}
+        if "val" in node.meta or isinstance(value, torch.Tensor):
+            made.meta["val"] = value
         self.forms.put(node, WHOLE, (made,))
         self.states[node] = self.axes.get(node.name, WHOLE)
 
@@ -160,7 +163,7 @@ class _Splitting:
         assert isinstance(index, int)
         assert isinstance(states, tuple)
         state = states[index]
-        if self.forms.has(source, WHOLE):
+        if not self.forms.has_items(source):
             self._once(node, "", state)
             return
         made = []
@@ -186,7 +189,7 @@ class _Splitting:
         if isinstance(outcome, Refused):
             if self.strict and any(isinstance(operand.state, Along) for operand in call.operands):
                 raise SplitRefused(node.name, str(node.target), outcome.reason)
-            self._once(node, outcome.reason, outcome.again)
+            self._once(node, outcome.reason, offered(call) if outcome.again is None else outcome.again)
         else:
             self._divided(call, outcome)
 
@@ -197,6 +200,11 @@ class _Splitting:
         call = call_of(node, self.states, self.division)
         rule = rule_of(node, self.rules)
         refused = refusal_of(node, rule)
+        if not refused and any(isinstance(operand.state, Ordered | Counts) for operand in call.operands):
+            found = in_order(call, rule)
+            if found is not None:
+                return call, found
+            call = call_of(node, {value: plain(self.states[value]) for value in node.all_input_nodes}, self.division)
         if refused or rule is None:
             return call, Refused(refused or "no rule for this operator")
         if rule.partial or not any(isinstance(operand.state, Partial) for operand in call.operands):
@@ -216,8 +224,10 @@ class _Splitting:
         maker = Maker(self.graph, self.mode, Making(node, None, node.name))
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda value: self._whole(value, node, reason))
         read = [(value, self.forms.held(value, WHOLE)[0]) for value in node.all_input_nodes]
-        if all(value.meta.get("val") is own.meta.get("val") for value, own in read):
+        if all(alike(value.meta.get("val"), own.meta.get("val")) for value, own in read):
             made = maker.repeat(args, kwargs, node.meta.get("val"))
+        elif "as_strided" in str(node.target):
+            raise SplitRefused(node.name, str(node.target), "it reads memory whose layout the split changes")
         else:
             made = maker.make(node.target, args, kwargs)
             check_claim(node, node.meta.get("val"), WHOLE, [made], self.division)
@@ -229,7 +239,7 @@ class _Splitting:
         node = call.node
         needs = outcome.needs or tuple(operand.state for operand in call.operands)
         held = tuple(
-            self.forms.get(operand.node, _single(self.states[operand.node]), state, node, outcome.reason)
+            self._held(operand.node, state, node, outcome.reason)
             for operand, state in zip(call.operands, needs, strict=True)
         )
         single = all(state == WHOLE for state in _states(outcome.result))
@@ -242,20 +252,37 @@ class _Splitting:
             made.append(outcome.emit(part) if outcome.emit else part.again(**given))
         if outcome.last_first:
             made.reverse()
-        self.states[node] = outcome.result
+        self.states[node] = outcome.again if outcome.result == WHOLE else outcome.result
         if isinstance(outcome.result, tuple):
             self.forms.put_items(node, made)
         else:
             self.forms.put(node, outcome.result, tuple(value for value in made if isinstance(value, Node)))
         check_claim(node, call.value, outcome.result, made, self.division)
 
+    def _held(self, value: Node, wanted: State, reader: Node, reason: str) -> tuple[Node, ...]:
+        """The nodes of ``value`` as ``wanted``."""
+        state = _single(self.states[value])
+        if isinstance(state, Ordered) and wanted != state:
+            self._again(value, reader, reason)
+        return self.forms.get(value, state, wanted, reader, reason)
+
+    def _again(self, value: Node, reader: Node, reason: str) -> None:
+        """``value``, whose parts do not join to it, from whole operands: the same call that the given module makes."""
+        if self.forms.has(value, WHOLE):
+            return
+        args, kwargs = torch.fx.map_arg((value.args, value.kwargs), lambda own: self._whole(own, reader, reason))
+        maker = Maker(self.graph, self.mode, Making(value, None, value.name))
+        self.forms.put(value, WHOLE, (maker.make(value.target, args, kwargs),))
+
     def _whole(self, value: Node, reader: Node, reason: str) -> Node:
         state = self.states[value]
         if isinstance(state, tuple):
+            if any(isinstance(item, Ordered) for item in state):
+                self._again(value, reader, reason)
             if not self.forms.has(value, WHOLE):
                 raise SplitRefused(reader.name, str(reader.target), f"it reads all that {value.name!r} returns at once")
             return self.forms.held(value, WHOLE)[0]
-        return self.forms.get(value, state, WHOLE, reader, reason)[0]
+        return self._held(value, WHOLE, reader, reason)[0]
 
 
 def _states(result: Result) -> tuple[State, ...]:

@@ -16,6 +16,9 @@ from ..state import Along, Partial, State
 __all__ = ["REDUCED_SUMMANDS", "RULES"]
 
 
+_SPREAD = "it sends tokens that lie together to several ranks"
+
+
 def _same(call: Call) -> Outcome:
     """All-reduce, broadcast: every element on its own."""
     return Divided(call.operands[0].state)
@@ -53,8 +56,11 @@ def _all_gather(call: Call) -> Outcome:
 
 
 def _reduce_scatter(call: Call) -> Outcome:
+    """Where it parts the tokens of a block, each rank goes on with parts of its own tokens."""
     state = _scattered(call.operands[0].state, call.arguments["group_size"])
-    return Divided(state) if state is not None else Refused("it sends tokens that lie together to several ranks")
+    if state is None:
+        return Refused(_SPREAD, call.division.along(tuple(call.value.shape), 0))
+    return Divided(state)
 
 
 def _all_gather_each(call: Call) -> Outcome:
@@ -65,7 +71,7 @@ def _all_gather_each(call: Call) -> Outcome:
 def _reduce_scatter_each(call: Call) -> Outcome:
     states = tuple(_scattered(operand.state, call.arguments["group_size"]) for operand in call.operands)
     if any(state is None for state in states):
-        return Refused("it sends tokens that lie together to several ranks")
+        return Refused(_SPREAD)
     return Divided(tuple(state for state in states if state is not None))
 
 
@@ -81,7 +87,7 @@ def _all_to_all(call: Call) -> Outcome:
     if sent is None or received is None or {*sent} != {*received} or len({*sent}) != 1 or len(sent) != len(received):
         return Refused("it sends ranks unequal numbers of tokens")
     if along.blocks % len(sent):
-        return Refused("it sends tokens that lie together to several ranks")
+        return Refused(_SPREAD)
 
     def own(part: int) -> list[int]:
         return [call.division.extent(along, part) // len(sent)] * len(sent)

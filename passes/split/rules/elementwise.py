@@ -81,6 +81,6 @@ def _keeps_precision(call: Call) -> bool:
 
 
 POINTWISE = Rule(pointwise, partial=True)
-_NAMES = ("aten::_to_copy", "prims::convert_element_type", "aten::copy", "aten::alias", "aten::detach", "aten::fill",
-          "aten::masked_fill", "aten::lift_fresh_copy", "aten::where", "aten::_conj", "prims::device_put")  # fmt: skip
-RULES = dict.fromkeys(_NAMES, POINTWISE)
+_COPIES = ("aten::_to_copy", "prims::convert_element_type", "prims::device_put", "aten::lift_fresh_copy")
+_OTHERS = ("aten::alias", "aten::detach", "aten::copy.default", "aten::fill", "aten::masked_fill", "aten::where.self")
+RULES = dict.fromkeys((*_COPIES, *_OTHERS), POINTWISE)

@@ -42,14 +42,15 @@ def _slice(call: Call) -> Outcome:
     if start % block == end % block == 0:
         return _blocks(call, state, start // block, end // block)
     within = _within(call, state, start, end)
+    again = call.division.along(tuple(call.value.shape), dim) or WHOLE  # by extent alone: the same on every rank
     if within is None:
-        return Refused(_PARTED)
+        return Refused(_PARTED, again)
     owner, first = within
 
     def emit(part: Part) -> Node:
         return part.make(_ATEN.slice.Tensor, part.operand(0, owner), dim, first, first + end - start)
 
-    return Divided(WHOLE, emit=emit)
+    return Divided(WHOLE, emit=emit, again=again)
 
 
 def _blocks(call: Call, along: Along, first: int, end: int) -> Divided:
@@ -93,7 +94,8 @@ def _split(call: Call) -> Outcome:
     block = _block(call, state)
     extents = [value.shape[state.dim] for value in call.value]
     if any(extent % block or not extent for extent in extents):
-        return Refused(_PARTED)
+        found = [call.division.along(tuple(value.shape), state.dim) for value in call.value]
+        return Refused(_PARTED, tuple(along or WHOLE for along in found))
     numbers = [extent // block for extent in extents]
 
     def emit(part: Part) -> Node:

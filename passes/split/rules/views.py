@@ -43,11 +43,11 @@ def _product(extents: Sequence[int]) -> int:
 
 def _view(call: Call) -> Outcome:
     state = call.operands[0].state
+    if "dtype" in call.arguments:
+        return Refused("it views the elements as another type")
     if not isinstance(state, Along):
         return Divided(state)
     shape = tuple(call.value.shape)
-    if call.value.dtype != call.operands[0].value.dtype:
-        return Refused("it views the elements as another type")
     found = regrouped(call.division, call.operands[0].shape, state, shape)
     if found is None:
         return Refused("its shape takes tokens of one part apart")
