@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 
 from ..errors import MachineError
 from ._ways import Phase, Way, across_nodes, within_node
-from .fabric import CollectiveKind, Fabric, Scope
+from .fabric import CollectiveKind, Fabric, KernelKind, Scope
 from .model import HardwareModel
 
 __all__ = ["CollectiveMode", "collective_modes", "collective_seconds"]
-
-#: What a machine's interference table calls a collective.
-NETWORK = "network"
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def _modes(way: Way, machine: HardwareModel) -> list[CollectiveMode]:
 
 
 def _measured_pairs(machine: HardwareModel) -> list[tuple[float, float]]:
-    tables = [table for table in machine.interference if table.kernel == NETWORK]
+    tables = [table for table in machine.interference if table.kernel is KernelKind.NETWORK]
     return [pair for table in tables for pair in zip(table.given_up, table.reached, strict=True)] or [(0.0, 1.0)]
 
 

@@ -10,7 +10,17 @@ import msgspec
 
 from ..errors import MachineError
 
-__all__ = ["CollectiveKind", "CollectiveRate", "Fabric", "Interference", "Scope", "Traffic", "steps", "wire_bytes"]
+__all__ = [
+    "CollectiveKind",
+    "CollectiveRate",
+    "Fabric",
+    "Interference",
+    "KernelKind",
+    "Scope",
+    "Traffic",
+    "steps",
+    "wire_bytes",
+]
 
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
@@ -42,6 +52,13 @@ class Traffic(StrEnum):
 
     PEERS = "peers"
     SWITCH = "switch"
+
+
+class KernelKind(StrEnum):
+    """What was measured beside matrix products: collectives, or products of a matrix and a vector."""
+
+    NETWORK = "network"
+    MATRIX_VECTOR = "matrix_vector"
 
 
 def wire_bytes(kind: CollectiveKind, traffic: Traffic, ranks: int) -> float:
@@ -165,8 +182,12 @@ class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     devices_per_node: PositiveInt
     rates: tuple[CollectiveRate, ...]
 
-    def check(self, machine: str, links: Collection[str], multiprocessors: int | None) -> None:
+    def check(
+        self, machine: str, links: Collection[str], multiprocessors: int | None, *, shares_measured: bool
+    ) -> None:
         """Check that ``machine``, with these links and this many multiprocessors, can have this fabric.
+
+        With ``shares_measured``, a table of interference says what part of compute a rate takes that does not.
 
         Raises:
             MachineError: it cannot; the message names the field.
@@ -183,6 +204,11 @@ class Fabric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
                 raise MachineError(f"{where} {problem}")
             if rate.link not in links:
                 raise MachineError(f"{where} has link {rate.link!r}, allowed are its links: {', '.join(sorted(links))}")
+            if not (rate.programs or shares_measured) and rate.compute_share is None:
+                raise MachineError(
+                    f"{where} states neither programs nor compute_share",
+                    hint="copy engines have compute_share = 0; a table of interference of 'network' says it, too",
+                )
             if rate.programs and rate.compute_share is None and rate.programs > (multiprocessors or 0):
                 raise MachineError(
                     f"{where} has programs {rate.programs}, allowed are up to its tiling's multiprocessors, "
@@ -201,16 +227,22 @@ class Interference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``reached[i]`` of its own. Both increase; nothing is known between the pairs.
     """
 
-    kernel: str
+    kernel: KernelKind
     given_up: tuple[PositiveFloat, ...]
     reached: tuple[PositiveFloat, ...]
 
-    def problem(self) -> str:
-        """What no machine may state, in words; empty where all is well."""
+    def check(self, machine: str, before: Collection[Interference]) -> None:
+        """Check that ``machine`` can state this table behind those ``before``.
+
+        Raises:
+            MachineError: it cannot; the message names the field.
+        """
+        problem = "is stated twice" if self.kernel in [table.kernel for table in before] else ""
         if not self.given_up or len(self.given_up) != len(self.reached):
-            return f"has {len(self.given_up)} of given_up and {len(self.reached)} of reached"
+            problem = f"has {len(self.given_up)} of given_up and {len(self.reached)} of reached"
         for name in ("given_up", "reached"):
-            values = getattr(self, name)
-            if list(values) != sorted(set(values)) or values[-1] > 1:
-                return f"has {name} {list(values)}, allowed are increasing numbers up to 1"
-        return ""
+            values = list(getattr(self, name))
+            if values != sorted(set(values)) or max(values, default=0) > 1:
+                problem = problem or f"has {name} {values}, allowed are increasing numbers up to 1"
+        if problem:
+            raise MachineError(f"machine {machine!r}: the interference of {self.kernel.value!r} {problem}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from ..errors import MachineError
-from .fabric import Fabric, Interference
+from .fabric import Fabric, Interference, KernelKind
 
 __all__ = [
     "Concurrency",
@@ -229,12 +229,12 @@ class HardwareModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
     def _check_fabric(self) -> None:
         if self.fabric is not None:
-            self.fabric.check(
-                self.name, [link.name for link in self.links], self.tiling.multiprocessors if self.tiling else None
-            )
-        for table in self.interference:
-            if problem := table.problem():
-                raise MachineError(f"machine {self.name!r}: the interference of {table.kernel!r} {problem}")
+            multiprocessors = self.tiling.multiprocessors if self.tiling else None
+            measured = any(table.kernel is KernelKind.NETWORK for table in self.interference)
+            links = [link.name for link in self.links]
+            self.fabric.check(self.name, links, multiprocessors, shares_measured=measured)
+        for index, table in enumerate(self.interference):
+            table.check(self.name, self.interference[:index])
 
     @property
     def memory(self) -> Mapping[str, Memory]:

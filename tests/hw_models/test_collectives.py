@@ -33,6 +33,7 @@ def rate(kind: str, *, across: bool = False, **fields: object) -> CollectiveRate
         "link": "infiniband" if across else "nvlink",
         "ranks": 2 if across else 4,
         "alpha_s": 1e-5,
+        "compute_share": None if "programs" in fields else 0.0,
         "bandwidth_bytes_per_s": 1e11,
         "scope": "across_nodes" if across else "within_node",
     }

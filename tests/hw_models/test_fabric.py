@@ -142,6 +142,12 @@ def test_a_circle_of_files_is_refused(tmp_path: Path) -> None:
             "reached = [0.2, 1.1]",
             r"has reached \[0.2, 1.1\], allowed are increasing numbers up",
         ),
+        (
+            'kernel = "network"',
+            'kernel = "nccl"',
+            r"interference\[0\]\.kernel is 'nccl', allowed are 'network', 'matri",
+        ),
+        ('kernel = "network"', 'kernel = "matrix_vector"', r"rates\[1\] .* states neither programs nor compute_share"),
         ("given_up = [0.1, 0.5]", "given_up = [0, 0.5]", r"interference\[0\]\.given_up\[0\] is 0, allowed are finite"),
     ],
 )
@@ -158,6 +164,15 @@ def test_a_rate_stated_twice_is_refused(tmp_path: Path) -> None:
     end = GOOD.index("[[fabric.rates]]", begin + 1)
     with pytest.raises(MachineError, match=r"fabric\.rates\[1\] \(all_reduce, 'mine'\) is stated twice"):
         read(tmp_path, GOOD[:end] + GOOD[begin:])
+
+
+def test_interference_stated_twice_is_refused(tmp_path: Path) -> None:
+    """By the file, or by it and the device that it takes another from."""
+    begin = GOOD.index("[[interference]]")
+    with pytest.raises(MachineError, match="the interference of 'network' is stated twice"):
+        read(tmp_path, GOOD + GOOD[begin:])
+    with pytest.raises(MachineError, match="the interference of 'network' is stated twice"):
+        read(tmp_path, GOOD.replace("h100-sxm", "8xa100-nvlink"))
 
 
 def test_programs_need_multiprocessors(tmp_path: Path) -> None:
