@@ -72,7 +72,7 @@ class Call:
         place = self.at(name, index)
         return None if place is None else self.operands[place]
 
-    def states(self, **given: State) -> tuple[State, ...]:
+    def states(self, /, **given: State) -> tuple[State, ...]:
         """States of all operands as they are, but for those given by the argument's name."""
         return tuple(given.get(operand.name, operand.state) for operand in self.operands)
 
@@ -117,7 +117,7 @@ class Part:
         """A new call of the operator ``target`` (an ATen overload) that belongs to this part."""
         return self.builder.make(target, args, kwargs)
 
-    def again(self, **given: Any) -> Node:
+    def again(self, /, **given: Any) -> Node:
         """The call itself with this part's operands, but for arguments given by name."""
         args, kwargs = self.arguments(given)
         return self.builder.make(self.call.node.target, args, kwargs)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..orders import Counts, Shuffled, Slots, bound_of, identity
 from ..rule import Call, Divided, Operand, Outcome, Part, Refused, Rule
 from ..state import WHOLE, Along, Partial
 from ._operands import CHOSEN, alike, needs, once, sliced, zeros
@@ -41,9 +42,19 @@ def _ordered(call: Call) -> Outcome:
     along = call.operands[0].along
     if along is None or len(call.operands) != 1:
         return Refused(_OTHERWISE)
-    if _dim(call, call.operands[0]) == along.dim:
+    if _dim(call, call.operands[0]) != along.dim:
+        return Divided(_outputs(call, along))
+    if call.operator == "aten::sort" and len(call.operands[0].shape) == 1 and along.blocks == 1:
+        return _sorted(call, along)
+    return Refused("an order among all tokens")
+
+
+def _sorted(call: Call, along: Along) -> Outcome:
+    """Each part in an order of its own, which ``dispatch`` follows."""
+    if call.arguments["descending"] or call.operands[0].value.is_floating_point():
         return Refused("an order among all tokens")
-    return Divided(_outputs(call, along))
+    key = (along.dim, along.scale, along.blocks, call.node.name, identity(call.operands[0].node).name)
+    return Divided((Shuffled(*key), Slots(*key)))
 
 
 def _cumsum(call: Call) -> Outcome:
@@ -71,7 +82,10 @@ def _histc(call: Call) -> Outcome:
     """Counts add up; the edges must not depend on the numbers."""
     if call.operands[0].along is None or not call.arguments["min"] < call.arguments["max"]:
         return Refused("a histogram between the least and the greatest of all tokens")
-    return Divided(Partial())
+    ids, bins = identity(call.operands[0].node), call.arguments["bins"]
+    bound = bound_of(ids)
+    counts = bound is not None and bound <= bins and call.arguments["min"] == 0 and call.arguments["max"] == bins
+    return Divided(Counts(ids.name, bins) if counts else Partial())
 
 
 def _searchsorted(call: Call) -> Outcome:
