@@ -82,7 +82,7 @@ class ExactOverlap:
 
 
 def orders_of(
-    problem: Problem, starts: Sequence[int], ends: Sequence[int], modes: Sequence[int]
+    problem: Problem, starts: Sequence[float], ends: Sequence[float], modes: Sequence[int]
 ) -> Iterator[tuple[int, ...]]:
     """Orders of issue that planned times stand for: by start; and each collective as soon as it is ready.
 
@@ -92,7 +92,7 @@ def orders_of(
     tasks = problem.tasks
     behind = {j: i for i, mode in enumerate(modes) for j in tasks[i].modes[mode].absorbs}
 
-    def order(keys: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    def order(keys: Sequence[tuple[float, int]]) -> tuple[int, ...]:
         late = list(keys)
         for i, task in enumerate(tasks):
             late[i] = max([late[i], *(late[j] for j in (*task.before, *([behind[i]] if i in behind else ())))])
@@ -100,11 +100,11 @@ def orders_of(
 
     yield order([(start, 1) for start in starts])
     ready = [(start, 1) for start in starts]
-    latest: dict[str, tuple[int, int]] = {}
+    latest: dict[str, tuple[float, int]] = {}
     for i in sorted(range(len(tasks)), key=lambda i: (starts[i], i)):
         if tasks[i].collective is not None:
             others = [j for k in (i, *tasks[i].modes[modes[i]].absorbs) for j in tasks[k].before if j != i]
-            key = max((ends[j] for j in others if behind.get(j) != i), default=0), 0
+            key = max((ends[j] for j in others if behind.get(j) != i), default=0.0), 0
             ready[i] = latest[tasks[i].lane] = max(key, latest.get(tasks[i].lane, key))
     yield order(ready)
 
