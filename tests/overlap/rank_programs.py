@@ -26,7 +26,7 @@ __all__ = ["MODELS", "SIZES", "Graphs", "everything", "graphs_of", "hidden", "in
 BATCH, LENGTH = 4, 8
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "tensor parallel": lambda: DenseTensorParallel(TINY, dtype=torch.float64),
-    "sequence parallel": lambda: DenseTensorParallel(TINY, sequence_parallel=True, dtype=torch.float64),
+    "sequence parallel": lambda: DenseTensorParallel(TINY.with_layers(1), sequence_parallel=True, dtype=torch.float64),
     "experts": lambda: ExpertParallelMoE(replace(TINY_MOE, layers=1), dtype=torch.float64),
 }
 #: Unequal parts, in sequences; two and three of them.
