@@ -19,9 +19,10 @@ from .list_schedule import NO_LIMIT, Answer, as_schedule, best_order, merit, reo
 from .problem import Problem, Schedule
 from .simulate import Indices, Simulator, given_modes
 
-__all__ = ["alike", "better_modes", "climbed", "improved"]
+__all__ = ["alike", "better_modes", "climbed", "improved", "uniform"]
 
 NAME = "overlap/improve"
+ROUNDS = 3  # over all kinds, at most
 CHUNK = 200_000  # tasks timed between two looks at the budget
 
 
@@ -75,21 +76,28 @@ def _seconds(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def better_modes(simulator: Simulator, budget: Budget) -> Answer:
-    """The best order, with one mode for each kind of collectives: in one mode throughout, then kind by kind."""
+def uniform(simulator: Simulator, budget: Budget) -> Answer:
+    """The best order with one mode, by name, for all collectives that have it; the others keep the given mode."""
     problem = simulator.problem
     limit = problem.memory_limit_bytes
     best = best_order(simulator, given_modes(problem))
     kinds = alike(problem)
-    names = dict.fromkeys(m.name for kind in kinds for m in problem.tasks[kind[0]].modes)
-    for name in names:
+    for name in dict.fromkeys(m.name for kind in kinds for m in problem.tasks[kind[0]].modes):
         if budget.halted():
-            return best
+            break
         modes = _named(problem, kinds, name)
-        best = min(best, best_order(simulator, modes), key=lambda answer: merit(answer, limit))
-    for _ in range(3):
+        best = min(best, *reordered(simulator, best, modes), key=lambda answer: merit(answer, limit))
+    return min(best, best_order(simulator, best[3]), key=lambda answer: merit(answer, limit))
+
+
+def better_modes(simulator: Simulator, budget: Budget, start: Answer | None = None) -> Answer:
+    """The best order, with one mode for each kind of collectives: from ``start``, kind by kind."""
+    problem = simulator.problem
+    limit = problem.memory_limit_bytes
+    best = uniform(simulator, budget) if start is None else start
+    for _ in range(ROUNDS):
         before = best
-        for kind in kinds:
+        for kind in alike(problem):
             for mode in range(len(problem.tasks[kind[0]].modes)):
                 if budget.halted():
                     return best
