@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from ...errors import InternalError
 from .build import Maker, Making
+from .rules.creation import repeats
 from .state import WHOLE, Along, Division, Partial, Result, State
 
 __all__ = ["Forms", "Joined"]
@@ -138,6 +139,10 @@ class Forms:
     def _slice(self, value: Node, whole: Node, along: Along, part: int) -> Node:
         maker = Maker(self.graph, self.mode, Making(value, part, f"{value.name}_slice{part}"))
         start, end = self.division.bounds(along, part)
+        if whole.op == "call_function" and repeats(whole, along.dim):
+            shape = self.division.shape(whole.meta["val"].shape, along, part)
+            size = 1 if whole.target is _ATEN.expand.default else 0
+            return maker.make(whole.target, (*whole.args[:size], list(shape), *whole.args[size + 1 :]), whole.kwargs)
         if along.blocks == 1:
             return maker.make(_ATEN.slice.Tensor, (whole, along.dim, start, end), {})
         shape = tuple(whole.meta["val"].shape)

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
 from ..rule import Call, Divided, Outcome, Rule
 from ..state import WHOLE, Along
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "repeats"]
+
+_ATEN = torch.ops.aten
+
+
+def repeats(node: Node, dim: int) -> bool:
+    """Whether what ``node`` returns is the same all along ``dim`` by construction, so that a slice is a shorter one."""
+    if node.target in (_ATEN.full.default, _ATEN.zeros.default, _ATEN.ones.default):
+        return True
+    if node.target is not _ATEN.expand.default or not isinstance(node.args[0], Node):
+        return False
+    shape: Sequence[int] = node.args[0].meta["val"].shape
+    own = dim - (len(node.meta["val"].shape) - len(shape))
+    return own < 0 or shape[own] == 1 != node.meta["val"].shape[dim]
 
 
 def _like(call: Call) -> Outcome:

@@ -240,6 +240,7 @@ def created(program: Program, pool: Sequence[Tensor]) -> Sequence[Tensor]:
         lambda: torch.full_like(value, 0.5),
         lambda: value.new_ones(2, WIDTH),
         lambda: torch.full((TOKENS, WIDTH), 0.25, dtype=torch.float64),
+        lambda: value.new_zeros(1, WIDTH).expand(TOKENS, WIDTH) + 0.5,
         lambda: torch.arange(TOKENS),
         lambda: torch.arange(TOKENS, dtype=torch.float64).unsqueeze(1) / TOKENS,
     )

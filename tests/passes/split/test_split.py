@@ -130,6 +130,20 @@ def test_whole_values_are_sliced_where_they_meet_tokens() -> None:
     assert joins == []
 
 
+def test_constants_are_made_as_long_as_the_part() -> None:
+    """What is the same all along the tokens is not made whole and sliced."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return x * torch.full((9, 3), 0.5, dtype=torch.float64) + w.expand(9, 3) + w.view(1, 3).expand(9, 3)
+
+    inputs = _drawn(9, 3), _drawn(3, seed=1)
+    module = _graph(function, *inputs)
+    result = split(module, {"arg0_1": 0}, (4, 5), strict=True)
+    made = [node for node in result.module.graph.nodes if node.target in (_ATEN.full.default, _ATEN.expand.default)]
+    assert [tuple(node.meta["val"].shape) for node in made] == [(4, 3), (5, 3)] * 3
+    assert difference(module, result, inputs) == 0
+
+
 def test_reasons_name_operator_and_value() -> None:
     module = _graph(lambda x: torch.softmax(x.tanh(), 0) * x, _drawn(6, 2))
     entry = split(module, {"arg0_1": 0}, (2, 4)).joined[0]

@@ -141,6 +141,36 @@ def test_tokens_of_one_block_are_not_scattered() -> None:
     assert difference(module, result.module, inputs) < 1e-12
 
 
+def test_ranks_that_scatter_tokens_go_on_in_parts_of_their_own() -> None:
+    """Embeddings that every rank has are scattered once; from there on all collectives run once for each part."""
+
+    def scattered(x: Tensor, *weights: Tensor) -> Tensor:
+        own = _waited(_C10D.reduce_scatter_tensor(torch.tanh(x), "sum", RANKS, "0"))
+        return _sequence_parallel(own, *weights)
+
+    inputs = _per_rank([_drawn(99, 24, WIDTH)] * RANKS)
+    module = _graph(scattered, inputs[0])
+    result = split(module, {"arg0_1": 0}, (8, 16))
+    assert [entry.target for entry in result.joined] == ["_c10d_functional.reduce_scatter_tensor.default"]
+    assert _starts(result) == 1 + 2 * 4
+    assert difference(module, result.module, inputs) < 1e-12
+
+
+def test_a_ranks_own_tokens_are_cut_the_same_way_on_every_rank() -> None:
+    """A slice of tokens in one part, or across two: states follow from its length alone, so ranks call alike."""
+    targets = []
+    for rank in range(RANKS):
+
+        def sliced(x: Tensor, w: Tensor, rank: int = rank) -> Tensor:
+            return _waited(_C10D.all_reduce(x[6 * rank : 6 * rank + 6].tanh() @ w, "sum", "0"))
+
+        module = _graph(sliced, (_drawn(99, 24, WIDTH), _drawn(1, WIDTH, 2)))
+        result = split(module, {"arg0_1": 0}, (8, 16))
+        targets.append([str(node.target) for node in result.module.graph.nodes if "c10d" in str(node.target)])
+    assert len(targets[0]) == 4
+    assert all(each == targets[0] for each in targets)
+
+
 def test_summands_are_added_before_they_are_reduced_unless_asked() -> None:
     """A gradient over the tokens moves its bytes once; with REDUCED_SUMMANDS each part's are reduced on their own."""
 
