@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from ...errors import InternalError
+from .orders import Ordered
 from .rule import Call, Operand, Rule
 from .rules.elementwise import POINTWISE
 from .state import WHOLE, Along, Division, Result, State
@@ -84,7 +85,7 @@ def offered(call: Call) -> Result:
     Slicing is always right; it pays where an operator in the middle of a network cannot be divided, such as an
     attention that no rule knows, and what follows can.
     """
-    divided = [operand for operand in call.operands if isinstance(operand.state, Along)]
+    divided = [operand for operand in call.operands if operand.along and not isinstance(operand.along, Ordered)]
     if not divided:
         return WHOLE
     largest = max(divided, key=lambda operand: operand.value.numel())

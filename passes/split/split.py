@@ -270,6 +270,7 @@ class _Splitting:
         """``value``, whose parts do not join to it, from whole operands: the same call that the given module makes."""
         if self.forms.has(value, WHOLE):
             return
+        reason = reason or "rows in the order of their experts are returned"
         args, kwargs = torch.fx.map_arg((value.args, value.kwargs), lambda own: self._whole(own, reader, reason))
         maker = Maker(self.graph, self.mode, Making(value, None, value.name))
         self.forms.put(value, WHOLE, (maker.make(value.target, args, kwargs),))
