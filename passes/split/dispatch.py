@@ -41,8 +41,12 @@ _ROW_BY_ROW = _MOVES | {
     *("aten::mm", "aten::bmm", "aten::addmm", "aten::sum", "aten::mean", "aten::amax", "aten::amin"),
     *("aten::_softmax", "aten::_log_softmax", "aten::_softmax_backward_data", "aten::_fused_rms_norm"),
     *("aten::cat", "aten::split", "aten::split_with_sizes", "aten::slice", "aten::select", "aten::where"),
-    *("aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::new_zeros", "aten::new_empty", "prims::fma"),
+    *("aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::new_zeros", "aten::new_empty"),
 }
+
+#: Those that may add up all rows, and those that make rows of their own.
+_SUMS = frozenset({"aten::sum", "aten::mean", "aten::mm", "aten::bmm"})
+_NEW = frozenset({"aten::new_zeros", "aten::new_empty"})
 
 _LOST = "rows in the order of their experts"
 
@@ -102,7 +106,7 @@ def _row_by_row(call: Call, rule: Rule | None) -> Outcome:
         return Refused(_LOST)
     first = next(each.state for each in call.operands if isinstance(each.state, Ordered))
     result = _marked(outcome.result, numbers[0] if numbers else first)
-    if result is None:
+    if result is None or (isinstance(result, Partial | Whole) and call.operator not in _SUMS | _NEW):
         return Refused(_LOST)
     return replace(outcome, result=result, needs=call.states(), reason="")
 

@@ -116,7 +116,7 @@ def _index_add(call: Call) -> Outcome:
         given = alike(call, along, ("self", "source")) if along and along.dim != dim else None
         if along is not None and given is not None:
             return Divided(along, needs(call, given))
-        return Refused(_OTHERWISE)
+        return Refused(CHOSEN)
     wanted = index.along.at(dim)
     if target.state == WHOLE and source.state in (WHOLE, wanted) and sliced(call, source.shape, wanted):
         return once(0, (WHOLE, index.along, wanted), zeros(target))

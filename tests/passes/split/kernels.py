@@ -1,4 +1,4 @@
-"""Attention by its definition, in place of operators that only CUDA has; and graphs of single operators."""
+"""Definitions in place of operators that only CUDA has, or that are not in float64; and graphs of single operators."""
 
 from __future__ import annotations
 
@@ -111,13 +111,25 @@ def _cudnn_back(*given: Any) -> tuple[Tensor, ...]:
     return gradients(gradient, query, key, value, out, logsumexp[..., 0], bias, causal)
 
 
-def _as_it_is(x: Tensor, **_: object) -> Tensor:
-    return x
+def _cast(x: Tensor, dtype: torch.dtype | None = None, **_: object) -> Tensor:
+    """As casts do, but nothing becomes less precise than float64."""
+    return x if dtype is None else x.to(torch.float64 if dtype.is_floating_point else dtype)
+
+
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Runs of rows times a matrix each; or, of two matrices, a product for each run of what they share."""
+    starts = [0, *ends.tolist()[:-1]]
+    runs = [slice(*run) for run in zip(starts, ends.tolist(), strict=True)]
+    if weights.dim() == 2:
+        return torch.stack([rows[:, run] @ weights[run] for run in runs])
+    return torch.cat([rows[run] @ matrix for run, matrix in zip(runs, weights, strict=True)])
 
 
 #: Definitions of operators that a CPU lacks, all in the precision of the inputs.
 REPLACED: dict[Any, Callable[..., Any]] = {
-    aten._to_copy.default: _as_it_is,
+    aten._to_copy.default: _cast,
+    torch.ops.prims.convert_element_type.default: _cast,
+    aten._grouped_mm.default: _grouped,
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_back,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
