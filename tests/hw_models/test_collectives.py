@@ -108,6 +108,9 @@ def test_a_ring_over_nodes_waits_for_the_slowest_link() -> None:
     assert uneven.seconds == pytest.approx(1e-5 + 1e-6 + 2 / 3 * nbytes / 50e9)
     assert (pairs.link, set(pairs.link_shares)) == ("infiniband", {"nvlink", "infiniband"})
     assert uneven.link_shares["infiniband"] == pytest.approx(1.0, rel=0.01)
+    three = joined(24, 8, rate("all_gather", step_s=1e-6), rate("all_gather", across=True, step_s=5e-6))
+    six = collective_modes("all_gather", 0, (0, 1, 8, 9, 16, 17), three, algorithms=["a"])[0]
+    assert six.seconds == pytest.approx(1e-5 + 5e-6 + 3e-6)  # one step more across, three within
 
 
 def test_two_nodes_reduce_in_a_tree() -> None:
@@ -144,6 +147,8 @@ def test_pairs_use_both_links_at_a_time() -> None:
     fast = joined(16, 8, rate("all_to_all"), rate("all_to_all", across=True, bandwidth_bytes_per_s=1e13))
     local = only("all_to_all", 16 * 10**8, range(16), fast)
     assert local.seconds == pytest.approx(1e-5 + 7e8 / 75e9)
+    steps = joined(32, 8, rate("all_to_all"), rate("all_to_all", across=True, step_s=1e-6))
+    assert only("all_to_all", 0, range(32), steps).seconds == pytest.approx(1e-5 + 23e-6)  # to 24 others, not one
 
 
 def test_what_is_fused_is_asked_for() -> None:
