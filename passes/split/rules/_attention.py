@@ -39,8 +39,9 @@ MIXED = "attention in which queries and keys are not cut alike"
 class Kernel:
     """What differs between the operators: names of arguments, places of results, shape of the logarithms.
 
-    ``logarithms`` is "rows" [batch, heads, queries], "column" (the same with a last dimension of 1), or "padded" (rows
-    up to a multiple of 32, with infinities). ``partial`` are arguments for a block among others.
+    ``logarithms`` is "rows" [batch, heads, queries], "strided" (the same, which may have gaps in memory), "column" (the
+    same with a last dimension of 1), or "padded" (rows up to a multiple of 32, with infinities). ``partial`` are
+    arguments for a block among others.
     """
 
     outputs: int
@@ -52,7 +53,7 @@ class Kernel:
 
 
 KERNELS = {
-    "_scaled_dot_product_flash_attention_for_cpu": Kernel(2, "attn_mask"),
+    "_scaled_dot_product_flash_attention_for_cpu": Kernel(2, "attn_mask", "strided"),
     "_scaled_dot_product_flash_attention": Kernel(9, None, lengths=True),
     "_scaled_dot_product_efficient_attention": Kernel(
         4, "attn_bias", "padded", partial={"compute_log_sumexp": True}, grad_out="grad_out_"

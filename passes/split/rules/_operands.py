@@ -10,7 +10,7 @@ from torch.fx import Node
 from ..rule import Call, Divided, Operand, Part
 from ..state import WHOLE, Along, Partial, State
 
-__all__ = ["CHOSEN", "alike", "needs", "once", "sliced", "zeros"]
+__all__ = ["CHOSEN", "alike", "needs", "once", "packed", "sliced", "zeros"]
 
 aten = torch.ops.aten
 
@@ -59,3 +59,13 @@ def zeros(operand: Operand) -> bool:
         return True
     filled = name in ("aten::full", "aten::full_like", "aten::new_full")
     return filled and len(node.args) > 1 and isinstance(node.args[-1], int | float) and not node.args[-1]
+
+
+def packed(part: Part, name: str) -> Node:
+    """The part's node of an operand, without gaps in memory."""
+    place = part.call.at(name)
+    assert place is not None
+    node = part.operand(place)
+    if node.meta["val"].is_contiguous():
+        return node
+    return part.make(aten.clone.default, node, memory_format=torch.contiguous_format)

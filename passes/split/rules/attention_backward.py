@@ -26,6 +26,7 @@ from ._attention import (
     never,
     not_triangular,
 )
+from ._operands import packed
 
 __all__ = ["RULES"]
 
@@ -88,13 +89,14 @@ def _backward_sequence(call: Call, kernel: Kernel, along: Along, rows: tuple[str
     return Divided(result, call.states(**needs), emit=_backward_causal(kernel), last_first=True)
 
 
-def _padded_rows(part: Part, kernel: Kernel) -> dict[str, Any]:
-    """The logarithms as the operator wants them: padded with infinities, as its forward half does."""
-    if kernel.logarithms != "padded":
+def _logarithms(part: Part, kernel: Kernel) -> dict[str, Any]:
+    """The logarithms as the operator wants them: without gaps; padded with infinities, as its forward half does."""
+    if kernel.logarithms == "strided":
         return {}
-    node = _operand(part, "logsumexp")
-    missing = -node.meta["val"].shape[-1] % PADDING
-    return {"logsumexp": part.make(aten.constant_pad_nd.default, node, [0, missing], torch.inf)} if missing else {}
+    node = packed(part, "logsumexp")
+    missing = -node.meta["val"].shape[-1] % PADDING if kernel.logarithms == "padded" else 0
+    padded = part.make(aten.constant_pad_nd.default, node, [0, missing], torch.inf) if missing else node
+    return {"logsumexp": padded}
 
 
 def _operand(part: Part, name: str) -> Node:
@@ -114,7 +116,7 @@ def _lengths(kernel: Kernel, query: Node, key: Node) -> dict[str, int]:
 def _three(part: Part, kernel: Kernel, given: dict[str, Any]) -> tuple[Node, ...]:
     """Gradients of one block; those of the mask are none."""
     query, key = _operand(part, "query"), given.get("key", _operand(part, "key"))
-    call = part.again(**given, **_padded_rows(part, kernel), **_lengths(kernel, query, key))
+    call = part.again(**given, **_logarithms(part, kernel), **_lengths(kernel, query, key))
     return tuple(part.make(operator.getitem, call, index) for index in range(len(part.call.value)))
 
 

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from ..rule import Call, Divided, Outcome, Part, Refused, Rule
 from ..state import WHOLE, Along, Partial, Result, State
-from ._operands import alike, needs
+from ._operands import alike, needs, packed
+from .elementwise import POINTWISE
 
 __all__ = ["RULES"]
 
@@ -38,18 +39,23 @@ def _present(call: Call, states: Sequence[State]) -> Result:
 
 
 def _normalised(names: Sequence[str], states: Callable[[Along], Sequence[State]]) -> Callable[[Call], Outcome]:
-    """Normalisations over the last dimensions, ``normalized_shape``."""
+    """Gradients of normalisations over the last dimensions, ``normalized_shape``; statistics are the last names."""
 
     def divide(call: Call) -> Outcome:
         along = _along(call, names)
+        if along and along.dim >= len(call.operands[0].shape) - len(call.arguments["normalized_shape"]):
+            return Refused("a norm over the tokens")
         given = alike(call, along, names) if along else None
         if along is None or given is None:
             return Refused(_OTHERWISE)
-        if along.dim >= len(call.operands[0].shape) - len(call.arguments["normalized_shape"]):
-            return Refused("a norm over the tokens")
-        return Divided(_present(call, states(along)), needs(call, given))
+        return Divided(_present(call, states(along)), needs(call, given), emit=_packed(names[2:]))
 
     return divide
+
+
+def _packed(names: Sequence[str]) -> Callable[[Part], Node]:
+    """The call with some operands without gaps: kernels read statistics of rows as if there were none."""
+    return lambda part: part.again(**{name: packed(part, name) for name in names})
 
 
 def _leading(kept: int, names: Sequence[str], states: Callable[[Along], Sequence[State]]) -> Callable[[Call], Outcome]:
@@ -103,16 +109,20 @@ def _embedding_dense_backward(call: Call) -> Outcome:
     return Divided(Partial(), needs(call, given))
 
 
-def _batched(value: str, names: Sequence[str], states: Callable[[Along], Sequence[State]]) -> Callable[[Call], Outcome]:
-    """Like ``_leading`` along the batch, whose extent is also in the argument ``value``."""
+def _grouped(names: Sequence[str], states: Callable[[Along], Sequence[State]]) -> Callable[[Call], Outcome]:
+    """Group norms along the batch, whose extent is also in the argument ``N``; statistics are the last names."""
 
     def divide(call: Call) -> Outcome:
         outcome = _leading(1, names, states)(call)
         along = _along(call, names)
         if isinstance(outcome, Refused) or along is None:
             return outcome
-        extent = call.division.extent
-        return Divided(outcome.result, outcome.needs, given={value: lambda part: extent(along, part)})
+
+        def emit(part: Part) -> Node:
+            extent = part.division.extent(along, part.index)
+            return part.again(N=extent, **{name: packed(part, name) for name in names[2:]})
+
+        return Divided(outcome.result, outcome.needs, emit=emit)
 
     return divide
 
@@ -254,6 +264,11 @@ def _planes(spatial: int) -> Mapping[str, Rule]:
     }
 
 
+#: Pointwise gradients that torch does not tag so.
+_POINTWISE = (
+    *("elu_backward", "leaky_relu_backward", "hardtanh_backward", "softplus_backward", "hardswish_backward"),
+    *("hardsigmoid_backward", "log_sigmoid_backward", "softshrink_backward"),
+)
 _CONVOLVED = ("grad_output", "input")
 _GROUPED = ("grad_out", "input", "mean", "rstd")
 
@@ -264,8 +279,8 @@ RULES: dict[str, Rule] = {
     "aten::_fused_rms_norm_backward": Rule(
         _normalised(("grad_out", "input", "rstd"), lambda along: (along, Partial()))
     ),
-    "aten::native_group_norm": Rule(_batched("N", ("input",), lambda along: (along,) * 3)),
-    "aten::native_group_norm_backward": Rule(_batched("N", _GROUPED, lambda along: (along, Partial(), Partial()))),
+    "aten::native_group_norm": Rule(_grouped(("input",), lambda along: (along,) * 3)),
+    "aten::native_group_norm_backward": Rule(_grouped(_GROUPED, lambda along: (along, Partial(), Partial()))),
     "aten::_softmax_backward_data": Rule(_softmax_backward),
     "aten::_log_softmax_backward_data": Rule(_softmax_backward),
     "aten::embedding_dense_backward": Rule(_embedding_dense_backward),
@@ -279,6 +294,7 @@ RULES: dict[str, Rule] = {
     "aten::nll_loss_backward": Rule(_nll_loss_backward),
     "aten::mse_loss": Rule(_mse_loss),
     "aten::mse_loss_backward": Rule(_mse_loss_backward),
+    **{f"aten::{name}": POINTWISE for name in _POINTWISE},
     **_planes(2),
     **_planes(3),
 }
