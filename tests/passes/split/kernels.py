@@ -78,6 +78,7 @@ def _flash(
 def _flash_back(*given: Any, scale: Any = None) -> tuple[Tensor, ...]:
     gradient, query, key, value, out, logsumexp, _, _, max_q, max_k, _, causal, *_ = given
     assert (max_q, max_k) == (query.shape[2], key.shape[2])
+    assert logsumexp.is_contiguous()
     return gradients(gradient, query, key, value, out, logsumexp, None, causal, scale)
 
 
@@ -91,6 +92,7 @@ def _efficient(
 
 def _efficient_back(*given: Any) -> tuple[Any, ...]:
     gradient, query, key, value, bias, out, logsumexp, _, _, _, _, *causal = given
+    assert logsumexp.is_contiguous()
     assert logsumexp.shape[-1] == -(-query.shape[2] // 32) * 32
     assert bool((logsumexp[..., query.shape[2] :] == torch.inf).all())
     logarithms = logsumexp[..., : query.shape[2]]
@@ -108,6 +110,7 @@ def _cudnn(
 def _cudnn_back(*given: Any) -> tuple[Tensor, ...]:
     gradient, query, key, value, out, logsumexp, _, _, bias, _, _, max_q, max_k, _, causal = given
     assert (max_q, max_k) == (query.shape[2], key.shape[2])
+    assert logsumexp.is_contiguous()
     return gradients(gradient, query, key, value, out, logsumexp[..., 0], bias, causal)
 
 
@@ -125,11 +128,22 @@ def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([rows[run] @ matrix for run, matrix in zip(runs, weights, strict=True)])
 
 
+def _rms_norm_back(
+    gradient: Tensor, x: Tensor, shape: Any, spread: Tensor, weight: Tensor, wanted: Any
+) -> tuple[Tensor, ...]:
+    """Of a norm over the last dimension; ``spread`` is the inverse of the root mean square."""
+    assert spread.is_contiguous()
+    scaled, normal = gradient * weight, x * spread
+    own = spread * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
+    return own, (gradient * normal).flatten(0, -2).sum(0)
+
+
 #: Definitions of operators that a CPU lacks, all in the precision of the inputs.
 REPLACED: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _cast,
     torch.ops.prims.convert_element_type.default: _cast,
     aten._grouped_mm.default: _grouped,
+    aten._fused_rms_norm_backward.default: _rms_norm_back,
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_back,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
@@ -180,5 +194,24 @@ def trained(kind: str, causal: bool) -> Callable[..., Any]:
         back = aten._scaled_dot_product_cudnn_attention_backward
         tail = (seed, offset, mask, first, second, rows, columns, 0.0, causal)
         return (out, *back(*inputs, out, logs, *tail))
+
+    return run
+
+
+def backwards(kind: str) -> Callable[..., Any]:
+    """Gradients of causal attention, by one of the operators, of what its forward half left."""
+
+    def run(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logarithms: Tensor) -> Any:
+        inputs, rows, seed = (gradient, query, key, value), query.shape[2], torch.zeros(())
+        if kind == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, out, logarithms, 0.0, True)
+        if kind == "flash":
+            back = aten._scaled_dot_product_flash_attention_backward
+            return back(*inputs, out, logarithms, None, None, rows, rows, 0.0, True, seed, seed)
+        if kind == "efficient":
+            back = aten._scaled_dot_product_efficient_attention_backward
+            return back(*inputs, None, out, logarithms, seed, seed, 0.0, [True, True, True, False], True)[:3]
+        back = aten._scaled_dot_product_cudnn_attention_backward
+        return back(*inputs, out, logarithms, seed, seed, None, None, None, rows, rows, 0.0, True)
 
     return run

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from opweave.passes.split.rule import Divided, Part, Rule
 from opweave.passes.split.rules import attention, attention_backward
 from opweave.passes.split.split import Split, split
-from tests.passes.split.kernels import REPLACED, forwards, graph_of, trained
+from tests.passes.split.kernels import REPLACED, attend, backwards, forwards, graph_of, trained
 from tests.passes.split.traced import difference
 
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ def test_batch_and_heads_are_cut_plainly(kind: str, dim: int) -> None:
     assert difference(graph, made.module, [inputs], REPLACED) == 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_random_shapes_of_grouped_queries(data: st.DataObject) -> None:
     """Groups, odd lengths, two to four parts: outputs and gradients as those of the whole."""
@@ -122,6 +122,20 @@ def test_what_cannot_be_cut_is_joined(kind: str, arguments: dict[str, Any], reas
     made = parts(graph_of(run, *inputs), inputs, 2, (2, 4))
     assert len(made.joined) == 3
     assert all(reason in entry.reason for entry in made.joined)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_half_alone(kind: str) -> None:
+    """Results and logarithms are inputs, whose slices have gaps in memory; kernels that would read on get copies."""
+    gradient, query, key, value = (numbers(2, 2, 32, 4, seed=seed) for seed in range(4))
+    out, logarithms = attend(query, key, value, causal=True)
+    given = [gradient, query, key, value, out, logarithms[..., None] if kind == "cudnn" else logarithms]
+    function = backwards(kind)
+    graph = graph_of(lambda *values: function(*values), *given)
+    axes = {node.name: 2 for node in graph.graph.find_nodes(op="placeholder")}
+    made = split(graph, axes, (5, 27))
+    assert not made.joined
+    assert difference(graph, made.module, [given], REPLACED) < EXACT
 
 
 def test_a_mask_and_causal_besides_is_joined() -> None:

@@ -243,7 +243,7 @@ def test_rows_sorted_by_expert_are_followed_or_computed_again(name: str) -> None
     """Where rows are read by token, in parts; where they are read in the whole's order, on joined operands."""
     last, followed = LAST[name]
     inputs = (numbers(TOKENS, 8), numbers(8, 4), numbers(4, 8, 8))
-    graph = graph_of(lambda *values: dispatched(*values, last), *inputs)
+    graph = graph_of(lambda x, router, weights: dispatched(x, router, weights, last), *inputs)
     first = graph.graph.find_nodes(op="placeholder")[0].name
     made = split(graph, {first: 0}, SIZES)
     assert difference(graph, made.module, [inputs], REPLACED) < EXACT
@@ -264,7 +264,7 @@ def test_any_routing_in_any_parts(sizes: list[int], seed: int) -> None:
     def last(rows: Tensor, order: Tensor, _: Tensor) -> Any:
         return rows.new_zeros(tokens, 8).index_add(0, order // 2, rows)
 
-    graph = graph_of(lambda *values: dispatched(*values, last), *inputs)
+    graph = graph_of(lambda x, router, weights: dispatched(x, router, weights, last), *inputs)
     first = graph.graph.find_nodes(op="placeholder")[0].name
     made = split(graph, {first: 0}, sizes)
     assert not made.joined
@@ -310,7 +310,7 @@ def test_a_sort_claimed_to_be_in_the_order_of_tokens_is_caught() -> None:
         return replace(outcome, result=plain)
 
     inputs = (numbers(TOKENS, 8), numbers(8, 4), numbers(4, 8, 8))
-    graph = graph_of(lambda *values: dispatched(*values, LAST["added"][0]), *inputs)
+    graph = graph_of(lambda x, router, weights: dispatched(x, router, weights, LAST["added"][0]), *inputs)
     first = graph.graph.find_nodes(op="placeholder")[0].name
     made = split(graph, {first: 0}, SIZES, rules={"aten::sort": Rule(naive)})
     assert difference(graph, made.module, [inputs], REPLACED) > 1e-3
