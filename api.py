@@ -14,6 +14,7 @@ import msgspec
 from .compiler.compiled import CompiledModel
 from .compiler.frontend.read import Inputs, Model, Reading, read_model, source_model
 from .compiler.fusion import fused
+from .compiler.overlap import OverlapOptions
 from .compiler.pins import pins_of
 from .compiler.pipeline import Budget, Progress
 from .compiler.plan import Plan, Source
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .compiler.frontend.onnx import ImportedModel
     from .compiler.frontend.onnx.backend import Executable, OpweaveBackend
     from .compiler.frontend.program import ImportedGraph
+    from .compiler.rank_model import RankModel
     from .passes.explain import Explanation
     from .passes.fit import FitPoint
     from .passes.objective.measures import Objective
@@ -66,6 +68,7 @@ _EXPECTED: Mapping[str, tuple[Any, str]] = {
     "pins": (Mapping, "it takes tensor names with what is decided of each, such as {'x': {'offset': 0}}"),
     "scratchpad": (_SIZE, "give whole bytes, or text such as '1MiB'"),
     "kernels": (str, f"it takes {KERNELS}"),
+    "overlap": (bool | Mapping, "it takes True, False or a mapping of options"),
     "time_limit": (_NUMBER, "it is a number of seconds"),
 }
 
@@ -83,7 +86,9 @@ class Options:
     ``time_limit`` is in seconds, for all passes together. ``fill_seed`` replaces all-equal weights of an ONNX model
     by seeded random ones. ``definitions`` gives meaning to operators of other domains, by operator type. ``kernels``
     says which fused kernels may replace operators: ``"auto"`` those that are predicted to be faster on the machine,
-    ``"all"`` wherever one fits, ``"off"`` none, or names with commas between them.
+    ``"all"`` wherever one fits, ``"off"`` none, or names with commas between them. ``overlap`` says, of a module that
+    talks to other ranks and a machine of several devices, whether its collectives are hidden behind compute; a mapping
+    says how, as ``compiler.overlap.OverlapOptions`` has it.
     """
 
     machine: str | Path | HardwareModel = "edge-npu"
@@ -103,6 +108,7 @@ class Options:
     strict: bool = False
     fill_seed: int | None = None
     kernels: str = "off"
+    overlap: bool | Mapping[str, Any] = True
 
     def __post_init__(self) -> None:
         if self.weights not in ("streamed", "resident"):
@@ -112,6 +118,7 @@ class Options:
             if not isinstance(value, kind) or (isinstance(value, bool) and kind in (_SIZE, _NUMBER)):
                 raise OptionError(f"{name} is {value!r}; {expected}")
         checked(self.kernels)
+        OverlapOptions.of(self.overlap)
         if not self.time_limit > 0:
             raise OptionError(f"time_limit is {self.time_limit} s; it must be above 0")
 
@@ -157,7 +164,8 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
     """Read ``model``, plan it for a machine, verify the plan, and return it ready to be called.
 
     ``inputs`` are example tensors, in order or by name: needed for an ``nn.Module``, and binding symbolic dimensions
-    of an ONNX model.
+    of an ONNX model. For a machine of several devices, a module that talks to other ranks becomes a ``RankModel``: its
+    collectives are hidden behind compute, and it is called on every rank.
     ``options`` are the fields of ``Options``. Setting ``stop`` ends planning early with the best plan so far.
 
     Raises:
@@ -168,6 +176,9 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
     from .passes.by_objective import plan_by
 
     chosen = _options(options)
+    rank = _of_one_rank(model, inputs, chosen)
+    if rank is not None:
+        return rank
     started = _Start.of(model, inputs, chosen, on_progress, stop)
     try:
         plan = plan_by(started.plan, started.planner, started.wanted, started.budget)
@@ -176,6 +187,32 @@ def compile(  # the name users expect, as in torch.compile; shadows the builtin 
             error.hint += "; `opweave explain` lists what does not fit, and what would help"
         raise
     return CompiledModel(simulate(plan), started.program)
+
+
+def _of_one_rank(model: Model, inputs: Inputs | None, options: Options) -> RankModel | None:
+    """``model`` for one rank of the machine's devices; ``None`` where it is alone, or not a module."""
+    import torch
+
+    target = options.target()
+    if target.fabric is None or not isinstance(model, torch.nn.Module) or inputs is None:
+        return None
+    from .compiler.frontend.dynamo.overlapping import communicates
+    from .compiler.frontend.ranks import captured
+    from .compiler.rank_model import RankModel
+    from .passes.overlap.modules import overlapped
+
+    args, named = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    graphs = captured(model, args, named)
+    if not communicates(graphs.forward):
+        return None
+    wanted = OverlapOptions.of(options.overlap)
+    done = overlapped(graphs.forward, graphs.inputs if wanted is not None else (), target, wanted or OverlapOptions())
+    weights = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    ranks = sorted({rank for op in done.plan.graph.ops if op.collective is not None for rank in op.collective.ranks})
+    return RankModel(plan=done.plan, captured=graphs, overlapped=done, weights=weights, ranks=tuple(ranks))
 
 
 @overload

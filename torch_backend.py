@@ -230,11 +230,15 @@ def _partition(
 
 
 def _overlap(
-    module: torch.fx.GraphModule, inputs: Sequence[str], machine: HardwareModel, wanted: OverlapOptions
+    module: torch.fx.GraphModule,
+    inputs: Sequence[str],
+    machine: HardwareModel,
+    wanted: OverlapOptions,
+    forward_outputs: int | None,
 ) -> Overlapped:
     from .passes.overlap.modules import overlapped
 
-    return overlapped(module, inputs, machine, wanted)
+    return overlapped(module, inputs, machine, wanted, forward_outputs=forward_outputs)
 
 
 def _on_streams(program: Program, planned: DevicePlan, options: BackendOptions, budget: Budget) -> DevicePlan:

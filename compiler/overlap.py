@@ -19,7 +19,12 @@ _OPTIONS: Mapping[str, str] = {
     "axis": "'auto', 'batch' or 'sequence'",
     "memory_limit": "bytes, or a size such as '8GiB'",
     "strict": "True or False",
+    "algorithms": "names of algorithms that `opweave hw show` lists for a machine",
 }
+
+
+#: Algorithms that a call of torch.distributed's runs by, as machines name them.
+LIBRARY = ("nccl", "ring", "gloo")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class OverlapOptions:
     are the numbers of parts to choose from; ``sizes`` fixes the parts, in tokens, whatever the prediction says.
     ``axis`` says along what inputs are cut: ``"batch"``, ``"sequence"`` or, ``"auto"``, the first of them that can be.
     ``memory_limit`` bounds the bytes alive at once. ``strict`` refuses a cut that needs a value to be joined on the
-    way.
+    way. ``algorithms`` are those that collectives may be done by: what torch.distributed's own calls do, unless others
+    are named, which is to see what they would gain.
 
     Raises:
         OptionError: a value is of a wrong type or out of range.
@@ -42,6 +48,7 @@ class OverlapOptions:
     axis: str = "auto"
     memory_limit: int | str | None = None
     strict: bool = False
+    algorithms: tuple[str, ...] = LIBRARY
 
     @classmethod
     def of(cls, value: object) -> OverlapOptions | None:
@@ -56,7 +63,7 @@ class OverlapOptions:
         if unknown:
             raise OptionError(f"overlap has no option {unknown[0]!r}", hint=f"its options are {', '.join(_OPTIONS)}")
         given: dict[str, Any] = {str(name): item for name, item in value.items()}
-        for name in ("parts", "sizes"):
+        for name in ("parts", "sizes", "algorithms"):
             if name in given:
                 item = given[name]
                 given[name] = tuple(item) if isinstance(item, list | tuple) else (item,)
@@ -72,6 +79,7 @@ class OverlapOptions:
             or isinstance(self.memory_limit, str)
             or _is_whole(self.memory_limit),
             "strict": isinstance(self.strict, bool),
+            "algorithms": bool(self.algorithms) and all(isinstance(name, str) for name in self.algorithms),
         }
         for name, is_right in right.items():
             if not is_right:

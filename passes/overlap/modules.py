@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...compiler.graph import Graph
+from ...compiler.graph import Graph, Op, OpKind, Role
 from ...compiler.overlap import OverlapOptions, Overlapped, lines_of
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Plan
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["overlapped"]
 
 Axes = Mapping[str, int]
+LOSS = "the loss, which is computed elsewhere"
 
 
 def overlapped(
@@ -33,13 +34,14 @@ def overlapped(
     machine: HardwareModel,
     wanted: OverlapOptions,
     *,
-    algorithms: Sequence[str] = (),
+    forward_outputs: int | None = None,
     budget: Budget | None = None,
 ) -> Overlapped:
     """``module`` cut and in the order that is predicted to be fastest, or as it is where that saves too little.
 
     ``inputs`` are the placeholders along which it may be cut, the one that leads first; with none it is only put in
-    another order. ``algorithms`` are those that collectives may be done by, all that the machine states where empty.
+    another order. Of a joint graph, whose first ``forward_outputs`` results are those of the forward half, only the cut
+    is applied: the backward half begins behind the loss, and each half is put in order by itself.
 
     Raises:
         Infeasible: nothing keeps the memory limit.
@@ -47,9 +49,9 @@ def overlapped(
         SplitRefused: the cut that is wanted is refused.
         MachineError: the machine has no such collectives.
     """
-    rank = _Rank(module, tuple(inputs), wanted)
+    rank = _Rank(module, tuple(inputs), wanted, forward_outputs)
     program = rank.whole()
-    options = Overlap(margin=wanted.margin, algorithms=tuple(algorithms), memory_limit_bytes=wanted.limit_bytes)
+    options = Overlap(margin=wanted.margin, algorithms=wanted.algorithms, memory_limit_bytes=wanted.limit_bytes)
     axes = rank.axes()
     if wanted.sizes and axes is None:
         raise OptionError("overlap has sizes of parts, but no input can be cut", hint="leave out 'sizes'")
@@ -61,7 +63,7 @@ def overlapped(
         forced=bool(wanted.sizes),
         budget=budget,
     )
-    return _answer(module, program, choice, machine)
+    return _answer(module, program, choice, machine, is_joint=forward_outputs is not None)
 
 
 @dataclass
@@ -71,9 +73,27 @@ class _Rank:
     module: GraphModule
     inputs: tuple[str, ...]
     wanted: OverlapOptions
+    forward_outputs: int | None = None
 
     def whole(self) -> Alternative:
-        return Alternative(_graph(self.module), program=self.module)
+        """As it is given; of half of a training step that was cut as a whole, operators know their parts already."""
+        graph = self.graph(self.module)
+        return Alternative(graph, _parts(self.module, graph), program=self.module)
+
+    def graph(self, module: GraphModule) -> Graph:
+        import torch
+        from torch.utils._pytree import arg_tree_leaves as leaves
+
+        from ...compiler.frontend.dynamo.operators import operator_graph
+        from ...compiler.frontend.dynamo.traced import sized_example
+
+        found = operator_graph(module, sized_example)
+        if self.forward_outputs is None:
+            return found.graph
+        returned = leaves(*module.graph.output_node().args)[: self.forward_outputs]
+        count = sum(isinstance(getattr(leaf, "meta", {}).get("val"), torch.Tensor) for leaf in returned)
+        tangents = [n.name for n in module.graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
+        return with_loss(found.graph, found.graph.outputs[:count], tangents)
 
     def axes(self) -> Axes | None:
         """The dimension of each input that is cut; None where none can be."""
@@ -99,24 +119,41 @@ class _Rank:
         axes = self.axes()
         assert axes is not None
         made = split(self.module, axes, sizes, strict=self.wanted.strict)
-        graph = _graph(made.module)
-        names = {op.name for op in graph.ops}
-        nodes = [node for node in made.module.graph.nodes if node.name in names]
-        parts = {node.name: node.meta["opweave_part"] for node in nodes if "opweave_part" in node.meta}
+        graph = self.graph(made.module)
+        parts = _parts(made.module, graph)
         if not parts:
             raise SplitRefused(self.inputs[0], "the whole module", "no operator can be divided along it")
         joined = tuple((joined.node, f"{joined.target}: {joined.reason}") for joined in made.joined)
-        origin = {node.name: node.meta["opweave_origin"] for node in nodes}
+        names = {op.name for op in graph.ops}
+        origin = {node.name: node.meta["opweave_origin"] for node in made.module.graph.nodes if node.name in names}
         return Alternative(graph, parts, tuple(sizes), origin, joined, made.module)
 
 
-def _graph(module: GraphModule) -> Graph:
-    from ...compiler.frontend.dynamo.operators import operator_graph
+def _parts(module: GraphModule, graph: Graph) -> Mapping[str, int]:
+    """The part that each operator of ``graph`` belongs to, where it belongs to one."""
+    names = {op.name for op in graph.ops}
+    nodes = (node for node in module.graph.nodes if node.name in names)
+    return {node.name: node.meta["opweave_part"] for node in nodes if "opweave_part" in node.meta}
 
-    return operator_graph(module, int).graph
+
+def with_loss(graph: Graph, results: Sequence[str], tangents: Sequence[str]) -> Graph:
+    """``graph`` of a whole training step, in which ``tangents`` come to be when ``results`` are known, in no time.
+
+    ``results`` and ``tangents`` are names of tensors. The backward half is computed behind the forward half then.
+    """
+    given = [name for name in tangents if name in graph.buffers]
+    first = next((n for n, reads in enumerate(graph.reads) if not set(given).isdisjoint(reads)), len(graph.ops))
+    made = {name for op in graph.ops[:first] for name in op.outputs}
+    tensors = tuple(msgspec.structs.replace(t, role=Role.GRADIENT) if t.name in given else t for t in graph.tensors)
+    known = [name for name in dict.fromkeys(results) if name in made or graph.tensor[name].buffer in made]
+    loss = Op(LOSS, tuple(known), tuple(given), OpKind.BOUNDARY)
+    ops = (*graph.ops[:first], loss, *graph.ops[first:])
+    return Graph(graph.name, tensors, ops, graph.outputs)
 
 
-def _answer(module: GraphModule, program: Alternative, choice: Choice, machine: HardwareModel) -> Overlapped:
+def _answer(
+    module: GraphModule, program: Alternative, choice: Choice, machine: HardwareModel, *, is_joint: bool
+) -> Overlapped:
     note = choice.reason or f"{len(choice.tried)} alternatives; parts of {list(choice.alternative.sizes) or 'no cut'}"
     before = to_plan(program.graph, machine, choice.before, note="as given")
     if choice.reason:
@@ -124,7 +161,9 @@ def _answer(module: GraphModule, program: Alternative, choice: Choice, machine: 
     else:
         chosen = choice.alternative
         after = to_plan(chosen.graph, machine, choice.schedule, seconds=choice.seconds, note=note)
-        result = _ordered(chosen.program, issue_order(after, choice.schedule, _waits(chosen.program)))
+        result = chosen.program
+    if not choice.reason and not is_joint:
+        result = _ordered(result, issue_order(after, choice.schedule, _waits(chosen.program)))
     reasons = reasons_of(choice, before, after)
     lines = tuple(lines_of(before, after, choice.alternative.origin, reasons))
     sizes, joined = choice.alternative.sizes, choice.alternative.joined

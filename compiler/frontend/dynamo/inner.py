@@ -157,7 +157,9 @@ class Inner:
         name = f"graph {self.number} {phase}"
         report = GraphReport(name, phase, "T1", str(device_of(module, inputs)), limit_bytes=self.limit)
         if self.options.overlapping is not None and communicates(module):
-            return self._overlapped(module, inputs, report, kwargs, self.options.overlapping)
+            report, changed = self._overlapped(module, report, kwargs, self.options.overlapping)
+            if changed is not None:
+                return self._frozen(changed, inputs, report, kwargs)
         why = ""
         if self.options.tier != "T0":
             try:
@@ -227,24 +229,30 @@ class Inner:
         return (*known, *(launch_instead(module, found, chosen) if chosen else ()))
 
     def _overlapped(
-        self,
-        module: torch.fx.GraphModule,
-        inputs: Sequence[Any],
-        report: GraphReport,
-        kwargs: Mapping[str, Any],
-        wanted: OverlapOptions,
-    ) -> StockGraph:
-        """A graph that communicates, run by stock Inductor in an order that it keeps."""
+        self, module: torch.fx.GraphModule, report: GraphReport, kwargs: Mapping[str, Any], wanted: OverlapOptions
+    ) -> tuple[GraphReport, torch.fx.GraphModule | None]:
+        """What became of the collectives, for the report; and ``module`` in an order to keep, if it gains by one."""
         begin = time.monotonic()
         static = kwargs.get("static_input_idxs", ())
-        own = own_inputs(module, static) if report.phase == "inference" else ()  # a training step was cut as a whole
+        own = own_inputs(module, static) if report.phase == "inference" else ()
         changed, done = hidden(copied(module), own, self.planners.overlap, self.machine, wanted)
-        planned = time.monotonic() - begin
+        cut = self.partitioner.cut if self.partitioner is not None else None
+        if isinstance(cut, Cutting) and cut.answer is not None and report.phase != "inference":
+            # A training step was cut as a whole.
+            done = dataclasses.replace(done, sizes=cut.answer.sizes, joined=cut.answer.joined)
+        report = dataclasses.replace(report, overlap=done, planning_s=time.monotonic() - begin)
+        return report, None if done.reason and not done.sizes else changed
+
+    def _frozen(
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]
+    ) -> StockGraph:
+        """A graph that communicates, run by stock Inductor in an order that it keeps."""
+        assert report.overlap is not None
+        begin = time.monotonic()
         with inductor_config.patch({**self.settings, **SETTINGS}), repaired():
-            compiled = compile_fx_inner(changed, inputs, **kwargs)
-        lowered = time.monotonic() - begin - planned
-        report = dataclasses.replace(report, tier="T0", overlap=done, planning_s=planned, lowering_s=lowered)
-        report = dataclasses.replace(report, predicted_s=done.seconds[1])
+            compiled = compile_fx_inner(module, inputs, **kwargs)
+        lowered, predicted = time.monotonic() - begin, report.overlap.seconds[1]
+        report = dataclasses.replace(report, tier="T0", predicted_s=predicted, lowering_s=lowered)
         self.found(report)
         return StockGraph(compiled, report)
 

@@ -15,8 +15,9 @@ from .frozen import freeze
 
 __all__ = ["Cutting", "Overlap", "communicates", "hidden", "own_inputs"]
 
-#: Given a module, the inputs along which it may be cut, a machine and what is wanted: how its collectives are hidden.
-Overlap = Callable[[torch.fx.GraphModule, Sequence[str], HardwareModel, OverlapOptions], Overlapped]
+#: Given a module, the inputs along which it may be cut, a machine, what is wanted, and, of a joint graph, how many
+#: results the forward half has: how its collectives are hidden.
+Overlap = Callable[[torch.fx.GraphModule, Sequence[str], HardwareModel, OverlapOptions, int | None], Overlapped]
 
 
 def communicates(module: torch.fx.GraphModule) -> bool:
@@ -41,10 +42,11 @@ def hidden(
 ) -> tuple[torch.fx.GraphModule, Overlapped]:
     """``module`` in the order that hides most, held in it by control dependencies, and what became of it.
 
+    Where that is predicted to gain too little, it is ``module`` as it is.
     ``inputs`` are those along which it may be cut, by name; with none, its operators are put in order as they are.
     """
-    done = overlap(module, inputs, machine, wanted)
-    return freeze(done.module), replace(done, module=None)
+    done = overlap(module, inputs, machine, wanted, None)
+    return done.module if done.reason else freeze(done.module), replace(done, module=None)
 
 
 @dataclass
@@ -56,11 +58,13 @@ class Cutting:
     wanted: OverlapOptions
     answer: Overlapped | None = None
 
-    def __call__(self, module: torch.fx.GraphModule, static: Sequence[int]) -> torch.fx.GraphModule:
+    def __call__(
+        self, module: torch.fx.GraphModule, static: Sequence[int], forward_outputs: int
+    ) -> torch.fx.GraphModule:
         """``module``, cut where that is predicted to pay."""
         if not communicates(module):
             return module
-        done = self.overlap(module, own_inputs(module, static), self.machine, self.wanted)
+        done = self.overlap(module, own_inputs(module, static), self.machine, self.wanted, forward_outputs)
         self.answer = replace(done, module=None)
         changed: Any = done.module
         return changed if isinstance(changed, torch.fx.GraphModule) else module

@@ -41,7 +41,7 @@ class Partitioner(CustomPartitionerFn):
     machine: HardwareModel
     saved_limit: int
     key: str
-    cut: Callable[[torch.fx.GraphModule, Sequence[int]], torch.fx.GraphModule] | None = None
+    cut: Callable[[torch.fx.GraphModule, Sequence[int], int], torch.fx.GraphModule] | None = None
     halves: Halves | None = field(default=None, repr=False)
 
     def __call__(
@@ -50,7 +50,7 @@ class Partitioner(CustomPartitionerFn):
         """The forward and the backward graph, as Inductor asks for them."""
         choose = self.choose
         if self.cut is not None:
-            gm = self.cut(gm, kwargs.get("static_lifetime_input_indices") or ())
+            gm = self.cut(gm, kwargs.get("static_lifetime_input_indices") or (), kwargs["num_fwd_outputs"])
         self.halves = partition(
             gm,
             joint_inputs,
