@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from ..rule import Call, Divided, Outcome, Rule
+from ..rule import Call, Divided, Outcome, Refused, Rule
 from ..state import WHOLE, Along
 
 __all__ = ["RULES", "repeats"]
@@ -37,6 +37,16 @@ def _new(call: Call) -> Outcome:
     return Divided(WHOLE)
 
 
+def _assert_metadata(call: Call) -> Outcome:
+    """A check of type and device holds of any slice; one of extents does not."""
+    extents = call.arguments.get("size"), call.arguments.get("stride")
+    return Divided(WHOLE) if extents == (None, None) else Refused("it checks extents")
+
+
 _LIKE = ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like")
 _NEW = ("aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty")
-RULES = {**dict.fromkeys(_LIKE, Rule(_like, partial=True)), **dict.fromkeys(_NEW, Rule(_new, partial=True))}
+RULES = {
+    **dict.fromkeys(_LIKE, Rule(_like, partial=True)),
+    **dict.fromkeys(_NEW, Rule(_new, partial=True)),
+    "aten::_assert_tensor_metadata": Rule(_assert_metadata, partial=True),
+}

@@ -83,4 +83,5 @@ def _keeps_precision(call: Call) -> bool:
 POINTWISE = Rule(pointwise, partial=True)
 _COPIES = ("aten::_to_copy", "prims::convert_element_type", "prims::device_put", "aten::lift_fresh_copy")
 _OTHERS = ("aten::alias", "aten::detach", "aten::copy.default", "aten::fill", "aten::masked_fill", "aten::where.self")
-RULES = dict.fromkeys((*_COPIES, *_OTHERS), POINTWISE)
+_COMPLEX = ("aten::complex", "aten::polar", "aten::_conj", "aten::resolve_conj", "aten::real", "aten::imag")
+RULES = dict.fromkeys((*_COPIES, *_OTHERS, *_COMPLEX), POINTWISE)

@@ -150,6 +150,41 @@ def _pad(call: Call) -> Outcome:
     return Divided(state) if call.arguments.get("value") in (None, 0) else Refused("it adds to the sum over all parts")
 
 
+def _as_complex(call: Call) -> Outcome:
+    """Pairs along the last dimension become one number."""
+    state = call.operands[0].state
+    if isinstance(state, Along) and state.dim >= len(call.value.shape):
+        return Refused("it makes pairs of tokens")
+    return Divided(state)
+
+
+def _repeat_each(call: Call) -> Outcome:
+    """Each element several times in a row: along the tokens that is a larger scale."""
+    state, times = call.operands[0].state, call.arguments["repeats"]
+    if not isinstance(times, int) or not isinstance(state, Along):
+        return Divided(state) if isinstance(times, int) else Refused("it repeats tokens different numbers of times")
+    dim = call.arguments["dim"]
+    if times < 1 or call.arguments.get("output_size") is not None or (dim is None and _rank(call) > 1):
+        return Refused("it takes the tokens apart")
+    repeated = (dim or 0) % _rank(call) == state.dim
+    return Divided(Along(state.dim, state.scale * times, state.blocks) if repeated else state)
+
+
+def _triangle(call: Call) -> Outcome:
+    """``tril`` and ``triu``: part i's rows, or columns, begin further down, or to the right."""
+    state = call.operands[0].state
+    if not isinstance(state, Along) or state.dim < _rank(call) - 2:
+        return Divided(state)
+    if state.blocks > 1:
+        return Refused("a triangle over tokens that do not lie together")
+    turn = 1 if state.dim == _rank(call) - 2 else -1
+
+    def diagonal(part: int) -> int:
+        return int(call.arguments["diagonal"]) + turn * call.division.bounds(state, part)[0]
+
+    return Divided(state, given={"diagonal": diagonal})
+
+
 _VIEWS = ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::view_copy", "aten::_reshape_copy")
 _SAME_PLACE = Rule(lambda call: Divided(call.operands[0].state), partial=True)
 
@@ -165,6 +200,9 @@ RULES: dict[str, Rule] = {
     "aten::flip": Rule(_flip, partial=True),
     "aten::roll": Rule(_roll, partial=True),
     "aten::constant_pad_nd": Rule(_pad, partial=True),
-    "aten::contiguous": _SAME_PLACE,
+    **dict.fromkeys(("aten::contiguous", "aten::view_as_real"), _SAME_PLACE),
+    "aten::view_as_complex": Rule(_as_complex, partial=True),
+    "aten::repeat_interleave": Rule(_repeat_each, partial=True),
+    **dict.fromkeys(("aten::tril", "aten::triu"), Rule(_triangle, partial=True)),
     **_PIECES,
 }

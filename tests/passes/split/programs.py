@@ -187,6 +187,11 @@ def padded(program: Program, pool: Sequence[Tensor]) -> Sequence[Tensor]:
         lambda: value.unsqueeze(dim).expand(*value.shape[:dim], 3, *value.shape[dim:]),
         lambda: value.repeat(*[2 if place == dim else 1 for place in range(value.dim())]),
         lambda: torch.flip(value, [dim]),
+        lambda: _ATEN.repeat_interleave.self_int(value, 2, dim),
+        lambda: torch.tril(value, 1) if value.dim() > 1 else torch.roll(value, 1),
+        lambda: torch.triu(value, -2) if value.dim() > 1 else torch.roll(value, 0, 0),
+        lambda: torch.view_as_real(torch.complex(value, value.cos())),
+        lambda: torch.view_as_complex(torch.stack([value, value], -1)).imag * 2,
         lambda: torch.nn.functional.pad(value, (1, 0)),
     )
     return [functions[program.choose(len(functions))]()]
