@@ -118,7 +118,7 @@ def _mask_state(call: Call, kernel: Kernel, along: Along) -> State:
     dim = along.dim - (4 - len(shape))
     if dim < 0 or shape[dim] == 1:
         return WHOLE
-    return along.at(dim)
+    return call.division.along(shape, dim, along.blocks) or along.at(dim)
 
 
 def mask_rows(call: Call, kernel: Kernel, along: Along) -> dict[str, State]:
@@ -140,9 +140,9 @@ def not_triangular(call: Call, along: Along) -> Refused | None:
     return None
 
 
-def before(part: Part, name: str) -> Node:
-    """What the parts before this one hold of an operand, along the sequence."""
+def before(part: Part, name: str, own: bool = False) -> Node:
+    """What the parts before this one, and with ``own`` this one, hold of an operand, along the sequence."""
     place = part.call.at(name)
     assert place is not None
-    nodes = [part.operand(place, j) for j in range(part.index)]
+    nodes = [part.operand(place, j) for j in range(part.index + own)]
     return nodes[0] if len(nodes) == 1 else part.make(aten.cat.default, nodes, SEQUENCE)

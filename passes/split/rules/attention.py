@@ -164,4 +164,45 @@ def _merged(part: Part, kernel: Kernel, own: tuple[Node, ...], earlier: tuple[No
     return mixed, make(aten.add.Tensor, make(aten.maximum.default, earlier[1], own[1]), rest)
 
 
-RULES: dict[str, Rule] = {f"aten::{name}": Rule(_forward(kernel), seeded=True) for name, kernel in KERNELS.items()}
+# --- before it is known which kernel attends -------------------------------------------------------------------
+
+_COMPOSITE = Kernel(1, "attn_mask")
+
+
+def _composite(call: Call) -> Outcome:
+    """``scaled_dot_product_attention``, which returns no logarithms: a part has a mask in place of two blocks."""
+    if refused := never(call, _COMPOSITE):
+        return refused
+    along = first_cut(call, ("query", "key", "value"))
+    if along is None:
+        return Refused("attention whose mask alone is cut")
+    if along.dim in (BATCH, HEADS):
+        needs = independent(call, _COMPOSITE, along, ("query", "key", "value"))
+        return Refused(MIXED) if needs is None else Divided(_query_state(call, along), call.states(**needs))
+    query = call.operand("query")
+    if along.dim != SEQUENCE or query is None or query.along is None:
+        return Refused(MIXED)
+    if call.arguments["is_causal"]:
+        refused = not_triangular(call, query.along)
+        states = call.states(key=query.along, value=query.along)
+        return refused or Divided(query.along, states, emit=_under_a_mask)
+    needs = {"key": WHOLE, "value": WHOLE, **mask_rows(call, _COMPOSITE, query.along)}
+    return Divided(query.along, call.states(**needs), reason="every query attends to all keys")
+
+
+def _under_a_mask(part: Part) -> Node:
+    """A part's queries against the keys up to its own, of which row r sees those up to the part's r-th."""
+    if part.index == 0:
+        return part.again()
+    key, value = before(part, "key", own=True), before(part, "value", own=True)
+    rows, keys = part.operand(0).meta["val"].shape[SEQUENCE], key.meta["val"].shape[SEQUENCE]
+    device = key.meta["val"].device
+    every = part.make(aten.ones.default, [rows, keys], dtype=torch.bool, device=device)
+    mask = part.make(aten.tril.default, every, keys - rows)
+    return part.again(key=key, value=value, attn_mask=mask, is_causal=False)
+
+
+RULES: dict[str, Rule] = {
+    **{f"aten::{name}": Rule(_forward(kernel), seeded=True) for name, kernel in KERNELS.items()},
+    "aten::scaled_dot_product_attention": Rule(_composite, seeded=True),
+}

@@ -85,6 +85,12 @@ def _spatial(spatial: int, names: Sequence[str], outputs: int = 1) -> Callable[[
     return divide
 
 
+def _windows(call: Call) -> Outcome:
+    """Pooling as Inductor decomposes it: as many dimensions as the windows have are not item by item."""
+    outputs = 1 if isinstance(call.value, torch.Tensor) else len(call.value)
+    return _spatial(len(call.arguments["kernel_size"]), ("self",), outputs)(call)
+
+
 def _softmax_backward(call: Call) -> Outcome:
     """Rows of a softmax over another dimension."""
     names = ("grad_output", "output")
@@ -295,6 +301,8 @@ RULES: dict[str, Rule] = {
     "aten::mse_loss": Rule(_mse_loss),
     "aten::mse_loss_backward": Rule(_mse_loss_backward),
     **{f"aten::{name}": POINTWISE for name in _POINTWISE},
+    "prims::_low_memory_max_pool_with_offsets": Rule(_windows),
+    "prims::_low_memory_max_pool_offsets_to_indices": Rule(_windows),
     **_planes(2),
     **_planes(3),
 }

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from opweave.passes.split.rule import Divided, Part, Rule
 from opweave.passes.split.rules import attention, attention_backward
@@ -99,6 +100,22 @@ def test_random_shapes_of_grouped_queries(data: st.DataObject) -> None:
     made = parts(graph, inputs, 2, sizes)
     assert not made.joined
     assert difference(graph, made.module, [inputs]) < EXACT
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_attention_of_no_kernel_yet(dim: int, causal: bool) -> None:
+    """``scaled_dot_product_attention`` itself, as in graphs before autograd: an explicit mask for later parts."""
+    inputs = [numbers(4, heads, 4, 4, seed=seed) for seed, heads in enumerate((4, 4, 4))]
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("query", "key", "value")]
+    operator = aten.scaled_dot_product_attention.default
+    graph.output((graph.call_function(operator, tuple(nodes), {"is_causal": causal}),))
+    module = fx.GraphModule({}, graph)
+    FakeTensorProp(module).propagate(*inputs)
+    made = split(module, dict.fromkeys(("query", "key", "value"), dim), (1, 3))
+    assert bool(made.joined) == (dim == 2 and not causal)
+    assert difference(module, made.module, [inputs]) < EXACT
 
 
 @pytest.mark.parametrize(
