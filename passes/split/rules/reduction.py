@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from ..rule import Call, Divided, Outcome, Part, Refused, Rule
 from ..state import WHOLE, Along, Partial, State
+from .elementwise import pointwise
 
 __all__ = ["RULES"]
 
@@ -84,8 +85,6 @@ def _kept(reason: str) -> Rule:
 
 def _max(call: Call) -> Outcome:
     """``max`` and ``min``: of two tensors, of all elements, or along a dimension with the index."""
-    from .elementwise import pointwise
-
     return pointwise(call) if "other" in call.arguments else _over("it is the extreme").divide(call)
 
 
@@ -102,8 +101,13 @@ def _norm(call: Call) -> Outcome:
     return Divided(result, needs, reason="its weights are divided")
 
 
-def _vector_norm(call: Call) -> Outcome:
-    return _over("it is a norm").divide(call)
+def _inference_batch_norm(call: Call) -> Outcome:
+    """With given statistics of the channels, dimension 1, each other element is on its own; the rest is empty."""
+    operand = call.operands[0]
+    if operand.along is None or operand.along.dim == 1:
+        return Refused("its channels are divided")
+    needs: tuple[State, ...] = (operand.along, *(WHOLE for _ in call.operands[1:]))
+    return Divided((operand.along, WHOLE, WHOLE), needs, reason="its weights are divided")
 
 
 _EXTREME, _COUNT = _over("it is the extreme"), _over("it is no sum of the parts' results")
@@ -116,10 +120,10 @@ RULES = {
     **dict.fromkeys(("aten::prod", "aten::var", "aten::std", "aten::var_mean", "aten::logsumexp"), _COUNT),
     **dict.fromkeys(("aten::all", "aten::any", "aten::linalg_vector_norm", "aten::median"), _COUNT),
     **dict.fromkeys(("aten::_softmax", "aten::softmax", "aten::_log_softmax", "aten::log_softmax"), _kept("softmax")),
-    **dict.fromkeys(("prims::prepare_softmax_online",), _over("softmax")),
     **dict.fromkeys(("aten::cumsum", "aten::cumprod", "aten::logcumsumexp"), _kept("it runs")),
     **dict.fromkeys(("aten::sort", "aten::argsort"), _kept("it sorts")),
     "aten::topk": _kept("it takes the largest"),
     **dict.fromkeys(("aten::native_layer_norm", "aten::layer_norm"), Rule(_norm)),
     **dict.fromkeys(("aten::_fused_rms_norm", "aten::rms_norm"), Rule(_norm)),
+    "aten::_native_batch_norm_legit_no_training": Rule(_inference_batch_norm),
 }

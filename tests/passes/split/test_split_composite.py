@@ -34,6 +34,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "softmax": (_ATEN.softmax.int, (_X, 1)),
     "layer_norm": (_ATEN.layer_norm.default, (_X, [4], _drawn(4), _drawn(4, seed=1))),
     "rms_norm": (_ATEN.rms_norm.default, (_X, [4], _drawn(4))),
+    "batch_norm": (
+        _ATEN._native_batch_norm_legit_no_training.default,
+        (_X, _drawn(4), _drawn(4, seed=1), _drawn(4, seed=2), _drawn(4, seed=3).exp(), 0.1, 1e-5),
+    ),
     "chunk": (_ATEN.chunk.default, (_X, 2, 1)),
     "contiguous": (_ATEN.contiguous.default, (_X,)),
     "reshape": (_ATEN.reshape.default, (_X, [TOKENS, -1, 2])),
