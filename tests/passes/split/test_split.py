@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,6 +251,18 @@ def test_a_state_that_shapes_refute_is_an_error() -> None:
     wrong = Rule(lambda call: Divided(Along(1)))
     with pytest.raises(InternalError, match=r"aten\.tanh"):
         split(_graph(lambda x: x.tanh(), _drawn(6, 6)), {"arg0_1": 0}, (2, 4), rules={"aten::tanh": wrong})
+
+
+def test_the_documented_rule_works() -> None:
+    """The scan of docs/adding-a-split-rule.md, as a reader would type it, in place of the rule there is."""
+    text = (Path(__file__).parents[3] / "docs" / "adding-a-split-rule.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    scope: dict[str, dict[str, Rule]] = {}
+    exec(code, scope)
+    module = _graph(lambda x: (x.cumsum(0), x.cumsum(1)), _drawn(9, 3))
+    result = split(module, {"arg0_1": 0}, (2, 4, 3), rules=scope["RULES"], strict=True)
+    assert not result.joined
+    assert difference(module, result, (_drawn(9, 3),)) < 1e-12
 
 
 def _summand_twice(call: Call) -> Outcome:
