@@ -83,8 +83,8 @@ def torch_schedule(
 def as_written(module: torch.fx.GraphModule, found: OperatorGraph, problem: Problem) -> Schedule:
     """The schedule of a program that runs ``module`` node by node: its own modes, its own order, its own waits.
 
-    ``module`` has the nodes of the one that ``found`` and ``problem`` are made of, in any possible order. A fused kernel
-    stands where the last of its operators does, or before what reads of it.
+    ``module`` has the nodes of the one that ``found`` and ``problem`` are made of, in any possible order. A fused
+    kernel stands where the last of its operators does, or before what reads of it.
     """
     names = [node.name for node in module.graph.nodes]
     order = _order(problem, names)
