@@ -147,13 +147,33 @@ def check(name: str, training: bool, sizes: Sequence[int]) -> None:
         assert joins(made) == JOINS[name][training]
 
 
-@pytest.mark.parametrize("name", list(cases()))
+#: Cases for every run; all others are among the slow ones.
+INFERENCE = [
+    "llama by batch",
+    "llama by sequence",
+    "written out llama by sequence",
+    "language by batch",
+    "sorted mixture by batch",
+    "exchange mixture by batch",
+]
+TRAINING = [
+    "llama by sequence",
+    "sequence parallel llama by batch",
+    "language by sequence",
+    "vision by batch",
+    "dense mixture by batch",
+    "added mixture by batch",
+    "capacity mixture by batch",
+]
+
+
+@pytest.mark.parametrize("name", INFERENCE)
 def test_parts_of_inference_compute_the_same(name: str) -> None:
     """In two parts."""
     check(name, False, (5, 11))
 
 
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize("name", TRAINING)
 def test_parts_of_training_compute_the_same(name: str) -> None:
     """In three parts, two of them of a single token."""
     check(name, True, THREE)
@@ -168,11 +188,8 @@ def test_any_parts_compute_the_same(name: str, training: bool, sizes: tuple[int,
     check(name, training, sizes)
 
 
-#: Cases that Inductor's decompositions change most.
-DECOMPOSED = ["llama by sequence", "language by sequence", "vision by batch", "dense mixture by batch"]
-
-
-@pytest.mark.parametrize("name", DECOMPOSED)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(cases()))
 def test_decomposed_models_compute_the_same(name: str) -> None:
     """The same after Inductor's decompositions, in training."""
     case = ready(name, True, True)
@@ -200,7 +217,7 @@ def dropped(graph: fx.GraphModule, target: str) -> fx.GraphModule:
 
 def test_a_dropped_summand_is_caught() -> None:
     """A part's gradients of a weight, left out, show."""
-    case = ready("llama by batch", True)
+    case = ready("llama by sequence", True)
     made = split(case.graph, case.axes, (5, 11))
     assert difference(case.graph, made.module, case.inputs, REPLACED) < EXACT
     assert difference(case.graph, dropped(made.module, "_sum"), case.inputs, REPLACED) > 1e-3

@@ -11,6 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from opweave.passes.split import dispatch
 from opweave.passes.split.orders import Counts, Shuffled
@@ -152,6 +155,23 @@ def test_each_operator_in_parts(name: str) -> None:
     reasons = {entry.reason for entry in made.joined}
     assert all(CASES[name].joined in reason for reason in reasons)
     assert bool(reasons) == bool(CASES[name].joined)
+
+
+def test_as_many_rows_as_values_say_are_joined() -> None:
+    """Rows found by ``nonzero``: how many there are depends on the tokens."""
+
+    def run(x: Tensor, weight: Tensor) -> Any:
+        found = aten.nonzero(x[:, 0] > 0).squeeze(1)
+        return (aten.index_add(aten.zeros_like(x), 0, found, x.sin()[found] @ weight).cos(),)
+
+    inputs = (X, numbers(6, 6))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        graph = make_fx(run)(*(mode.from_tensor(value, static_shapes=True) for value in inputs))
+    first = graph.graph.find_nodes(op="placeholder")[0].name
+    made = split(graph, {first: 0}, SIZES)
+    assert {entry.reason for entry in made.joined} == {"a size depends on values"}
+    assert difference(graph, made.module, [inputs]) < EXACT
 
 
 # --- sorted by expert ------------------------------------------------------------------------------------------
