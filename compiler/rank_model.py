@@ -113,13 +113,11 @@ class RankModel(CompiledModel):
 
     def report(self, folder: str | Path) -> dict[str, Path]:
         """Write ``plan.json``, ``index.html`` with the timeline of all ranks, ``trace.json`` and PNGs."""
-        from .report import write_report
-        from .report.ranks import side_by_side
+        from .report.ranks import write_ranks
 
         target = Path(folder)
         self.plan.save(target / "plan.json")
-        shown = side_by_side(dict.fromkeys(self.ranks, self.plan))
-        return {"plan.json": target / "plan.json", **write_report(shown, target, self.collectives)}
+        return {"plan.json": target / "plan.json", **write_ranks(self.overlapped, target)}
 
 
 def _copy_back(old: torch.Tensor, new: torch.Tensor) -> None:

@@ -6,15 +6,17 @@ What draws a plan then draws them all: lanes of each rank in the timeline, threa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
 from ...errors import OptionError
 from ...hw_models.model import HardwareModel
 from ..graph import Graph, Op, Tensor
+from ..overlap import Overlapped
 from ..plan import CollectiveWait, Instruction, Load, Plan, Store
 
-__all__ = ["side_by_side"]
+__all__ = ["side_by_side", "write_ranks"]
 
 
 def side_by_side(plans: Mapping[int, Plan]) -> Plan:
@@ -53,6 +55,18 @@ def side_by_side(plans: Mapping[int, Plan]) -> Plan:
     streamed = tuple(f"rank {rank} {name}" for rank, plan in ordered for name in plan.streamed)
     machine = _joined({rank: plan.machine for rank, plan in ordered})
     return Plan(graph, machine, tuple(i for *_, i in keyed), streamed=streamed)
+
+
+def write_ranks(done: Overlapped, folder: Path) -> dict[str, Path]:
+    """Write the report of all ranks of a module into ``folder``: they run one plan. Returns the files by name.
+
+    Raises:
+        OptionError: the folder cannot be made or written to.
+    """
+    from .html import write_report
+
+    ranks = {rank for op in done.plan.graph.ops if op.collective is not None for rank in op.collective.ranks}
+    return write_report(side_by_side(dict.fromkeys(sorted(ranks) or (0,), done.plan)), folder, done.lines)
 
 
 def _named(instruction: Instruction, rank: int) -> Instruction:

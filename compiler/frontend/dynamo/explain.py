@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from ....errors import OptionError
+from ...report.overlap import overlap_text
 from ...report.units import format_bytes, format_percent, format_seconds, plural
 from ...simulate import simulate
 from .report import GraphReport
@@ -37,9 +38,12 @@ class BackendExplanation:
     def report(self, folder: str | Path) -> dict[str, Path]:
         """Write each planned graph's page, trace and pictures into a folder of its own in ``folder``, and the text.
 
+        A graph that communicates has a folder with the timeline of all ranks as well, where overlap was asked for.
+
         Returns the paths by name, such as ``"graph-0-inference/index.html"``. Raises OptionError where it cannot write.
         """
         from ...report import write_report
+        from ...report.ranks import write_ranks
 
         target = Path(folder)
         text = target / "explanation.txt"
@@ -55,6 +59,10 @@ class BackendExplanation:
                 title = f"{graph.name} (arena up to {format_bytes(graph.arena_bytes)}, memory of their own above)"
                 plan = replace(graph.plan, graph=replace(graph.plan.graph, name=title))
                 written = write_report(plan if graph.waits else simulate(plan), target / name)
+                paths |= {f"{name}/{key}": path for key, path in written.items()}
+            if graph.overlap is not None:
+                name = f"{graph.name.replace(' ', '-')}-ranks"
+                written = write_ranks(graph.overlap, target / name)
                 paths |= {f"{name}/{key}": path for key, path in written.items()}
         return paths
 
@@ -81,6 +89,9 @@ def described(graph: GraphReport) -> Iterator[str]:
         yield _row("fallback", sentence)
     for kernel, replaced in graph.launches:
         yield _row("fused", f"{kernel} instead of {', '.join(replaced)}")
+    if graph.overlap is not None:
+        for number, line in enumerate(overlap_text(graph.overlap, _MOST_NAMES)):
+            yield _row("" if number else "overlap", line)
     if graph.kernels or graph.operators:
         yield _row("generated", _counted(graph.kernels, "kernel"))
         yield _row("library", _counted(graph.operators, "operator"))

@@ -1,0 +1,99 @@
+"""``compile`` for a machine of several devices: what one rank of a module gets, in a world of fake ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.parallel_models import LLAMA_3_70B, TINY, DenseTensorParallel, tokens_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import opweave
+from opweave.compiler.frontend.ranks import fake_ranks
+from opweave.compiler.plan import CollectiveStart, CollectiveWait
+from opweave.compiler.rank_model import RankModel
+from opweave.compiler.verify import verify_ranks
+from opweave.errors import ExecutionError, OptionError, SplitRefused
+
+MACHINE = "8xh100-nvlink"
+
+
+@pytest.fixture(scope="module")
+def hidden() -> Iterator[RankModel]:
+    """One layer of a 70B model over 4,096 tokens."""
+    with fake_ranks(8), FakeTensorMode():
+        module = DenseTensorParallel(LLAMA_3_70B.with_layers(1))
+        made = opweave.compile(module, (tokens_of(LLAMA_3_70B, 1, 4096),), machine=MACHINE)
+        assert isinstance(made, RankModel)
+        yield made
+
+
+def test_a_layer_of_a_large_model_is_cut_and_its_collectives_hidden(hidden: RankModel) -> None:
+    assert sum(hidden.overlapped.sizes) == 4096
+    before, after = hidden.overlapped.seconds
+    assert after < 0.97 * before
+    exposed = [sum(getattr(line, f"exposed_{when}_s") for line in hidden.collectives) for when in ("before", "after")]
+    assert exposed[1] < exposed[0]
+    assert any(line.hidden_by for line in hidden.collectives)
+    for plan in (hidden.plan, hidden.plan_before):
+        assert opweave.CompiledModel(plan).verify().ok
+        assert not verify_ranks(dict.fromkeys(range(8), plan))
+    kinds = [type(i) for i in hidden.plan.instructions]
+    assert kinds.count(CollectiveStart) == kinds.count(CollectiveWait) > len(hidden.collectives)
+
+
+def test_it_is_told_and_drawn(hidden: RankModel, tmp_path: Path) -> None:
+    text = hidden.summary()
+    assert "8 ranks" in text
+    assert "exposed before" in text
+    files = hidden.report(tmp_path)
+    assert {"index.html", "trace.json", "plan.json", "timeline.png"} <= files.keys()
+    assert all(path.stat().st_size > 0 for path in files.values())
+    assert "rank 7 nvlink" in files["trace.json"].read_text()
+    assert opweave.load_plan(files["plan.json"]).plan == hidden.plan
+
+
+def test_little_is_left_alone_with_the_reason() -> None:
+    with fake_ranks(8):
+        module, x = DenseTensorParallel(TINY, dtype=torch.float32), tokens_of(TINY, 1, 16, torch.float32)
+        made = opweave.compile(module, (x,), machine=MACHINE)
+        assert isinstance(made, RankModel)
+        assert "below the margin" in made.overlapped.reason
+        assert all(line.reason for line in made.collectives)
+        off = opweave.compile(module, (x,), machine=MACHINE, overlap=False)
+        assert isinstance(off, RankModel)
+        assert off.overlapped.sizes == ()
+
+
+def test_sizes_of_parts_that_the_user_wants() -> None:
+    with fake_ranks(8):
+        module, x = DenseTensorParallel(TINY, dtype=torch.float32), tokens_of(TINY, 1, 16, torch.float32)
+        made = opweave.compile(module, (x,), machine=MACHINE, overlap={"sizes": (5, 11)})
+        assert isinstance(made, RankModel)
+        assert made.overlapped.sizes == (5, 11)
+        with pytest.raises((OptionError, SplitRefused), match=r"17|16"):
+            opweave.compile(module, (x,), machine=MACHINE, overlap={"sizes": (5, 12)})
+
+
+def test_a_rank_alone_cannot_be_called(hidden: RankModel) -> None:
+    twin = RankModel(
+        plan=hidden.plan, captured=hidden.captured, overlapped=hidden.overlapped, weights={}, ranks=hidden.ranks
+    )
+    with fake_ranks(8), pytest.raises(ExecutionError, match="was planned for a call of"):
+        twin()
+    with pytest.raises(ExecutionError, match="scratchpad"):
+        twin.execute([])
+
+
+def test_a_module_that_talks_to_nobody_is_planned_as_on_one_device() -> None:
+    made = opweave.compile(torch.nn.Linear(4, 4), (torch.ones(2, 4),), machine=MACHINE)
+    assert not isinstance(made, RankModel)
+    assert made.verify().ok
+
+
+@pytest.mark.parametrize("overlap", [3, {"margin": "much"}, {"unknown": 1}, {"sizes": (4,)}])
+def test_options_that_make_no_sense(overlap: object) -> None:
+    with pytest.raises(OptionError, match="overlap"):
+        opweave.compile(torch.nn.Linear(4, 4), (torch.ones(2, 4),), machine=MACHINE, overlap=overlap)
