@@ -235,6 +235,8 @@ class Inner:
         begin = time.monotonic()
         static = kwargs.get("static_input_idxs", ())
         own = own_inputs(module, static) if report.phase == "inference" else ()
+        if not own:  # the halves of a training step, which was cut as a whole, are put in order only
+            wanted = dataclasses.replace(wanted, sizes=())
         changed, done = hidden(copied(module), own, self.planners.overlap, self.machine, wanted)
         cut = self.partitioner.cut if self.partitioner is not None else None
         if isinstance(cut, Cutting) and cut.answer is not None and report.phase != "inference":
