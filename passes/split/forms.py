@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from ...errors import InternalError
 from .build import Maker, Making
+from .orders import Ordered
 from .rules.creation import repeats
 from .state import WHOLE, Along, Division, Partial, Result, State
 
@@ -23,7 +24,8 @@ _ATEN = torch.ops.aten
 class Joined:
     """Where a value had to be whole: ``value`` is read by ``node``, which calls ``target``; nodes of the given module.
 
-    ``by`` is "cat" (of slices), "sum" (of summands) or "kept" (it was computed whole, and parts are slices of it).
+    ``by`` is "cat" (of slices), "sum" (of summands) or "kept" (it was computed whole, and parts are slices of it),
+    or "again" (its parts are sorted by expert, so that it is computed a second time, from joined operands).
     ``reason`` says why the reader could not take the parts.
     """
 
@@ -90,6 +92,8 @@ class Forms:
         return forms[wanted]
 
     def _by(self, value: Node, state: State) -> str:
+        if isinstance(state, Ordered):
+            return "again"
         if next(iter(self._forms[value])) == WHOLE:
             return "kept"
         return "sum" if isinstance(state, Partial) else "cat"
