@@ -9,6 +9,7 @@ from math import exp, log
 
 from opweave.hw_models import HardwareModel, load
 from opweave.hw_models.collectives import collective_modes
+from opweave.hw_models.fabric import KernelKind
 from opweave.hw_models.matmul import matmul_seconds, streaming
 from opweave.passes.overlap.chain import (
     Chain,
@@ -117,9 +118,12 @@ def _nanoflow_layer_s(machine: HardwareModel, batches: Sequence[int], *, overlap
         return sum(task.modes[0].seconds for task in problem.tasks)
     tables = {table.kernel: dict(zip(table.given_up, table.reached, strict=True)) for table in machine.interference}
     found = []
-    for attention, network in product(tables["matrix_vector"], tables["network"]):
+    for attention, network in product(tables[KernelKind.MATRIX_VECTOR], tables[KernelKind.NETWORK]):
         shares = {"attention": attention, "network": network}
-        reached = {"attention": tables["matrix_vector"][attention], "network": tables["network"][network]}
+        reached = {
+            "attention": tables[KernelKind.MATRIX_VECTOR][attention],
+            "network": tables[KernelKind.NETWORK][network],
+        }
         if sum(shares.values()) > 1:
             continue
         spans = [_nanoflow_makespan(machine, batches, count, shares, reached) for count in (4, 8)]
@@ -232,9 +236,11 @@ def flux() -> Iterator[Comparison]:
                 key=lambda each: each[1],
             )
             gain = plain / best
-            guard = f"{parts} parts; guard: " + ("on" if gain >= 1 + MARGIN else "refused")
-            note = f"{guard}; ours splits, flux's kernel does not: {inputs}, contention on Llama TP8"
-            yield Comparison(f"flux/{case}/{rows}", "speed-up", torch_ms / flux_ms, gain, "x", False, note, source, 1.0)
+            remark = f"ours: {parts} parts, guard {'on' if gain >= 1 + MARGIN else 'refuses'}; theirs: flux's kernel"
+            note = f"{inputs}, contention on Llama TP8"
+            yield Comparison(
+                f"flux/{case}/{rows}", "speed-up", torch_ms / flux_ms, gain, "x", False, note, source, 1.0, remark
+            )
 
 
 def _sequence_s(

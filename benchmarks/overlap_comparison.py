@@ -15,7 +15,8 @@ class Comparison:
     """``ours`` is ``fitted`` where the published figure, or one of its group, set a constant that it follows from.
 
     ``inputs`` says which constants were fitted on what. ``trivial`` is what a predictor says that knows no model:
-    communication is free, or splitting costs nothing. A ``unit`` of ``"x"`` is a ratio, its error in points.
+    communication is free, or splitting costs nothing. ``remark`` is what was chosen on the way. A ``unit`` of ``"x"``
+    is a ratio, its error in points.
     """
 
     case: str
@@ -27,6 +28,7 @@ class Comparison:
     inputs: str
     source: str
     trivial: float | None = None
+    remark: str = ""
 
     @property
     def error(self) -> float:
@@ -44,7 +46,7 @@ class Comparison:
 
     def rows(self) -> Iterator[Row]:
         """In long form: what was published, ours, and the trivial predictor's."""
-        how = f"{'fitted' if self.fitted else 'predicted'}: {self.inputs}"
+        how = f"{'fitted' if self.fitted else 'predicted'}: {'; '.join(filter(None, (self.inputs, self.remark)))}"
         yield Row(self.case, "published", self.metric, self.published, self.unit, note=self.source)
         yield Row(self.case, "opweave", self.metric, round(self.ours, 4), self.unit, note=how)
         if self.trivial is not None:

@@ -82,7 +82,8 @@ def predict(model: Model, tokens: int, ranks: int, serving: Serving = FITTED, *,
     parts, count = min(choices, key=lambda c: _scheduled(few, c[0], ranks, c[1], serving).makespan_s)
     schedule = _scheduled(model, parts, ranks, count, serving)
     overlapped = _sustained(schedule.problem, schedule.order, schedule.modes, schedule.waits, serving)
-    return Prediction(*(t + serving.overhead_s for t in (baseline, alone, overlapped)), parts, count)
+    more = serving.overhead_s
+    return Prediction(baseline + more, alone + more, overlapped + more, parts, count)
 
 
 def _problem(model: Model, tokens: Sequence[int], ranks: int, serving: Serving) -> Problem:
@@ -172,33 +173,20 @@ def comparisons(quick: bool) -> Iterator[Comparison]:
             found = predict(MODELS[name], tokens, ranks, quick=quick)
             fitted = (name, ranks) == (LLAMA_70B.name, 8)
             case = f"tokenweave/{name}/tp{ranks}/{tokens}"
-            inputs = "clocks, overhead, contention and launches fitted on Llama TP8; products on figure 9"
+            inputs = "clocks, overhead, contention and launches fitted on Llama TP8, products on figure 9"
             if MODELS[name].experts:
-                inputs += "; Triton launches on Qwen3-235B"
-            chosen = f"split {found.tokens[0]} + {found.tokens[1]}, {found.programs} programs; "
-            guard = "guard: " + ("on" if found.speedup >= 1 + MARGIN else "refused")
-
-            def compared(
-                metric: str,
-                value: float,
-                ours: float,
-                unit: str,
-                is_fitted: bool,
-                trivial: float | None = None,
-                *,
-                case: str = case,
-                note: str = inputs,
-                source: str = published.source,
-            ) -> Comparison:
-                return Comparison(case, metric, value, ours, unit, is_fitted, note, source, trivial)
-
+                inputs += ", Triton launches on Qwen3-235B"
+            guard = "on" if found.speedup >= 1 + MARGIN else "refused"
+            remark = f"{' + '.join(map(str, found.tokens))}, {found.programs} programs; guard: {guard}"
             base, free, over = published.baseline[i], published.free[i], published.overlapped[i]
-            yield compared("baseline", base, 1e3 * found.baseline_s, "ms", fitted)
-            yield compared("without communication", free, 1e3 * found.free_s, "ms", False)
-            yield compared("overlapped", over, 1e3 * found.overlapped_s, "ms", fitted, free, note=chosen + inputs)
-            yield compared(
-                "speed-up", base / over, found.speedup, "x", fitted, base / free, note=f"{chosen}{guard}; {inputs}"
+            figures = (
+                ("baseline", base, 1e3 * found.baseline_s, "ms", fitted, None, ""),
+                ("without communication", free, 1e3 * found.free_s, "ms", False, None, ""),
+                ("overlapped", over, 1e3 * found.overlapped_s, "ms", fitted, free, remark),
+                ("speed-up", base / over, found.speedup, "x", fitted, base / free, remark),
             )
+            for metric, value, ours, unit, is_fitted, trivial, note in figures:
+                yield Comparison(case, metric, value, ours, unit, is_fitted, inputs, published.source, trivial, note)
 
 
 def fit() -> tuple[Serving, float]:
