@@ -70,18 +70,24 @@ def captures(chosen: list[Case]) -> Iterator[Captured]:
 
 def cases(layers: int, *, quick: bool) -> list[Case]:
     """Dense layers by tensor parallelism at 1K to 16K tokens, sequence parallelism, experts, and training."""
-    tokens = (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384)
+    if quick:
+        found = [
+            _dense(layers, 4096, attention=False),
+            *(_dense(layers, count, attention=True) for count in (1024, 4096)),
+        ]
+        return [
+            *found,
+            _sequence(layers, 4096),
+            _experts(layers, 4096),
+            _sharded(layers, "forward"),
+            _replicated(layers),
+        ]
+    tokens = (1024, 2048, 4096, 8192, 16384)
     found = [_dense(layers, count, attention) for attention in (False, True) for count in tokens]
-    for count in (4096,) if quick else (4096, 16384):
+    for count in (4096, 16384):
         found += [_sequence(layers, count), _experts(layers, count)]
     found += [_sharded(layers, "forward"), _sharded(layers, "joint"), _replicated(layers)]
-    if not quick:
-        found += [
-            _qwen(layers),
-            _dtensor(layers),
-            _dense_training(layers, "backward"),
-            _dense_training(layers, "joint"),
-        ]
+    found += [_qwen(layers), _dtensor(layers), _dense_training(layers, "backward"), _dense_training(layers, "joint")]
     return found
 
 
