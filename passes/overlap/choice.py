@@ -24,6 +24,8 @@ from .tasks import problem_of
 
 __all__ = ["Alternative", "Choice", "Overlap", "restricted"]
 
+SMALL = 120  # tasks up to which a problem is solved as one, not layer by layer
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -69,8 +71,8 @@ class Overlap:
     ``margin`` is the least predicted gain, as a fraction of the time before. ``algorithms`` are the names of those that
     collectives may be done by, all the machine's where empty. ``memory_limit_bytes`` bounds the bytes that the program
     has allocated at a time. ``streams`` says that a collective starts behind whatever was issued before (`simulate`).
-    ``effort`` bounds the search in tasks that are timed, ``most_operators`` the operators of all cuts that are tried:
-    not a clock, so that all ranks decide alike.
+    ``effort`` bounds the search in tasks that are timed, ``solver_effort`` that of constraint programming in its own
+    seconds, ``most_operators`` the operators of all cuts that are tried: no clock, so that all ranks decide alike.
 
     Raises:
         OptionError: a value is out of range.
@@ -80,7 +82,8 @@ class Overlap:
     algorithms: tuple[str, ...] = ()
     memory_limit_bytes: int | None = None
     streams: bool = True
-    effort: int = 1_000_000
+    effort: int = 250_000
+    solver_effort: float = 0.3
     most_operators: int = 25_000
 
     def __post_init__(self) -> None:
@@ -169,7 +172,17 @@ class Overlap:
             share = 100 * gain / before.makespan_s if before.makespan_s else 0.0
             reason = f"gain {share:.1f} % is below the margin of {100 * self.margin:.3g} %"
             return whole.alternative, before, reason
-        return best.alternative, as_schedule(best.simulator, best.answer), ""
+        return best.alternative, self._proved(as_schedule(best.simulator, best.answer), budget), ""
+
+    def _proved(self, schedule: Schedule, budget: Budget) -> Schedule:
+        """``schedule``, or a better one, with the bound of constraint programming where that is higher."""
+        if len(schedule.problem.tasks) <= SMALL:
+            from .exact import ExactOverlap
+
+            return ExactOverlap(self.solver_effort, SMALL, self.streams).schedule(schedule.problem, budget, schedule)
+        from .periodic import PeriodicOverlap
+
+        return PeriodicOverlap(self.solver_effort, streams=self.streams).schedule(schedule.problem, budget, schedule)
 
 
 @dataclass(frozen=True)
