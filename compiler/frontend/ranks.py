@@ -146,7 +146,8 @@ def _traced(
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
             f"AOTAutograd cannot trace {type(module).__name__}: {lines[0].strip():.300}",
-            hint="run the model on the same inputs first; values may not decide shapes or control flow",
+            hint="run the model on the same inputs first; values may not decide shapes or control flow, and tensors that "
+            "modules hold must be parameters or buffers",
         ) from error
 
 
