@@ -14,6 +14,7 @@ import torch
 
 from .orders import Counts, Ordered, Own, Shuffled, Slots
 from .rule import Call, Divided, Operand, Outcome, Refused, Rule
+from .rules._operands import zeros
 from .state import WHOLE, Along, Partial, Result, State, Whole
 
 __all__ = ["in_order", "plain"]
@@ -41,11 +42,12 @@ _ROW_BY_ROW = _MOVES | {
     *("aten::mm", "aten::bmm", "aten::addmm", "aten::sum", "aten::mean", "aten::amax", "aten::amin"),
     *("aten::_softmax", "aten::_log_softmax", "aten::_softmax_backward_data", "aten::_fused_rms_norm"),
     *("aten::cat", "aten::split", "aten::split_with_sizes", "aten::slice", "aten::select", "aten::where"),
+    *("aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::index_put"),
     *("aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::new_zeros", "aten::new_empty"),
 }
 
 #: Those that may add up all rows, and those that make rows of their own.
-_SUMS = frozenset({"aten::sum", "aten::mean", "aten::mm", "aten::bmm"})
+_SUMS = frozenset({"aten::sum", "aten::mean", "aten::mm", "aten::bmm", "aten::index_put"})
 _NEW = frozenset({"aten::new_zeros", "aten::new_empty"})
 
 _LOST = "rows in the order of their experts"
@@ -77,7 +79,7 @@ def _counted(call: Call) -> Outcome | None:
     state = call.operands[0].state
     if not isinstance(state, Counts) or len(call.operands) != 1 or call.operands[0].shape != (state.bound,):
         return None
-    if call.operator == "aten::cumsum" and not state.running:
+    if call.operator == "aten::cumsum" and not state.running and call.value.dtype.itemsize >= 4:
         return Divided(replace(state, running=True))
     if call.operator in _MOVES | {"prims::convert_element_type"} and tuple(call.value.shape) == (state.bound,):
         return Divided(state) if call.value.dtype.itemsize >= 4 else None
@@ -96,7 +98,7 @@ def _row_by_row(call: Call, rule: Rule | None) -> Outcome:
         or not all(isinstance(each.state, Ordered) or each.state == WHOLE for each in call.operands)
     ):
         return Refused(_LOST)
-    if numbers and call.value.is_floating_point():
+    if numbers and (call.value.is_floating_point() or call.value.dtype.itemsize < 4):
         return Refused(_LOST)
     operands = tuple(replace(each, state=_extents(each.state)) for each in call.operands)
     outcome = rule.divide(replace(call, operands=operands))
@@ -199,6 +201,8 @@ def _returned(values: str, adds: Callable[[Call], bool]) -> Callable[[Call], Out
             return None
         state = index.state
         whole_rows = source.shape[1:] == target.shape[1:] and (len(index.shape) == 1 or index.shape == source.shape)
+        if state.inverse and len(index.shape) == 1 and source.shape == target.shape:
+            return _back_in_order(call, state, target, source, adds(call))
         if state.inverse or not isinstance(source.state, Shuffled) or source.state.dim != 0 or not whole_rows:
             return None
         tokens = Along(0, state.scale // state.divisor)
@@ -211,6 +215,15 @@ def _returned(values: str, adds: Callable[[Call], bool]) -> Callable[[Call], Out
         return Divided(tokens, call.states(self=tokens)) if _rows(call, target, tokens) else None
 
     return divide
+
+
+def _back_in_order(call: Call, state: Slots, target: Operand, source: Operand, adds: bool) -> Outcome | None:
+    """Rows of tokens' slots written to their places in the order: the gradient of gathering by the inverse."""
+    slots = Along(0, state.scale)
+    if not _rows(call, source, slots) or not _rows(call, target, slots) or (adds and not zeros(target)):
+        return None
+    result = Shuffled(0, state.scale, 1, state.order, state.ids)
+    return Divided(result, call.states(**{"self": slots, source.name: slots}))
 
 
 def _grouped(call: Call) -> Outcome | None:

@@ -14,6 +14,7 @@ import torch
 from ..rule import Call, Divided, Operand, Outcome, Refused, Rule
 from ..state import WHOLE, Along, State
 from ._operands import CHOSEN, needs, once, sliced, zeros
+from .constants import picked_by_part, put_by_part
 
 __all__ = ["RULES"]
 
@@ -83,6 +84,8 @@ def _index(call: Call) -> Outcome:
     if picked is None or source is None:
         return Refused("rows chosen by a mask")
     if source.along is not None:
+        if len(picked.indices) == 1 and (outcome := picked_by_part(call, source, picked.indices[0])):
+            return outcome
         if source.along.dim not in picked.kept or any(operand.state != WHOLE for operand in picked.indices):
             return Refused(CHOSEN)
         return Divided(source.along.at(picked.kept[source.along.dim]))
@@ -99,6 +102,8 @@ def _index_put(call: Call) -> Outcome:
     target, values = call.operand("self"), call.operand("values")
     if picked is None or target is None or values is None:
         return Refused("rows chosen by a mask")
+    if len(picked.indices) == 1 and (outcome := put_by_part(call, target, picked.indices[0], values)):
+        return outcome
     found = _indices_alike(call, picked)
     if found is None and all(operand.state == WHOLE for operand in picked.indices):
         return _put_kept(call, picked, target, values)

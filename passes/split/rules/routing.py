@@ -84,7 +84,8 @@ def _histc(call: Call) -> Outcome:
         return Refused("a histogram between the least and the greatest of all tokens")
     ids, bins = identity(call.operands[0].node), call.arguments["bins"]
     bound = bound_of(ids)
-    counts = bound is not None and bound <= bins and call.arguments["min"] == 0 and call.arguments["max"] == bins
+    edges = call.arguments["min"], call.arguments["max"]
+    counts = bound is not None and bound <= bins and edges in ((0, bins), (0, bins - 1))  # number e falls in bin e
     return Divided(Counts(ids.name, bins) if counts else Partial())
 
 

@@ -48,8 +48,8 @@ class Mixture(nn.Module):
 
     ``form``: "dense" (each expert on every token, tensor parallel), "exchange" (the same, experts spread over the
     ranks by an all-to-all), "sorted" (rows sorted by expert, grouped products), "added" (sorted, brought back by
-    ``index_add``), "slots" (a slot per expert and token, which never overflow), "capacity" (fewer slots: tokens are
-    dropped).
+    ``index_add``), "inverse" (sorted, with a bias for each expert, brought back by the inverse order), "slots" (a slot
+    per expert and token, which never overflow), "capacity" (fewer slots: tokens are dropped).
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Mixture(nn.Module):
         self.form, self.ranks, self.count, self.chosen = form, ranks, experts, chosen
         self.norm = RmsNorm(shared, hidden, written=True)
         self.router = weight(shared, experts, hidden)
+        if form == "inverse":
+            self.bias = weight(own, experts, hidden)
         self.experts = Experts(own, experts // ranks if form == "exchange" else experts, hidden, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +108,15 @@ class Mixture(nn.Module):
         done, order = self.dispatched(rows, experts)
         weighted = done * weights.flatten()[order][:, None]
         return torch.zeros_like(rows).index_add(0, order // self.chosen, weighted)
+
+    def inverse(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        flat, tokens = experts.reshape(-1), torch.arange(rows.shape[0])
+        order = torch.argsort(flat)
+        ends = torch.cumsum(torch.histc(flat.float(), self.count, 0, self.count - 1), 0, dtype=torch.int32)
+        repeated = rows[tokens.unsqueeze(1).expand(-1, self.chosen).reshape(-1)]
+        done = self.experts.grouped(repeated[order], ends) + self.bias[flat[order]]
+        done = (done * weights.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
+        return done.view(rows.shape[0], self.chosen, -1).sum(1)
 
     def seats(self, rows: Tensor, weights: Tensor, experts: Tensor, room: int) -> Tensor:
         """Each token takes the next free seat of its experts, if there is one among ``room``."""

@@ -62,7 +62,7 @@ def cases() -> dict[str, Case]:
     short, long = tables(6, 4), tables(16, 4)
     mixtures = {
         f"{form} mixture by batch": Case(lambda rank, form=form: Mixture(form, rank), (batch,), (0,))  # type: ignore[misc]
-        for form in ("dense", "exchange", "sorted", "added", "slots", "capacity")
+        for form in ("dense", "exchange", "sorted", "added", "inverse", "slots", "capacity")
     }
     return {
         "llama by batch": Case(lambda rank: Llama(rank, layers=1), (batch, *short), (0, None, None)),
@@ -135,6 +135,7 @@ JOINS: dict[str, tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]] 
     "exchange mixture by batch": ({}, {}),
     "sorted mixture by batch": ({}, {}),
     "added mixture by batch": ({}, {}),
+    "inverse mixture by batch": ({}, {}),
 }
 
 

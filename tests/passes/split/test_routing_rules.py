@@ -52,6 +52,11 @@ class Case:
     joined: str = ""
 
 
+def twice() -> Tensor:
+    """Each token's number twice, computed of numbers alone."""
+    return torch.arange(TOKENS)[:, None].expand(-1, 2).reshape(-1)
+
+
 X, TABLE, PLACES = numbers(TOKENS, 6), numbers(9, 6), whole(9, TOKENS)
 CASES = {
     "topk of each token": Case(lambda x: aten.topk(x, 2), (X,), (0,)),
@@ -73,6 +78,15 @@ CASES = {
     "columns of tokens": Case(lambda x, i: (aten.index(x, [None, i]),), (X, whole(6, 4)), (0, None)),
     "tokens by a table": Case(lambda x, i: (aten.index(x, [i]),), (X, whole(7, 3)), (0, None), "rows chosen"),
     "tokens by tokens": Case(lambda x, i: (aten.index(x, [i]),), (X, whole(7, TOKENS)), (0, 0), "rows chosen"),
+    "each token twice": Case(lambda x: (aten.index(x, [twice()]),), (X,), (0,)),
+    "added to each token twice": Case(
+        lambda x: (aten.index_put(aten.zeros([TOKENS, 6], dtype=torch.float64), [twice()], x, True),),
+        (numbers(2 * TOKENS, 6),),
+        (0,),
+    ),
+    "neighbours by numbers": Case(
+        lambda x: (aten.index(x, [aten.remainder(aten.arange(TOKENS) + 1, TOKENS)]),), (X,), (0,), "rows chosen"
+    ),
     "index_select of columns": Case(lambda x, i: (aten.index_select(x, 1, i),), (X, whole(6, 4)), (0, None)),
     "index_select of a table": Case(lambda table, i: (aten.index_select(table, 0, i),), (TABLE, PLACES), (None, 0)),
     "index_select of tokens": Case(lambda x, i: (aten.index_select(x, 0, i),), (X, PLACES % 7), (0, 0), "rows chosen"),
@@ -205,7 +219,7 @@ def grouped(module: fx.GraphModule) -> int:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("form", ["sorted", "added"])
+@pytest.mark.parametrize("form", ["sorted", "added", "inverse"])
 def test_rows_sorted_by_expert_need_no_join(form: str, training: bool) -> None:
     """Each part sorts, multiplies and brings back its own rows; gradients of the experts are summands."""
     graph, inputs, axes = mixture(form, training)
