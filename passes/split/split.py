@@ -97,8 +97,8 @@ class _Splitting:
             value = placeholders[name].meta.get("val") if name in placeholders else None
             if not isinstance(value, torch.Tensor):
                 raise OptionError(f"there is no tensor {name!r} to cut", hint=f"there are {', '.join(placeholders)}")
-            if not -value.dim() <= dim < value.dim():
-                raise OptionError(f"{name!r} of shape {list(value.shape)} has no dimension {dim}")
+            if not isinstance(dim, int) or not -value.dim() <= dim < value.dim():
+                raise OptionError(f"{name!r} of shape {list(value.shape)} has no dimension {dim!r}")
             fresh_value(placeholders[name], self.mode)
             along = self.division.along(tuple(value.shape), dim % value.dim())
             if along is None:
