@@ -195,7 +195,7 @@ class Relaxed:
         return priced
 
     def _add_energy(self) -> None:
-        """What `lower_bound` says of lanes and resources, for the modes chosen: implied, but found late."""
+        """What `bounds` says of lanes and resources, for the modes chosen: implied, but found late."""
         for name, users in self.least.work.items():
             head = self.units(min(self.least.head_s[i] for i in users))
             tail = self.units(min(self.least.tail_s[i] for i in users))

@@ -9,7 +9,8 @@ from ...compiler.pipeline import Budget
 from ...errors import OptionError
 from ._cp_sat import Outcome, minimised
 from ._relaxed import Relaxed
-from .lower_bound import least_of, lower_bound_s
+from .bounds import bound_of
+from .lower_bound import least_of
 from .problem import Problem, Schedule
 from .simulate import Simulator, given_modes
 
@@ -23,7 +24,7 @@ class ExactOverlap:
     """The best schedule of a small problem, with a bound on all of them.
 
     *Given* a problem of at most ``max_tasks`` tasks and, if there is one, a schedule to begin with. *Result*: the best
-    schedule found, never worse than that one, with the bound of `lower_bound` or, where it is higher, of the CP-SAT
+    schedule found, never worse than that one, with the bound of `bounds` or, where it is higher, of the CP-SAT
     model of `_relaxed`. The fluid sharing of resources is not linear; the model is a relaxation of it, so its bound
     holds for the fluid model, and its answers are orders of issue that `simulate` evaluates. Where each task shares
     with one fixed mode at a time the two agree, and the gap closes.
@@ -55,7 +56,7 @@ class ExactOverlap:
         """
         simulator = Simulator(problem, streams=self.streams)
         best = start or simulator.timed(range(len(problem.tasks)), given_modes(problem))
-        bound_s = max(lower_bound_s(problem), best.bound_s)
+        bound_s = max(bound_of(problem), best.bound_s)
         best = replace(best, bound_s=min(bound_s * (1 - SLACK), best.makespan_s))
         if not problem.tasks or len(problem.tasks) > self.max_tasks or budget.halted() or _done(best):
             return best

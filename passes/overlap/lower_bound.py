@@ -1,9 +1,8 @@
-"""Makespans that no schedule of an overlap problem undercuts, by arithmetic.
+"""What every schedule of an overlap problem spends: seconds, heads, tails and work, of which `bounds` makes bounds.
 
 Whatever the order and the modes, in the fluid model of `simulate`: a chain of dependencies takes at least the sum of
 its tasks alone; a lane does one task at a time; and what runs at one moment needs at most the whole of a resource, so
-that the sum of needs times seconds passes in no less. Work that can begin at ``head`` at the earliest, and behind which
-at least ``tail`` follows, fits between them.
+that the sum of needs times seconds passes in no less.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 
 from .problem import Problem
 
-__all__ = ["Least", "least_of", "lower_bound_s"]
+__all__ = ["Least", "least_of"]
 
 EXACT_CHAINS = 400  # tasks up to which all that comes before a task is counted, not the longest chain alone
-LEVELS = 24  # heads and tails that are tried against one another
 
 
 @dataclass(frozen=True)
@@ -32,19 +30,6 @@ class Least:
     tail_s: tuple[float, ...]
     work: dict[str, dict[int, float]]
     events: tuple[tuple[float, ...], ...]
-
-
-def lower_bound_s(problem: Problem) -> float:
-    """Seconds that no schedule undercuts: the longest chain, the fullest lane or resource, or the launches."""
-    least = least_of(problem)
-    bounds = [head + own + tail for head, own, tail in zip(least.head_s, least.seconds, least.tail_s, strict=True)]
-    bounds += [_between(least, users) for users in least.work.values()]
-    absorbable = _absorbable(problem)
-    launches = [0 if i in absorbable else task.launches for i, task in enumerate(problem.tasks)]
-    if problem.tasks:  # whichever task is issued last
-        last = min(own - problem.issue_s * count for own, count in zip(least.seconds, launches, strict=True))
-        bounds.append(problem.issue_s * sum(launches) + last)
-    return max(bounds, default=0.0)
 
 
 def least_of(problem: Problem) -> Least:
@@ -112,24 +97,3 @@ def _bits(mask: int) -> list[int]:
         found.append(low.bit_length() - 1)
         mask ^= low
     return found
-
-
-def _between(least: Least, users: dict[int, float]) -> float:
-    """The most that users with heads from one level on, and tails from another, need between the two."""
-    best = 0.0
-    tails = _levels(least.tail_s[i] for i in users)
-    for head in _levels(least.head_s[i] for i in users):
-        late = [i for i in users if least.head_s[i] >= head]
-        for tail in tails:
-            inside = [users[i] for i in late if least.tail_s[i] >= tail]
-            if inside:
-                best = max(best, head + sum(inside) + tail)
-    return best
-
-
-def _levels(values: Iterable[float]) -> list[float]:
-    """At most ``LEVELS`` of the values, the least among them."""
-    distinct = sorted(set(values))
-    if len(distinct) <= LEVELS:
-        return distinct
-    return [distinct[i * (len(distinct) - 1) // (LEVELS - 1)] for i in range(LEVELS)]

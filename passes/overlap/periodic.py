@@ -9,8 +9,8 @@ from ...compiler.pipeline import Budget
 from ...errors import OptionError
 from ._cp_sat import minimised
 from ._modulo import Modulo, least_period_s
+from .bounds import bound_of
 from .exact import orders_of
-from .lower_bound import lower_bound_s
 from .problem import Problem, Schedule
 from .repeats import Repeat, repeats
 from .simulate import Simulator, given_modes
@@ -39,7 +39,7 @@ class PeriodicOverlap:
 
     *Given* a problem and, if there is one, a schedule to begin with. *Result*: the better of that and of the schedule
     whose runs of layers go one behind another with the least period; timed by `simulate`, with the bound of
-    `lower_bound` on all schedules. What comes before, between and behind the runs stays in the program's order.
+    `bounds` on all schedules. What comes before, between and behind the runs stays in the program's order.
 
     ``effort`` is the limit for one run in CP-SAT's deterministic seconds, used in deterministic mode only; ``streams``
     is that of `simulate`; longer periods than ``max_tasks`` are left alone.
@@ -68,7 +68,7 @@ class PeriodicOverlap:
         """
         simulator = Simulator(problem, streams=self.streams)
         best = start or simulator.timed(range(len(problem.tasks)), given_modes(problem))
-        best = replace(best, bound_s=min(max(best.bound_s, lower_bound_s(problem)), best.makespan_s))
+        best = replace(best, bound_s=min(max(best.bound_s, bound_of(problem)), best.makespan_s))
         periods = self.periods(problem, budget)
         if not periods:
             return best
