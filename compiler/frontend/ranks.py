@@ -73,7 +73,8 @@ class Captured:
     updates; behind them ``joint`` returns gradients, ``gradients`` giving the position of each parameter's (that in
     ``backward`` is ``outputs`` fewer), and ``forward`` what ``backward`` takes under the same names. ``updated`` are
     the parameters, buffers and inputs, by placeholder, whose new values come first among the results. ``call`` and
-    ``result`` are the structures of ``(args, kwargs)`` and of what the module returns.
+    ``result`` are the structures of ``(args, kwargs)`` and of what the module returns. A parameter that two modules
+    share is a placeholder for each, with a gradient for each.
     """
 
     forward: torch.fx.GraphModule
@@ -146,8 +147,8 @@ def _traced(
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
             f"AOTAutograd cannot trace {type(module).__name__}: {lines[0].strip():.300}",
-            hint="run the model on the same inputs first; values may not decide shapes or control flow, and tensors that "
-            "modules hold must be parameters or buffers",
+            hint="run the model on the same inputs first; values may not decide shapes or control flow, and tensors "
+            "that modules hold must be parameters or buffers",
         ) from error
 
 
