@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from opweave.passes.split import split
-from tests.passes.split.programs import difference
+from tests.passes.split.comparison import difference
 
 _ATEN = torch.ops.aten
 TOKENS = 12

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opweave.passes.split import split
-from tests.passes.split import programs
+from tests.passes.split import comparison, programs
 from tests.passes.split.programs import AXES, FAMILIES, SIZES, Program
 
 EVERYTHING = tuple(FAMILIES)
@@ -52,5 +52,5 @@ def _compare(program: Callable[..., tuple[Tensor, ...]], sizes: tuple[int, ...])
     given_ = programs.inputs()
     module = programs.traced(program, given_)
     result = split(module, AXES, sizes)
-    programs.checked(module, result)
-    assert programs.difference(module, result, given_) < 1e-11, module.code
+    comparison.checked(module, result)
+    assert comparison.difference(module, result, given_) < 1e-11, module.code

@@ -14,7 +14,8 @@ from opweave.passes.split import Split, split
 from opweave.passes.split.rule import Call, Divided, Outcome, Rule
 from opweave.passes.split.rules.collective import REDUCED_SUMMANDS
 from opweave.passes.split.state import Along
-from tests.passes.split.programs import checked, traced
+from tests.passes.split.comparison import checked
+from tests.passes.split.programs import traced
 from tests.passes.split.traced import difference, fake_group
 
 RANKS, WIDTH, HIDDEN = 4, 8, 6
