@@ -34,6 +34,7 @@ _CAUSAL_PLACE = {
     "_scaled_dot_product_flash_attention_for_cpu": 4,
     "_scaled_dot_product_efficient_attention": 6,
     "_scaled_dot_product_cudnn_attention": 6,
+    "_scaled_dot_product_fused_attention_overrideable": 5,
     "_scaled_dot_product_flash_attention_backward": 11,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 7,
     "_scaled_dot_product_efficient_attention_backward": 11,
@@ -245,8 +246,9 @@ def _spanned_bytes(tensor: Tensor) -> int:
 
 
 def _widest(operands: Sequence[Tensor]) -> str:
-    """Dtype at which a product of these runs: of its operands with two dimensions or more, the widest."""
-    return max((t.dtype for t in operands if len(t.shape) > 1), key=lambda d: DTYPE_BYTES[d], default="float32")
+    """Dtype at which a product of these runs: the wider one of the two largest, which are not scales or a bias."""
+    factors = sorted(operands, key=lambda tensor: -math.prod(tensor.shape))[:2]
+    return max((tensor.dtype for tensor in factors), key=lambda dtype: DTYPE_BYTES[dtype], default="float32")
 
 
 def _arguments(body: str) -> list[str]:

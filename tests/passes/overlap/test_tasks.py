@@ -172,6 +172,22 @@ def test_attention_costs_what_it_sees(causal: bool, call: str) -> None:
     assert task.modes[0].seconds == expected.seconds
 
 
+def test_scales_do_not_set_the_rate_of_a_product() -> None:
+    """A product of 8-bit floats with scales of 32 bits for each row runs at the rate of 8-bit floats."""
+    rows = (2048, 2048)
+    tensors = [
+        Tensor("a", rows, "float8_e4m3fn", Role.INPUT),
+        Tensor("b", rows, "float8_e4m3fn", Role.WEIGHT),
+        Tensor("row_scale", (2048, 1), "float32", Role.INPUT),
+        Tensor("column_scale", (1, 2048), "float32", Role.INPUT),
+        Tensor("out", rows, "bfloat16"),
+    ]
+    body = "aten._scaled_mm.default(%0, %1, %2, %3)"
+    op = Op("out", ("a", "b", "row_scale", "column_scale"), ("out",), flops=2 * 2048**3, body=body)
+    task = problem_of(Graph("scaled", tuple(tensors), (op,), ("out",)), H100).tasks[0]
+    assert task.modes[0].seconds < matmul_seconds(2048, 2048, 2048, "bfloat16", H100)
+
+
 def test_attention_that_waits_for_memory_runs_near_memory() -> None:
     """On an NPU with units near memory, decode's attention leaves the arrays to products, as NeuPIMs does."""
     shapes = {"q": (64, 32, 1, 128), "k": (64, 32, 2048, 128), "v": (64, 32, 2048, 128), "out": (64, 32, 1, 128)}
