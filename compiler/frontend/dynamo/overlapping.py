@@ -27,10 +27,14 @@ def communicates(module: torch.fx.GraphModule) -> bool:
 
 
 def own_inputs(module: torch.fx.GraphModule, static: Sequence[int]) -> tuple[str, ...]:
-    """Inputs of ``module`` that may differ from call to call: all but parameters and buffers, by name."""
+    """Tensors among the inputs of ``module`` that may differ from call to call: no parameters and buffers; by name.
+
+    Others are no tensors: symbols, and the device meshes of DTensors.
+    """
     kept = frozenset(static)
-    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
-    return tuple(node.name for number, node in enumerate(placeholders) if number not in kept)
+    placeholders = enumerate(module.graph.find_nodes(op="placeholder"))
+    own = (node for number, node in placeholders if number not in kept)
+    return tuple(node.name for node in own if isinstance(node.meta.get("val"), torch.Tensor))
 
 
 def hidden(
