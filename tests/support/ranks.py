@@ -20,7 +20,7 @@ from opweave.compiler.frontend.ranks import fake_ranks
 
 __all__ = ["local_ranks", "run_local", "spawn"]
 
-TIMEOUT_S = 240
+TIMEOUT_S = 900
 
 
 def spawn(ranks: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
