@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,13 @@ MACHINE = "8xh100-nvlink"
 
 
 @pytest.fixture(scope="module")
-def hidden() -> Iterator[RankModel]:
+def hidden() -> RankModel:
     """One layer of a 70B model over 4,096 tokens."""
     with fake_ranks(8), FakeTensorMode():
         module = DenseTensorParallel(LLAMA_3_70B.with_layers(1))
         made = opweave.compile(module, (tokens_of(LLAMA_3_70B, 1, 4096),), machine=MACHINE)
-        assert isinstance(made, RankModel)
-        yield made
+    assert isinstance(made, RankModel)
+    return made
 
 
 def test_a_layer_of_a_large_model_is_cut_and_its_collectives_hidden(hidden: RankModel) -> None:
