@@ -26,7 +26,7 @@ STAGES = 4  # layers in flight at the same time, at most
 def least_period_s(problem: Problem, repeat: Repeat) -> float:
     """Seconds a layer that no schedule undercuts as layers go on: a full lane or resource, or a cycle of waiting."""
     tasks = problem.tasks[repeat.begin : repeat.begin + repeat.period]
-    absorbed = {j - repeat.begin for task in tasks for mode in task.modes for j in mode.absorbs}
+    absorbed = {(j - repeat.begin) % repeat.period for task in tasks for mode in task.modes for j in mode.absorbs}
     seconds = [0.0 if i in absorbed else min(mode.seconds for mode in task.modes) for i, task in enumerate(tasks)]
     work: dict[tuple[str, str], float] = {}
     for i, task in enumerate(tasks):
@@ -92,11 +92,8 @@ class Modulo:
             self.model.add_exactly_one(modes)
             self.modes.append(modes)
             for mode, literal in zip(task.modes, modes, strict=True):
-                for j in mode.absorbs:
-                    if j - self.repeat.begin < len(self.tasks):
-                        absorbers.setdefault(j - self.repeat.begin, []).append(literal)
-                    else:
-                        self.model.add(literal == 0)  # what it absorbs lies in the next layer
+                for j in mode.absorbs:  # of this layer, or of one behind it
+                    absorbers.setdefault((j - self.repeat.begin) % self.repeat.period, []).append(literal)
         self.absorbed = {j: sum(literals) for j, literals in absorbers.items()}
         self.length = []
         for i, task in enumerate(self.tasks):

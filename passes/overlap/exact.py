@@ -102,10 +102,11 @@ def orders_of(
     yield order([(start, 1) for start in starts])
     ready = [(start, 1) for start in starts]
     latest: dict[str, tuple[float, int]] = {}
+    rounding = 1e-9 * max(ends, default=0.0)  # what follows at once may be said to start a trifle before that end
     for i in sorted(range(len(tasks)), key=lambda i: (starts[i], i)):
         if tasks[i].collective is not None:
             others = [j for k in (i, *tasks[i].modes[modes[i]].absorbs) for j in tasks[k].before if j != i]
-            key = max((ends[j] for j in others if behind.get(j) != i), default=0.0), 0
+            key = max((ends[j] for j in others if behind.get(j) != i), default=0.0) - rounding, 0
             ready[i] = latest[tasks[i].lane] = max(key, latest.get(tasks[i].lane, key))
     yield order(ready)
 

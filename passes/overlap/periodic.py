@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...compiler.pipeline import Budget
@@ -72,8 +72,8 @@ class PeriodicOverlap:
         periods = self.periods(problem, budget)
         if not periods:
             return best
-        for modes in (_modes(problem, periods, best.modes), best.modes):
-            starts, ends = _times(problem, periods)
+        starts, ends = _times(problem, periods)
+        for modes in _ways(problem, _modes(problem, periods, best.modes), best.modes):
             for order in orders_of(problem, starts, ends, modes):
                 seconds, peak = simulator.measure(order, modes)
                 limit = problem.memory_limit_bytes
@@ -104,6 +104,18 @@ def _modes(problem: Problem, periods: Sequence[Period], otherwise: Sequence[int]
         for i in range(period.repeat.begin, period.repeat.end):
             modes[i] = period.modes[(i - period.repeat.begin) % period.repeat.period]
     return tuple(modes)
+
+
+def _ways(problem: Problem, planned: Sequence[int], known: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Modes to try: those planned, those known, and by name one for all tasks that have it, the rest as planned.
+
+    What tasks take from one another is no part of the plan but their work, so that a faster mode may be better.
+    """
+    yield tuple(planned)
+    yield tuple(known)
+    names = [[mode.name for mode in task.modes] for task in problem.tasks]
+    for name in dict.fromkeys(name for own in names if len(own) > 1 for name in own):
+        yield tuple(own.index(name) if name in own else mode for own, mode in zip(names, planned, strict=True))
 
 
 def _times(problem: Problem, periods: Sequence[Period]) -> tuple[list[float], list[float]]:

@@ -124,6 +124,20 @@ def test_eighty_layers() -> None:
     assert again == found
 
 
+def test_modes_reach_into_the_next_layer() -> None:
+    """An all-reduce that also does the normalisation behind it, which begins the next layer: chosen, and done once."""
+    plain = _dense(20, 2)
+    tasks = list(plain.tasks)
+    for i, task in enumerate(tasks):
+        if task.collective is not None:
+            fused = Mode("fused", task.modes[0].seconds * 1.02, task.modes[0].needs, True, (i + 1,))
+            tasks[i] = replace(task, modes=(*task.modes, fused))
+    found = PeriodicOverlap().schedule(replace(plain, tasks=tuple(tasks)), Budget.of_seconds(30, deterministic=True))
+    without = PeriodicOverlap().schedule(plain, Budget.of_seconds(30, deterministic=True))
+    assert found.makespan_s < without.makespan_s - 20 * 2 * 1e-5
+    assert sum(mode == 1 for mode in found.modes) >= 70
+
+
 def test_start_is_kept_where_nothing_is_better() -> None:
     """A schedule to begin with, here from the method itself, is never made worse; without time it is the answer."""
     problem = _dense(6, 2)
