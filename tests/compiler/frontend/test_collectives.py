@@ -200,6 +200,7 @@ def test_a_plain_module_imports_with_its_collectives(world: str) -> None:
     assert [op.kind.value for op in graph.ops] == ["compute", "collective", "compute", "collective"]
     gathered, reduced = (op.collective for op in graph.ops if op.collective is not None)
     assert (gathered.ranks, gathered.nbytes, reduced.nbytes) == (ALL, 8 * 384, 8 * 384)
+    assert [(op.flops, op.repeatable) for op in graph.ops[1::2]] == [(0, False)] * 2
     assert graph.ops[3].body == "_c10d_functional.all_reduce.default(%0, 'sum', '0')"
     assert graph.tensor[graph.outputs[0]].buffer == "all_reduce"
 
