@@ -65,6 +65,9 @@ CASES = {
     "sort of tokens": Case(lambda x: aten.sort(x, 0), (X,), (0,), "an order among all tokens"),
     "running sum of each token": Case(lambda x: (aten.cumsum(x, 1),), (X,), (0,)),
     "running sum over tokens": Case(lambda x: (aten.cumsum(x, 0),), (X,), (0,)),
+    "running sum over two rows of tokens": Case(
+        lambda x: (aten.cumsum(x.view(2 * TOKENS, 3), 0),), (numbers(2, TOKENS, 3),), (1,), "lie together"
+    ),
     "running product over tokens": Case(lambda x: (aten.cumprod(x, 0),), (X,), (0,), "an order among all tokens"),
     "histogram": Case(lambda x: (aten.histc(x, 4, -1, 1),), (numbers(TOKENS),), (0,)),
     "histogram of an own range": Case(lambda x: (aten.histc(x, 4),), (numbers(TOKENS),), (0,), "a histogram"),
@@ -240,6 +243,14 @@ def dispatched(x: Tensor, router: Tensor, weights: Tensor, last: Callable[..., A
     return (last(rows, order, ends),)
 
 
+def onto_others(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows in the tokens' order, added at their places to rows that are none of theirs."""
+    places = aten.sort(order)[1]
+    others = torch.arange(2 * TOKENS)[:, None].expand(-1, 8).to(torch.float64)
+    result: Tensor = aten.index_put(others, [places], rows[places], True)
+    return result
+
+
 #: What follows the experts, and whether parts can take it.
 LAST: dict[str, tuple[Callable[..., Any], bool]] = {
     "places": (lambda rows, order, ends: rows[aten.sort(order)[1]], True),
@@ -264,6 +275,14 @@ LAST: dict[str, tuple[Callable[..., Any], bool]] = {
         lambda rows, order, ends: rows.new_zeros(TOKENS, 8).index_add(0, order // 2, rows * order[:, None]),
         False,
     ),
+    "other numbers": (
+        lambda rows, order, ends: rows.new_zeros(TOKENS, 8).index_add(0, order * 0 // 2, rows),
+        False,
+    ),
+    "onto other rows": (
+        lambda rows, order, ends: rows.new_zeros(TOKENS, 8).index_add(0, order // 2, onto_others(rows, order)),
+        False,
+    ),
     "uneven division": (lambda rows, order, ends: rows.new_zeros(5, 8).index_add(0, order // 3, rows), False),
     "written twice": (
         lambda rows, order, ends: rows.new_zeros(TOKENS, 8).index_put((order // 2,), rows * 0),
@@ -282,7 +301,8 @@ def test_rows_sorted_by_expert_are_followed_or_computed_again(name: str) -> None
     made = split(graph, {first: 0}, SIZES)
     assert difference(graph, made.module, [inputs], REPLACED) < EXACT
     assert bool(made.joined) != followed
-    assert (grouped(made.module) == len(SIZES)) == (followed and name != "ends")
+    exceptions = ("ends", "onto other rows")  # without products; joined where rows are in the tokens' order again
+    assert (grouped(made.module) == len(SIZES)) == (followed != (name in exceptions))
 
 
 @settings(max_examples=12, deadline=None)
