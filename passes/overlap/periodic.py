@@ -17,6 +17,8 @@ from .simulate import Simulator, given_modes
 
 __all__ = ["Period", "PeriodicOverlap"]
 
+LEAST_PART = 0.1  # of all tasks: shorter runs of layers stay as they are
+
 
 @dataclass(frozen=True)
 class Period:
@@ -84,7 +86,8 @@ class PeriodicOverlap:
 
     def periods(self, problem: Problem, budget: Budget) -> tuple[Period, ...]:
         """A modulo schedule for each run of layers for which one was found in time."""
-        runs = [run for run in repeats(problem) if run.period <= self.max_tasks]
+        enough = len(problem.tasks) * LEAST_PART
+        runs = [run for run in repeats(problem) if run.period <= self.max_tasks and run.end - run.begin >= enough]
         found: list[Period] = []
         for left, run in zip(range(len(runs), 0, -1), runs, strict=True):
             if budget.halted():

@@ -38,7 +38,7 @@ class Repeat:
 def repeats(problem: Problem) -> tuple[Repeat, ...]:
     """Runs of layers, in order: the one that covers the most tasks, and so on before and behind it.
 
-    Of periods that cover as much the shortest counts: two layers are not one.
+    A longer period counts only where it covers at least as much more as it is long: two layers are not one.
     """
     kinds = _kinds(problem)
     found: list[Repeat] = []
@@ -72,7 +72,8 @@ def _longest(problem: Problem, kinds: NDArray[np.int64], begin: int, end: int) -
     best: tuple[int, int, int] | None = None  # tasks covered, period, where they begin
     for period in range(1, (end - begin) // LEAST_COUNT + 1):
         alike = kinds[begin : end - period] == kinds[begin + period : end]
-        if best is not None and _run(alike)[1] + period <= best[0]:
+        longest = _run(alike)[1]
+        if longest < (LEAST_COUNT - 1) * period or (best is not None and longest <= best[0]):
             continue
         for i in np.flatnonzero(alike):
             alike[i] = _near(problem, begin + int(i), period) == _near(problem, begin + int(i) + period, period)
