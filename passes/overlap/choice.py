@@ -84,7 +84,7 @@ class Overlap:
     streams: bool = True
     effort: int = 250_000
     solver_effort: float = 0.3
-    most_operators: int = 25_000
+    most_operators: int = 6_000
 
     def __post_init__(self) -> None:
         if not self.margin < 1 or self.effort < 0 or self.most_operators < 0:

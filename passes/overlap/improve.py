@@ -130,10 +130,10 @@ def climbed(simulator: Simulator, answer: Answer, budget: Budget, effort: int, r
     """``answer`` after moves of single tasks, for ``effort`` timed tasks in all."""
     problem, limit = simulator.problem, simulator.problem.memory_limit_bytes
     count = len(problem.tasks)
-    if not count or merit(answer, limit)[0] > 0:
+    if not count or not effort or merit(answer, limit)[0] > 0:
         return answer
     best = answer
-    tries, seed = max(1, CHUNK // count), budget.seed + 1
+    tries, seed = max(1, min(CHUNK, effort) // count), budget.seed + 1
     waits = np.asarray(best[4], np.int64).reshape(-1, 2)
     for _ in range(max(0, effort // (tries * count))):
         if budget.halted():

@@ -67,7 +67,8 @@ def points(graph: Graph, tokens: int, counts: Sequence[int], machine: HardwareMo
     seen: set[tuple[int, ...]] = set()
     products = products_of(graph, tokens)
     proposed = [_of_count(products, tokens, count, machine) for count in counts if 1 < count <= tokens]
-    for choices in itertools.zip_longest(*proposed):
+    first = [list(itertools.islice(proposed[0], 2))] if proposed else []
+    for choices in (*first, *itertools.zip_longest(*proposed)):
         for sizes in choices:
             if sizes is not None and sizes not in seen:
                 seen.add(sizes)
