@@ -20,6 +20,7 @@ FAMILIES: tuple[str, ...] = (
     "attention",
     "attention_backward",
     "backward",
+    "losses",
     "routing",
     "indexing",
 )

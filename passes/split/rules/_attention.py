@@ -21,7 +21,6 @@ __all__ = [
     "PADDING",
     "SEQUENCE",
     "before",
-    "first_cut",
     "independent",
     "mask_rows",
     "never",
@@ -83,15 +82,6 @@ def shape_of(call: Call, name: str) -> tuple[int, ...]:
     """The shape of an argument that is a tensor."""
     operand = call.operand(name)
     return operand.shape if operand is not None else ()
-
-
-def first_cut(call: Call, names: tuple[str, ...]) -> Along | None:
-    """How the first of the arguments that is cut, is cut."""
-    for name in names:
-        operand = call.operand(name)
-        if operand is not None and operand.along is not None:
-            return operand.along
-    return None
 
 
 def independent(call: Call, kernel: Kernel, along: Along, names: tuple[str, ...]) -> dict[str, State] | None:

@@ -10,11 +10,12 @@ from torch.fx import Node
 from ..rule import Call, Divided, Operand, Part
 from ..state import WHOLE, Along, Partial, State
 
-__all__ = ["CHOSEN", "alike", "needs", "once", "packed", "sliced", "zeros"]
+__all__ = ["CHOSEN", "OTHERWISE", "alike", "first_cut", "needs", "once", "packed", "sliced", "zeros"]
 
 aten = torch.ops.aten
 
 CHOSEN = "rows chosen among all tokens"
+OTHERWISE = "operands that are not cut alike"
 
 
 def alike(call: Call, along: Along, names: Iterable[str]) -> dict[str, State] | None:
@@ -32,6 +33,15 @@ def alike(call: Call, along: Along, names: Iterable[str]) -> dict[str, State] | 
 def sliced(call: Call, shape: tuple[int, ...], along: Along) -> bool:
     """Whether a value of ``shape`` has the extent that ``along`` speaks of."""
     return along.dim < len(shape) and shape[along.dim] == call.division.total(along)
+
+
+def first_cut(call: Call, names: Iterable[str]) -> Along | None:
+    """How the first of the arguments that is cut, is cut."""
+    for name in names:
+        operand = call.operand(name)
+        if operand is not None and operand.along is not None:
+            return operand.along
+    return None
 
 
 def needs(call: Call, given: dict[str, State]) -> tuple[State, ...]:

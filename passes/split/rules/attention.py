@@ -29,13 +29,13 @@ from ._attention import (
     SEQUENCE,
     Kernel,
     before,
-    first_cut,
     independent,
     mask_rows,
     never,
     not_triangular,
     shape_of,
 )
+from ._operands import first_cut
 
 __all__ = ["RULES"]
 

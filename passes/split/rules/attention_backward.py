@@ -20,13 +20,12 @@ from ._attention import (
     SEQUENCE,
     Kernel,
     before,
-    first_cut,
     independent,
     mask_rows,
     never,
     not_triangular,
 )
-from ._operands import packed
+from ._operands import first_cut, packed
 
 __all__ = ["RULES"]
 

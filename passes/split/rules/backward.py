@@ -1,4 +1,4 @@
-"""Backward operators, and forward ones that come with them: normalisations, convolutions, pooling, losses.
+"""Backward operators, and forward ones that come with them: normalisations, convolutions, pooling.
 
 What is a gradient of activations is cut like the activations. What is a gradient of parameters is a sum over the
 tokens: each part holds its summand.
@@ -6,7 +6,6 @@ tokens: each part holds its summand.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,23 +13,12 @@ from torch.fx import Node
 
 from ..rule import Call, Divided, Outcome, Part, Refused, Rule
 from ..state import WHOLE, Along, Partial, Result, State
-from ._operands import alike, needs, packed
+from ._operands import OTHERWISE, alike, first_cut, needs, packed
 from .elementwise import POINTWISE
 
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
-
-_OTHERWISE = "operands that are not cut alike"
-
-
-def _along(call: Call, names: Sequence[str]) -> Along | None:
-    """How the first of the arguments that is cut, is cut."""
-    for name in names:
-        operand = call.operand(name)
-        if operand is not None and operand.along is not None:
-            return operand.along
-    return None
 
 
 def _present(call: Call, states: Sequence[State]) -> Result:
@@ -42,12 +30,12 @@ def _normalised(names: Sequence[str], states: Callable[[Along], Sequence[State]]
     """Gradients of normalisations over the last dimensions, ``normalized_shape``; statistics are the last names."""
 
     def divide(call: Call) -> Outcome:
-        along = _along(call, names)
+        along = first_cut(call, names)
         if along and along.dim >= len(call.operands[0].shape) - len(call.arguments["normalized_shape"]):
             return Refused("a norm over the tokens")
         given = alike(call, along, names) if along else None
         if along is None or given is None:
-            return Refused(_OTHERWISE)
+            return Refused(OTHERWISE)
         return Divided(_present(call, states(along)), needs(call, given), emit=_packed(names[2:]))
 
     return divide
@@ -62,10 +50,10 @@ def _leading(kept: int, names: Sequence[str], states: Callable[[Along], Sequence
     """Operators that treat each of the first ``kept`` dimensions item by item; all the named tensors have them."""
 
     def divide(call: Call) -> Outcome:
-        along = _along(call, names)
+        along = first_cut(call, names)
         given = alike(call, along, names) if along else None
         if along is None or given is None:
-            return Refused(_OTHERWISE)
+            return Refused(OTHERWISE)
         if along.dim >= kept:
             return Refused("tokens along a dimension in which neighbours mix")
         if isinstance(call.value, torch.Tensor):
@@ -94,10 +82,10 @@ def _windows(call: Call) -> Outcome:
 def _softmax_backward(call: Call) -> Outcome:
     """Rows of a softmax over another dimension."""
     names = ("grad_output", "output")
-    along = _along(call, names)
+    along = first_cut(call, names)
     given = alike(call, along, names) if along else None
     if along is None or given is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     if call.arguments["dim"] % len(call.operands[0].shape) == along.dim:
         return Refused("softmax over the tokens")
     return Divided(along, needs(call, given))
@@ -106,10 +94,10 @@ def _softmax_backward(call: Call) -> Outcome:
 def _embedding_dense_backward(call: Call) -> Outcome:
     """The gradient of the table is a sum over the tokens."""
     names = ("grad_output", "indices")
-    along = _along(call, names)
+    along = first_cut(call, names)
     given = alike(call, along, names) if along else None
     if along is None or given is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     if call.arguments["scale_grad_by_freq"]:
         return Refused("gradients divided by how often a word occurs in the whole")
     return Divided(Partial(), needs(call, given))
@@ -120,7 +108,7 @@ def _grouped(names: Sequence[str], states: Callable[[Along], Sequence[State]]) -
 
     def divide(call: Call) -> Outcome:
         outcome = _leading(1, names, states)(call)
-        along = _along(call, names)
+        along = first_cut(call, names)
         if isinstance(outcome, Refused) or along is None:
             return outcome
 
@@ -137,7 +125,7 @@ def _select_backward(call: Call) -> Outcome:
     """Zeros but for one place of ``dim``."""
     along = call.operands[0].along
     if along is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     dim = call.arguments["dim"] % len(call.value.shape)
     result = along if along.dim < dim else along.at(along.dim + 1)
     return _filled(call, result)
@@ -173,88 +161,9 @@ def _scattered(call: Call) -> Outcome:
         source = result.at(result.dim - 1) if len(call.operands[1].shape) < rank and result.dim > dim else result
         given = alike(call, result, ["self"]), alike(call, source, ["src"])
         if given[0] is None or given[1] is None:
-            return Refused(_OTHERWISE)
+            return Refused(OTHERWISE)
         return Divided(result, needs(call, given[0] | given[1]))
-    return Refused(_OTHERWISE)
-
-
-# --- losses ----------------------------------------------------------------------------------------------------
-
-_NONE, _MEAN, _SUM = 0, 1, 2
-
-
-def _nll_loss_forward(call: Call) -> Outcome:
-    """Each part's share of the loss: its sum, divided by the weight of all targets."""
-    names = ("self", "target")
-    along = _along(call, names)
-    given = alike(call, along, names) if along else None
-    if along is None or given is None or along.dim != 0 or len(call.operands[0].shape) != 2:
-        return Refused(_OTHERWISE)
-    states = needs(call, given)
-    reduction = call.arguments["reduction"]
-    if reduction == _NONE:
-        return Divided((along, WHOLE), states)  # the total weight is then 0, whatever the targets
-    if reduction == _SUM:
-        return Divided((Partial(), Partial()), states)
-    if call.operand("weight") is not None:
-        return Refused("a mean weighted by classes")
-    return Divided((Partial(), Partial()), states, emit=_nll_mean)
-
-
-def _nll_mean(part: Part) -> tuple[Node, ...]:
-    """Sum of the part's losses over the number of targets in all parts."""
-    call = part.again(reduction=_SUM)
-    loss, own = (part.make(operator.getitem, call, index) for index in range(2))
-    place = part.call.at("target")
-    assert place is not None
-    total = None
-    for index in range(part.division.count):
-        kept = part.make(aten.ne.Scalar, part.operand(place, index), part.call.arguments["ignore_index"])
-        count = part.make(aten.sum.default, kept)
-        total = count if total is None else part.make(aten.add.Tensor, total, count)
-    assert total is not None
-    weight = part.make(aten._to_copy.default, total, dtype=loss.meta["val"].dtype)
-    return part.make(aten.div.Tensor, loss, weight), own
-
-
-def _nll_loss_backward(call: Call) -> Outcome:
-    """Each row's gradient, divided by the weight of all targets."""
-    names = ("self", "target") if call.arguments["reduction"] else ("self", "target", "grad_output")
-    along = _along(call, names)
-    given = alike(call, along, names) if along else None
-    if along is None or given is None or along.dim != 0 or len(call.operands[1].shape) != 2:
-        return Refused(_OTHERWISE)
-    return Divided(along, needs(call, given), reason="a mean over the tokens of all parts")
-
-
-def _mse_loss(call: Call) -> Outcome:
-    """Each part's share of the loss."""
-    names = ("self", "target")
-    along = _along(call, names)
-    given = alike(call, along, names) if along else None
-    if along is None or given is None or call.operands[0].shape != call.operands[1].shape:
-        return Refused(_OTHERWISE)
-    if call.arguments["reduction"] == _NONE:
-        return Divided(along, needs(call, given))
-    emit = _mean_of_sum(call.operands[0].value.numel()) if call.arguments["reduction"] == _MEAN else None
-    return Divided(Partial(), needs(call, given), emit=emit)
-
-
-def _mse_loss_backward(call: Call) -> Outcome:
-    """Each element's gradient."""
-    reduction = call.arguments["reduction"]
-    names = ("self", "target") if reduction else ("self", "target", "grad_output")
-    along = _along(call, names)
-    given = alike(call, along, names) if along else None
-    if along is None or given is None or call.operands[1].shape != call.operands[2].shape:
-        return Refused(_OTHERWISE)
-    emit = _mean_of_sum(call.operands[1].value.numel()) if reduction == _MEAN else None
-    return Divided(along, needs(call, given), emit=emit)
-
-
-def _mean_of_sum(count: int) -> Callable[[Part], Node]:
-    """The call with sums in place of means, divided by ``count``, the number of elements of the whole."""
-    return lambda part: part.make(aten.div.Scalar, part.again(reduction=_SUM), count)
+    return Refused(OTHERWISE)
 
 
 def _planes(spatial: int) -> Mapping[str, Rule]:
@@ -296,10 +205,6 @@ RULES: dict[str, Rule] = {
     "aten::slice_backward": Rule(_slice_backward),
     "aten::select_scatter": Rule(_scattered),
     "aten::slice_scatter": Rule(_scattered),
-    "aten::nll_loss_forward": Rule(_nll_loss_forward),
-    "aten::nll_loss_backward": Rule(_nll_loss_backward),
-    "aten::mse_loss": Rule(_mse_loss),
-    "aten::mse_loss_backward": Rule(_mse_loss_backward),
     **{f"aten::{name}": POINTWISE for name in _POINTWISE},
     "prims::_low_memory_max_pool_with_offsets": Rule(_windows),
     "prims::_low_memory_max_pool_offsets_to_indices": Rule(_windows),

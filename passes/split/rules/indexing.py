@@ -13,12 +13,10 @@ import torch
 
 from ..rule import Call, Divided, Operand, Outcome, Refused, Rule
 from ..state import WHOLE, Along, State
-from ._operands import CHOSEN, needs, once, sliced, zeros
+from ._operands import CHOSEN, OTHERWISE, needs, once, sliced, zeros
 from .constants import picked_by_part, put_by_part
 
 __all__ = ["RULES"]
-
-_OTHERWISE = "operands that are not cut alike"
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _index(call: Call) -> Outcome:
         return Divided(source.along.at(picked.kept[source.along.dim]))
     found = _indices_alike(call, picked)
     if found is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     along, states = found
     return Divided(along.at(along.dim + picked.start), (source.state, *states))
 
@@ -114,7 +112,7 @@ def _index_put(call: Call) -> Outcome:
     along = found[0].at(found[0].dim + picked.start)
     value = _broadcast(call, values, along, picked.total)
     if value is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     places = iter(found[1])
     states = tuple(next(places) if operand.name == "indices" else WHOLE for operand in call.operands)
     return once(0, _with(call, states, values=value), zeros(target))
@@ -136,7 +134,7 @@ def _put_kept(call: Call, picked: _Picked, target: Operand, values: Operand) -> 
         return Refused(CHOSEN)
     value = _broadcast(call, values, along.at(picked.kept[along.dim]), picked.total)
     if value is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     return Divided(along, needs(call, {"self": along, "values": value}))
 
 
@@ -146,10 +144,10 @@ def _masked_put(call: Call) -> Outcome:
     picked, mask = _picked(call), call.operand("mask")
     found = _indices_alike(call, picked) if picked else None
     if isinstance(outcome, Refused) or picked is None or found is None or mask is None:
-        return outcome if isinstance(outcome, Refused) else Refused(_OTHERWISE)
+        return outcome if isinstance(outcome, Refused) else Refused(OTHERWISE)
     state = _broadcast(call, mask, found[0].at(found[0].dim + picked.start), picked.total)
     if state is None or outcome.needs is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     return once(0, _with(call, outcome.needs, mask=state), zeros(call.operands[0]))
 
 

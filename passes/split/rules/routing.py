@@ -18,13 +18,11 @@ from torch.fx import Node
 from ..orders import Counts, Shuffled, Slots, bound_of, identity
 from ..rule import Call, Divided, Operand, Outcome, Part, Refused, Rule
 from ..state import WHOLE, Along, Partial
-from ._operands import CHOSEN, alike, needs, once, sliced, zeros
+from ._operands import CHOSEN, OTHERWISE, alike, needs, once, sliced, zeros
 
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
-
-_OTHERWISE = "operands that are not cut alike"
 
 
 def _dim(call: Call, operand: Operand) -> int:
@@ -41,7 +39,7 @@ def _ordered(call: Call) -> Outcome:
     """Sorting, choosing and scanning along ``dim``."""
     along = call.operands[0].along
     if along is None or len(call.operands) != 1:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     if _dim(call, call.operands[0]) != along.dim:
         return Divided(_outputs(call, along))
     if call.operator == "aten::sort" and len(call.operands[0].shape) == 1 and along.blocks == 1:
@@ -61,7 +59,7 @@ def _cumsum(call: Call) -> Outcome:
     """A running sum; over the tokens, each part goes on where the one before ended."""
     along = call.operands[0].along
     if along is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     dim = _dim(call, call.operands[0])
     if dim != along.dim:
         return Divided(along)
@@ -93,7 +91,7 @@ def _searchsorted(call: Call) -> Outcome:
     """Each number's place in one sorted row."""
     along = call.operands[1].along
     if along is None or call.operands[0].state != WHOLE or len(call.operands) != 2 or len(call.operands[0].shape) != 1:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     return Divided(along)
 
 
@@ -130,10 +128,10 @@ def _gather(call: Call) -> Outcome:
     dim = _dim(call, source)
     along = index.along or source.along
     if along is None:
-        return Refused(_OTHERWISE)
+        return Refused(OTHERWISE)
     if along.dim != dim:
         given = alike(call, along, ("self", "index"))
-        return Refused(_OTHERWISE) if given is None else Divided(along, needs(call, given))
+        return Refused(OTHERWISE) if given is None else Divided(along, needs(call, given))
     if index.along is not None and source.state == WHOLE:
         return Divided(along)
     return Refused(CHOSEN)
@@ -146,11 +144,11 @@ def _scatter(sums: Callable[[Call], bool]) -> Callable[[Call], Outcome]:
         names = ("self", "index", "src")
         along = next((operand.along for operand in call.operands if operand.along), None)
         if along is None:
-            return Refused(_OTHERWISE)
+            return Refused(OTHERWISE)
         target = call.operands[0]
         if along.dim != _dim(call, target):
             given = alike(call, along, names)
-            return Refused(_OTHERWISE) if given is None else Divided(along, needs(call, given))
+            return Refused(OTHERWISE) if given is None else Divided(along, needs(call, given))
         given = alike(call, along, names[1:])
         if target.state == WHOLE and given is not None and sums(call):
             return once(0, needs(call, given), zeros(target))

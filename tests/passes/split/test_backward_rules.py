@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from opweave.passes.split.rule import Call, Divided, Outcome, Rule
-from opweave.passes.split.rules import backward
+from opweave.passes.split.rules import backward, losses
 from opweave.passes.split.split import Split, split
 from opweave.passes.split.state import WHOLE
 from tests.passes.split.kernels import REPLACED, graph_of
@@ -195,7 +195,7 @@ def test_a_mean_of_parts_means_is_caught() -> None:
     """The control of the losses: a part's mean is divided by its own number of targets."""
 
     def naive(call: Call) -> Outcome:
-        outcome = backward.RULES["aten::nll_loss_forward"].divide(call)
+        outcome = losses.RULES["aten::nll_loss_forward"].divide(call)
         assert isinstance(outcome, Divided)
         return replace(outcome, emit=None)
 
