@@ -20,7 +20,7 @@ from opweave.passes.split.split import Split, split
 from tests.passes.split.kernels import REPLACED
 from tests.passes.split.mixtures import Mixture
 from tests.passes.split.models import Language, Llama, Vision, tables
-from tests.passes.split.traced import difference, fake_group, fed, state, trace
+from tests.passes.split.traced import difference, fake_group, fed, lockstep, state, trace
 
 RANKS = 2
 EXACT = 1e-10
@@ -222,3 +222,14 @@ def test_a_dropped_summand_is_caught() -> None:
     made = split(case.graph, case.axes, (5, 11))
     assert difference(case.graph, made.module, case.inputs, REPLACED) < EXACT
     assert difference(case.graph, dropped(made.module, "_sum"), case.inputs, REPLACED) > 1e-3
+
+
+def test_ranks_in_lockstep_are_those_of_torch() -> None:
+    """The collectives that the other tests run equal those of torch's own virtual ranks."""
+    local = import_module("torch.distributed._local_tensor")
+    case = ready("sequence parallel llama by batch", False)
+    with torch.no_grad(), local.LocalTensorMode(RANKS):
+        pairs = zip(*case.inputs, strict=True)
+        (result,) = case.graph(*(local.LocalTensor(dict(enumerate(pair))) for pair in pairs))
+    for rank, (expected,) in enumerate(lockstep(case.graph, case.inputs)):
+        assert torch.equal(result._local_tensors[rank], expected)
