@@ -106,11 +106,17 @@ class _Rank:
         return None
 
     def points(self, program: Alternative, machine: HardwareModel, axes: Axes) -> Iterator[tuple[int, ...]]:
-        if self.wanted.sizes:
-            return iter((self.wanted.sizes,))
         name, place = self.inputs[0], axes[self.inputs[0]]
         value = next(node.meta["val"] for node in self.module.graph.find_nodes(op="placeholder") if node.name == name)
-        return points(program.graph, int(value.shape[place]), self.wanted.parts, machine)
+        tokens = int(value.shape[place])
+        if not self.wanted.sizes:
+            return points(program.graph, tokens, self.wanted.parts, machine)
+        if sum(self.wanted.sizes) != tokens:
+            raise OptionError(
+                f"sizes of parts are {list(self.wanted.sizes)}, the sum of which is {sum(self.wanted.sizes)}; input "
+                f"{name!r} has {tokens} along dimension {place}"
+            )
+        return iter((self.wanted.sizes,))
 
     def cut(self, sizes: tuple[int, ...]) -> Alternative:
         """Raises SplitRefused, OptionError as `passes/split`."""
