@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from opweave.compiler.graph import Collective, CollectiveKind
 from opweave.compiler.pipeline import Budget
 from opweave.errors import OptionError
+from opweave.passes.overlap._cp_sat import minimised
+from opweave.passes.overlap._relaxed import Relaxed
 from opweave.passes.overlap.bounds import bound_of
 from opweave.passes.overlap.exact import ExactOverlap
+from opweave.passes.overlap.lower_bound import least_of
 from opweave.passes.overlap.problem import Mode, Problem, Task
 from opweave.passes.overlap.simulate import Simulator, given_modes
 
@@ -79,6 +82,19 @@ def test_no_schedule_undercuts_the_bound(problem: Problem) -> None:
     assert found.makespan_s <= given
 
 
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.one_of(st.none(), st.integers(1, 9)))
+def test_model_is_a_relaxation(problem: Problem, limit: int | None) -> None:
+    """The program's own bound, not capped by what was found: it leaves room for the best schedule there is."""
+    problem = replace(problem, memory_limit_bytes=limit)
+    least = _least(problem)
+    if 0 < least < float("inf"):
+        relaxed = Relaxed(problem, least_of(problem), least * 1.0001)
+        outcome = minimised(relaxed.model, Budget.of_seconds(20, deterministic=True), effort=0.05)
+        assert not outcome.infeasible
+        assert outcome.bound * relaxed.unit_s <= least * (1 + 1e-9)
+
+
 @settings(max_examples=25, deadline=None)
 @given(problems(), st.integers(3, 8))
 def test_memory_limit_is_kept(problem: Problem, limit: int) -> None:
@@ -89,6 +105,18 @@ def test_memory_limit_is_kept(problem: Problem, limit: int) -> None:
         found = ExactOverlap(streams=False).schedule(limited, Budget.of_seconds(20, deterministic=True))
         assert found.peak_bytes <= limit
         assert found.bound_s <= _least(limited) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("limit", "least"), [(4, 1.0), (3, 2.0), (2, 2.0), (1, None)])
+def test_model_counts_bytes(limit: int, least: float | None) -> None:
+    """Two tasks of a second on two lanes, two bytes each until they end: side by side only where four bytes fit."""
+    pair = tuple(Task(f"t{i}", LANES[i], (Mode("m", 1.0),), allocates_bytes=2, frees=(i,)) for i in range(2))
+    problem = Problem(pair, memory_limit_bytes=limit)
+    relaxed = Relaxed(problem, least_of(problem), 4.0)
+    outcome = minimised(relaxed.model, Budget.of_seconds(20, deterministic=True), effort=1.0)
+    assert outcome.infeasible == (least is None)
+    if least is not None:
+        assert outcome.bound * relaxed.unit_s == pytest.approx(least, rel=1e-3)
 
 
 def layer(parts: int = 2, layers: int = 1) -> Problem:
