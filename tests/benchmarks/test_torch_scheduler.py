@@ -11,6 +11,7 @@ from benchmarks.parallel_models import LLAMA_3_70B, DenseTensorParallel, tokens_
 from benchmarks.torch_scheduler import as_written, exposed_s, torch_schedule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from opweave.compiler.frontend.dynamo.operators import OperatorGraph, operator_graph
 from opweave.compiler.frontend.ranks import captured, fake_ranks
@@ -46,6 +47,26 @@ def test_nothing_hides_dense_all_reduces(mesh: DeviceMesh) -> None:
     assert answer.claimed_exposed_s == pytest.approx(alone)
     assert exposed_s(answer.schedule) == pytest.approx(alone, rel=1e-6)
     assert exposed_s(as_written(graph, found, problem)) == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_wait_holds_back_what_stands_behind_it(mesh: DeviceMesh) -> None:
+    """A product that reads nothing of the all-reduce hides it, unless the program waits before it."""
+    operators = torch.ops._c10d_functional
+
+    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        waited: torch.Tensor = operators.wait_tensor(operators.all_reduce(x, "sum", "0"))
+        return waited + x @ weight
+
+    with FakeTensorMode():
+        inputs = torch.empty(4096, 8192, dtype=torch.bfloat16), torch.empty(8192, 8192, dtype=torch.bfloat16)
+    graph = make_fx(call)(*inputs)
+    found = operator_graph(graph, int)
+    problem = problem_of(found.graph, load("8xh100-nvlink"))
+    alone = next(task.modes[task.given_mode].seconds for task in problem.tasks if task.collective is not None)
+    assert exposed_s(as_written(graph, found, problem)) == pytest.approx(alone)
+    (wait,) = found.waits["all_reduce"]
+    next(node for node in graph.graph.nodes if node.name == "mm").append(wait)
+    assert exposed_s(as_written(graph, found, problem)) < 0.1 * alone
 
 
 def test_gathers_of_parameters_are_hidden(mesh: DeviceMesh) -> None:
