@@ -91,8 +91,10 @@ class RankExecutor:
         operands = tuple(start.all_input_nodes)
         flight: _InFlight | _Queued = _InFlight(start.target, replaced)
         if self.device.type == "cuda":
-            stream = self.streams.setdefault(_group_of(start), _stream(self.device))
-            flight = queued = _Queued(start.target, replaced, self.device, stream)
+            group = _group_of(start)
+            if group not in self.streams:
+                self.streams[group] = _stream(self.device)
+            flight = queued = _Queued(start.target, replaced, self.device, self.streams[group])
             first = next(node for node in graph.nodes if node.op != "placeholder")
             with graph.inserting_before(first) if behind is None else graph.inserting_after(behind):
                 graph.call_function(queued.ready)
