@@ -73,9 +73,9 @@ def measure(options: Options) -> Iterator[Row]:
             for runner, ways in makers.items():
                 rates = ways.rates(TURNS[options.quick] * 2)
                 link.reset()
-                ways.given()()
+                ways.given()
                 moved = sum(transfer.nbytes for transfer in link.transfers), len(link.transfers)
-                computing = median(timed_in_turns({GIVEN: ways.given()}, 3, CALLS[options.quick], link.reset)[GIVEN])
+                computing = median(timed_in_turns({GIVEN: ways.given}, 3, CALLS[options.quick], link.reset)[GIVEN])
                 for case in (case for case in CASES[options.quick] if case.tokens == count):
                     found = _Measured(case, runner, ways, rates, link, computing, moved, options.quick)
                     yield from found.rows()
@@ -118,7 +118,7 @@ class _Measured:
         nbytes, count = moved
         bandwidth = nbytes / max(case.share * computing_s - count * ALPHA_S, 0.1 * case.share * computing_s)
         machine = rates.machine(RANKS, ALPHA_S, bandwidth)
-        runs: dict[str, Run] = {GIVEN: ways.given(), CONTROL: ways.control(), HIDDEN: ways.hidden(machine)}
+        runs: dict[str, Run] = {GIVEN: ways.given, CONTROL: ways.control, HIDDEN: ways.hidden(machine)}
         self.predicted = dict(zip((GIVEN, CONTROL, HIDDEN), ways.predicted(machine), strict=True))
         if ways.is_compiled:
             runs[LOOSE] = ways.hidden(machine, freezes=False)

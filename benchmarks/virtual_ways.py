@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -112,7 +113,7 @@ class Ways:
                 nbytes += costs.moved_bytes(region)
         each: list[float] = []
         whole: list[float] = []
-        run = self.given()
+        run = self.given
         for _ in range(repeats):
             timed = _Timed(self.module)
             timed.run(*self.inputs)
@@ -121,10 +122,12 @@ class Ways:
         in_products = median(each)
         return Rates(flops / in_products, nbytes / max(median(whole) - in_products, 0.02 * in_products))
 
+    @cached_property
     def given(self) -> Run:
         """The module as it was given: it waits for each collective at once."""
         return self._runs(self.module)
 
+    @cached_property
     def control(self) -> Run:
         """Cut, every collective waited for at once, and held in that order."""
         return self._runs(self.cut, freezes=True)
