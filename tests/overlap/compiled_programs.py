@@ -23,7 +23,7 @@ def compiled(names: Sequence[str]) -> dict[str, Any]:
         model, x = MODELS[name](), inputs_for(name, rank, ranks)
         twin = copy.deepcopy(model)
         axis = "sequence" if name == "sequence parallel" else "batch"
-        options = {"overlap": {"sizes": SIZES[name], "axis": axis}, "machine": "8xh100-nvlink", "cache": False}
+        options: Any = {"overlap": {"sizes": SIZES[name], "axis": axis}, "machine": "8xh100-nvlink", "cache": False}
         torch_backend.reset()
         run = torch.compile(model, backend="opweave", options=options, fullgraph=True)
         with torch.no_grad():
@@ -35,6 +35,9 @@ def compiled(names: Sequence[str]) -> dict[str, Any]:
         gradients = [[p.grad for p in each.parameters()] for each in (model, twin)]
         found[f"{name} forward"] = difference(outputs[:1], outputs[1:])
         found[f"{name} backward"] = difference(*gradients)
-        found[f"{name} sizes"] = [(r.phase, r.tier, r.overlap.sizes) for r in torch_backend.backend_reports()]
+        found[f"{name} sizes"] = [
+            (report.phase, report.tier, report.overlap and report.overlap.sizes)
+            for report in torch_backend.backend_reports()
+        ]
         torch._dynamo.reset()
     return found
