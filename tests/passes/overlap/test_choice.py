@@ -68,6 +68,10 @@ def test_margin_decides() -> None:
     never = replace(QUICK, margin=0.9).choose(program, MACHINE, cut, [(2048, 2048)])
     assert never.reason
     assert never.alternative is program
+    faster = Overlap(margin=0.9, effort=0, solver_effort=0.05).choose(program, MACHINE)  # by other algorithms
+    assert faster.tried[0][1] < 0.97 * faster.before.makespan_s  # type: ignore[operator]
+    assert faster.reason
+    assert faster.schedule == faster.before
 
 
 def test_sizes_that_are_forced_are_taken_whatever_they_cost() -> None:
