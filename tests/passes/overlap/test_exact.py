@@ -39,7 +39,7 @@ def problems(draw: st.DrawFn, most: int = 5) -> Problem:
     for i in range(draw(st.integers(1, most))):
         lane = draw(st.sampled_from(LANES))
         before = tuple(j for j in range(i) if draw(st.integers(0, 2)) == 0)
-        frees = tuple(j for j in range(i + 1) if draw(st.integers(0, 3)) == 0)
+        frees = tuple(j for j in (*before, i) if draw(st.integers(0, 1)) == 0)  # what frees bytes has read them
         collective = ALL_REDUCE if lane == "link" else None
         size = draw(st.integers(0, 3))
         tasks.append(Task(f"t{i}", lane, draw(modes(lane)), before, collective, allocates_bytes=size, frees=frees))
