@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from msgspec.structs import replace
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
@@ -88,7 +89,7 @@ def operator_graph(module: torch.fx.GraphModule, size_of: Callable[[Any], int]) 
         ModelError: a value is no plain tensor, a call returns what it was given, or a process group is not known here.
     """
     writer = _Writer(size_of)
-    with torch.device("meta"):
+    with unset_fake_temporarily(), torch.device("meta"):  # a mode around us would trace every layout again
         for node in module.graph.nodes:
             writer.add(node)
     graph = writer.builder.finish("operators", [], writer.returned)
