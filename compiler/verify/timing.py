@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Iterator
 
+from ...errors import MachineError
 from ...hw_models.cost import op_seconds, transfer_seconds
 from ...hw_models.model import Engine, EngineKind, Link
 from ..graph import DTYPE_BYTES, OpKind
@@ -87,15 +88,23 @@ def _least_seconds(plan: Plan, facts: Facts, instruction: Instruction, engine: E
 
 
 def _least_collective(plan: Plan, facts: Facts, instruction: Instruction) -> float:
-    """Seconds of a collective done in the fastest way, while nothing else runs."""
+    """Seconds of a collective done in the fastest way, while nothing else runs; also one that does more as well."""
     if not isinstance(instruction, Run | CollectiveStart) or instruction.op not in facts.op_index:
         return 0.0
-    from ...hw_models.collectives import collective_seconds
+    from ...hw_models.collectives import collective_modes, collective_seconds
 
     collective = plan.graph.ops[facts.op_index[instruction.op]].collective
     if collective is None or plan.machine.fabric is None:
         return 0.0
-    return collective_seconds(collective.kind.value, collective.nbytes, collective.ranks, plan.machine)
+    what = (collective.kind.value, collective.nbytes, collective.ranks, plan.machine)
+    fused = {rate.fuses for rate in plan.machine.fabric.rates if rate.fuses and rate.kind == collective.kind.value}
+    least = collective_seconds(*what)
+    for fuses in sorted(fused):
+        try:
+            least = min(least, collective_modes(*what, fuses=fuses)[0].seconds)
+        except MachineError:
+            continue  # not among so many ranks
+    return least
 
 
 def _check_engines(plan: Plan, spans: _Spans) -> Iterator[Finding]:
