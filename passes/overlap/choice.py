@@ -82,7 +82,7 @@ class Overlap:
     algorithms: tuple[str, ...] = ()
     memory_limit_bytes: int | None = None
     streams: bool = True
-    effort: int = 250_000
+    effort: int = 1_000_000
     solver_effort: float = 0.3
     most_operators: int = 6_000
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from ...compiler.graph import DTYPE_BYTES, Collective, Graph, Op, Tensor
+from ...compiler.graph import DTYPE_BYTES, Collective, Graph, Op, OpKind, Tensor
 from ...hw_models.collectives import CollectiveMode, collective_modes
 from ...hw_models.matmul import Kernel, attention, matmul, streaming, visible_pairs
 from ...hw_models.model import Engine, EngineKind, HardwareModel
@@ -83,7 +83,7 @@ class Costs:
             return self._product(ops[0])
         if len(ops) == 1 and is_attention(ops[0]) and ops[0].flops:
             return self._attention(ops[0])
-        if not nbytes:
+        if not nbytes or any(op.kind is OpKind.BOUNDARY for op in ops):
             return Kernel(0.0, 0.0, 0.0)
         dtype = self.graph.tensor[ops[-1].outputs[0]].dtype if ops[-1].outputs else "default"
         return streaming(nbytes, self.machine, flops=sum(op.flops for op in ops), dtype=dtype)

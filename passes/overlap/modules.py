@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,9 +23,10 @@ from .points import points
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-__all__ = ["overlapped"]
+__all__ = ["LOSS", "overlapped"]
 
 Axes = Mapping[str, int]
+ALL = math.nextafter(1.0, 0.0)  # a margin that nothing gains
 LOSS = "the loss, which is computed elsewhere"
 
 
@@ -52,6 +54,12 @@ def overlapped(
     rank = _Rank(module, tuple(inputs), wanted, forward_outputs)
     program = rank.whole()
     options = Overlap(margin=wanted.margin, algorithms=wanted.algorithms, memory_limit_bytes=wanted.limit_bytes)
+    others = rank.other_communication()
+    if others:
+        choice = replace(options, margin=ALL).choose(program, machine, budget=budget)
+        reason = f"{others[0]!r} talks to other ranks, and is no collective whose order with others is known"
+        choice = replace(choice, alternative=program, schedule=choice.before, reason=reason)
+        return _answer(module, program, choice, machine, is_joint=forward_outputs is not None)
     axes = rank.axes()
     if wanted.sizes and axes is None:
         raise OptionError("overlap has sizes of parts, but no input can be cut", hint="leave out 'sizes'")
@@ -79,6 +87,13 @@ class _Rank:
         """As it is given; of half of a training step that was cut as a whole, operators know their parts already."""
         graph = self.graph(self.module)
         return Alternative(graph, _parts(self.module, graph), program=self.module)
+
+    def other_communication(self) -> tuple[str, ...]:
+        """Sends, receives and the like, by name."""
+        from ...compiler.frontend.dynamo.operators import operator_graph
+        from ...compiler.frontend.dynamo.traced import sized_example
+
+        return operator_graph(self.module, sized_example).other_communication
 
     def graph(self, module: GraphModule) -> Graph:
         import torch
@@ -148,13 +163,17 @@ def with_loss(graph: Graph, results: Sequence[str], tangents: Sequence[str]) -> 
     ``results`` and ``tangents`` are names of tensors. The backward half is computed behind the forward half then.
     """
     given = [name for name in tangents if name in graph.buffers]
-    first = next((n for n, reads in enumerate(graph.reads) if not set(given).isdisjoint(reads)), len(graph.ops))
-    made = {name for op in graph.ops[:first] for name in op.outputs}
+    behind: set[int] = set()
+    for index, (reads, before) in enumerate(zip(graph.reads, graph.predecessors, strict=True)):
+        if not set(given).isdisjoint(reads) or not behind.isdisjoint(before):
+            behind.add(index)
+    forward = [op for index, op in enumerate(graph.ops) if index not in behind]
+    made = {name for op in forward for name in op.outputs}
     tensors = tuple(msgspec.structs.replace(t, role=Role.GRADIENT) if t.name in given else t for t in graph.tensors)
     known = [name for name in dict.fromkeys(results) if name in made or graph.tensor[name].buffer in made]
     loss = Op(LOSS, tuple(known), tuple(given), OpKind.BOUNDARY)
-    ops = (*graph.ops[:first], loss, *graph.ops[first:])
-    return Graph(graph.name, tensors, ops, graph.outputs)
+    backward = (op for index, op in enumerate(graph.ops) if index in behind)
+    return Graph(graph.name, tensors, (*forward, loss, *backward), graph.outputs)
 
 
 def _answer(

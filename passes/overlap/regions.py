@@ -47,9 +47,7 @@ def is_attention(op: Op) -> bool:
 
 
 def stands_alone(op: Op) -> bool:
-    """Whether it is a kernel of its own. One without a body is, if it computes: nothing is known of it."""
-    if op.kind is OpKind.BOUNDARY:
-        return False
+    """Whether it is fused with nothing. One without a body is not, if it computes: nothing is known of it."""
     unknown = not op.body and bool(op.outputs)
     return op.kind is not OpKind.COMPUTE or unknown or is_product(op) or is_attention(op) or called(op) in _LIBRARY
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from benchmarks.parallel_models import LLAMA_3_70B, DenseTensorParallel, tokens_of
+from benchmarks.parallel_models import LLAMA_3_70B, TINY, DenseTensorParallel, tokens_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opweave.compiler.frontend.collectives import is_wait
 from opweave.compiler.frontend.ranks import Captured, captured, fake_ranks
 from opweave.compiler.overlap import OverlapOptions
-from opweave.compiler.plan import CollectiveStart
+from opweave.compiler.plan import CollectiveStart, Run
 from opweave.compiler.verify import verify
 from opweave.errors import OptionError
 from opweave.hw_models.registry import load
-from opweave.passes.overlap.modules import overlapped
+from opweave.passes.overlap.modules import LOSS, overlapped
 
 MACHINE = load("8xh100-nvlink")
 
@@ -75,3 +75,49 @@ def test_without_inputs_it_is_only_put_in_order(layer: Captured) -> None:
     done = overlapped(layer.forward, (), MACHINE, OverlapOptions())
     assert done.sizes == ()
     assert sorted(names(done.module)) == sorted(names(layer.forward))
+
+
+def test_what_talks_to_others_otherwise_is_left_alone(layer: Captured) -> None:
+    """A receive has an order with collectives that nobody here knows; nothing moves, whatever is wanted."""
+    module = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    x = module.graph.placeholder("x")
+    total = module.graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0"))
+    done = module.graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (total,))
+    other = module.graph.call_function(torch.ops._c10d_functional.irecv.default, (x, 0, 0, "0"))
+    for node in (x, total, done, other):
+        node.meta["val"] = torch.empty(8, 4, device="meta")
+    module.graph.output((done,))
+    module.recompile()
+    answer = overlapped(module, ["x"], MACHINE, OverlapOptions(sizes=(4, 4)))
+    assert answer.module is module
+    assert "talks to other ranks" in answer.reason
+
+
+def test_the_backward_half_is_behind_the_loss(layer: Captured) -> None:
+    """Of a training step: what a tangent reaches starts when all that the results are made by is done."""
+    module = DenseTensorParallel(TINY, dtype=torch.float32)
+    step = captured(module, (tokens_of(TINY, 1, 16, torch.float32),), training=True)
+    assert step.joint is not None
+    sizes = OverlapOptions(sizes=(8, 8))
+    done = overlapped(step.joint, step.inputs, MACHINE, sizes, forward_outputs=step.outputs)
+    assert done.sizes == (8, 8)
+    for plan in (done.before, done.plan):
+        assert verify(plan).ok
+        loss = next(op for op in plan.graph.ops if op.name == LOSS)
+        assert loss.inputs
+        assert loss.outputs
+        when = {i.op: i for i in plan.instructions if isinstance(i, Run)}[LOSS].start_s
+        assert when is not None
+        spans = {
+            i.op: (i.start_s or 0.0, i.finish_s or 0.0)
+            for i in plan.instructions
+            if isinstance(i, Run | CollectiveStart)
+        }
+        makers = {name: op.name for op in plan.graph.ops for name in op.outputs}
+        assert all(spans[makers[name]][1] <= when for name in loss.inputs)
+        made = set(loss.outputs)
+        readers = [
+            op.name for op in plan.graph.ops if any(plan.graph.tensor[name].buffer in made for name in op.inputs)
+        ]
+        assert readers
+        assert all(spans[name][0] >= when for name in readers)
