@@ -25,7 +25,7 @@ _KINDS = st.one_of(_ALONE, _COLLECTIVES.map(lambda what: {"kind": OpKind.COLLECT
 
 @st.composite
 def odd_graphs(draw: st.DrawFn, *, text: st.SearchStrategy[str] | None = None, alone: bool = False) -> Graph:
-    """Random graphs renamed to arbitrary text, with arbitrary kinds, flops, origins and bodies; ``alone``: one rank's."""
+    """Random graphs renamed to arbitrary text, with any kinds, flops, origins and bodies; ``alone`` of one rank."""
     text = st.text(max_size=6) if text is None else text
     graph: Graph = draw(graphs(max_ops=5))
     names = [tensor.name for tensor in graph.tensors]

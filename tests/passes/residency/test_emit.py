@@ -6,7 +6,7 @@ import pytest
 
 from opweave.compiler.graph import Graph, Op, Role, Tensor
 from opweave.compiler.pipeline import Budget
-from opweave.compiler.plan import Load, Plan, Recompute, Run, Store
+from opweave.compiler.plan import Load, Plan, Run, Store
 from opweave.compiler.verify import verify
 from opweave.passes.registry import make
 from opweave.passes.residency.emit import emit
