@@ -212,7 +212,14 @@ def _of_one_rank(model: Model, inputs: Inputs | None, options: Options) -> RankM
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     ranks = sorted({rank for op in done.plan.graph.ops if op.collective is not None for rank in op.collective.ranks})
-    return RankModel(plan=done.plan, captured=graphs, overlapped=done, weights=weights, ranks=tuple(ranks))
+    return RankModel(
+        plan=done.plan,
+        captured=graphs,
+        overlapped=done,
+        weights=weights,
+        ranks=tuple(ranks),
+        check_ranks=wanted is not None and wanted.check_ranks,
+    )
 
 
 @overload

@@ -19,6 +19,7 @@ _OPTIONS: Mapping[str, str] = {
     "axis": "'auto', 'batch' or 'sequence'",
     "memory_limit": "bytes, or a size such as '8GiB'",
     "strict": "True or False",
+    "check_ranks": "True or False",
     "algorithms": "names of algorithms that `opweave hw show` lists for a machine",
 }
 
@@ -35,8 +36,9 @@ class OverlapOptions:
     are the numbers of parts to choose from; ``sizes`` fixes the parts, in tokens, whatever the prediction says.
     ``axis`` says along what inputs are cut: ``"batch"``, ``"sequence"`` or, ``"auto"``, the first of them that can be.
     ``memory_limit`` bounds the bytes alive at once. ``strict`` refuses a cut that needs a value to be joined on the
-    way. ``algorithms`` are those that collectives may be done by: what torch.distributed's own calls do, unless others
-    are named, which is to see what they would gain.
+    way. ``check_ranks`` compares the orders of all ranks before anything is started; every rank of the default process
+    group must then compile, or call, the module. ``algorithms`` are those that collectives may be done by: what
+    torch.distributed's own calls do, unless others are named, which is to see what they would gain.
 
     Raises:
         OptionError: a value is of a wrong type or out of range.
@@ -48,6 +50,7 @@ class OverlapOptions:
     axis: str = "auto"
     memory_limit: int | str | None = None
     strict: bool = False
+    check_ranks: bool = False
     algorithms: tuple[str, ...] = LIBRARY
 
     @classmethod
@@ -79,6 +82,7 @@ class OverlapOptions:
             or isinstance(self.memory_limit, str)
             or _is_whole(self.memory_limit),
             "strict": isinstance(self.strict, bool),
+            "check_ranks": isinstance(self.check_ranks, bool),
             "algorithms": bool(self.algorithms) and all(isinstance(name, str) for name in self.algorithms),
         }
         for name, is_right in right.items():

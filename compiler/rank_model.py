@@ -35,6 +35,7 @@ class RankModel(CompiledModel):
     overlapped: Overlapped
     weights: Mapping[str, Any]
     ranks: tuple[int, ...] = (0,)
+    check_ranks: bool = False
 
     @property
     def plan_before(self) -> Plan:
@@ -48,9 +49,12 @@ class RankModel(CompiledModel):
 
     @cached_property
     def executor(self) -> RankExecutor:
-        """What runs the module in the plan's order."""
+        """What runs the module in the plan's order; ranks are compared when it is made, if that is wanted."""
+        from .runtime.agreement import check_same_order, collective_orders
         from .runtime.distributed import RankExecutor
 
+        if self.check_ranks:
+            check_same_order(collective_orders(self.overlapped.module))
         return RankExecutor(self.overlapped.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from ....hw_models.model import HardwareModel
 from ...overlap import OverlapOptions, Overlapped
+from ...runtime.agreement import check_same_order, collective_orders
 from ..collectives import is_communication, unwrapped
 from .frozen import freeze
 
@@ -46,10 +47,13 @@ def hidden(
 ) -> tuple[torch.fx.GraphModule, Overlapped]:
     """``module`` in the order that hides most, held in it by control dependencies, and what became of it.
 
-    Where that is predicted to gain too little, it is ``module`` as it is.
+    Where that is predicted to gain too little, it is ``module`` as it is. Raises ExecutionError if ranks were to be
+    compared and differ.
     ``inputs`` are those along which it may be cut, by name; with none, its operators are put in order as they are.
     """
     done = overlap(module, inputs, machine, wanted, None)
+    if wanted.check_ranks:
+        check_same_order(collective_orders(done.module))
     return done.module if done.reason else freeze(done.module), replace(done, module=None)
 
 
