@@ -82,7 +82,11 @@ class Step:
 
 #: Where the tests are that need a GPU: to collect all others takes time.
 KERNELS = "tests/kernels/test_kernels_on_gpu.py"
-TESTS = ("tests/kernels", "tests/compiler/frontend/dynamo/test_gpu.py")
+TESTS = (
+    "tests/kernels",
+    "tests/compiler/frontend/dynamo/test_gpu.py",
+    "tests/overlap/test_overlap_on_gpu.py",
+)
 PYTEST = ("-m", "gpu", "-q", "-p", "no:cacheprovider")
 STEPS = (
     Step("tests", "pytest", 1.5, Kind.TESTS, (*PYTEST, "-k", "not what_it_says and not full_size", *TESTS)),

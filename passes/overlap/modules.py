@@ -23,10 +23,10 @@ from .points import points
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-__all__ = ["LOSS", "overlapped"]
+__all__ = ["LOSS", "NOTHING", "overlapped"]
 
 Axes = Mapping[str, int]
-ALL = math.nextafter(1.0, 0.0)  # a margin that nothing gains
+NOTHING = math.nextafter(1.0, 0.0)  # the margin that nothing gains
 LOSS = "the loss, which is computed elsewhere"
 
 
@@ -56,7 +56,7 @@ def overlapped(
     options = Overlap(margin=wanted.margin, algorithms=wanted.algorithms, memory_limit_bytes=wanted.limit_bytes)
     others = rank.other_communication()
     if others:
-        choice = replace(options, margin=ALL).choose(program, machine, budget=budget)
+        choice = replace(options, margin=NOTHING).choose(program, machine, budget=budget)
         reason = f"{others[0]!r} talks to other ranks, and is no collective whose order with others is known"
         choice = replace(choice, alternative=program, schedule=choice.before, reason=reason)
         return _answer(module, program, choice, machine, is_joint=forward_outputs is not None)
