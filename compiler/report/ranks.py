@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from ...errors import OptionError
-from ...hw_models.model import HardwareModel
+from ...hw_models.model import EngineKind, HardwareModel
 from ..graph import Graph, Op, Tensor
 from ..overlap import Overlapped
 from ..plan import CollectiveWait, Instruction, Load, Plan, Store
@@ -95,17 +95,23 @@ def _renamed(graph: Graph, rank: int) -> Graph:
 
 
 def _joined(machines: Mapping[int, HardwareModel]) -> HardwareModel:
-    """All machines as one: the first one's memories, as large as those of all, and everyone's engines and links."""
+    """All machines as one: the first one's memories, as large as those of all, and everyone's engines and links.
+
+    Nothing is moved to and from backing memory here: the first rank's copy engines are left, as a machine has to have
+    some.
+    """
     first = next(iter(machines.values()))
     memories = tuple(
         msgspec.structs.replace(memory, capacity_bytes=memory.capacity_bytes * len(machines), banks_bytes=())
         for memory in first.memories
     )
-    engines = tuple(
+    named = [
         msgspec.structs.replace(engine, name=f"rank {rank} {engine.name}")
         for rank, machine in machines.items()
         for engine in machine.engines
-    )
+    ]
+    copying = [engine for engine in named[: len(first.engines)] if engine.kind is EngineKind.COPY]
+    engines = (*(engine for engine in named if engine.kind is not EngineKind.COPY), *copying)
     links = tuple(
         msgspec.structs.replace(link, name=f"rank {rank} {link.name}")
         for rank, machine in machines.items()

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from ...hw_models.model import EngineKind
 from ..graph import OpKind
-from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Store
+from ..plan import CollectiveStart, CollectiveWait, Instruction, Load, Plan, Recompute, Run, Store
 
 __all__ = ["UNKNOWN_ROLE", "Bar", "Region", "bars", "is_timed", "live_bytes", "live_over_time", "regions", "role_of"]
 
@@ -95,13 +95,13 @@ def bars(plan: Plan) -> tuple[Bar, ...]:
     compulsory_store = {last_store[b] for b in graph.output_buffers if b in last_store}
     streamed_reads = _streamed_reads(plan)
     collectives = {op.name for op in graph.ops if op.kind is OpKind.COLLECTIVE}
-    computing = plan.machine.engines_of(EngineKind.COMPUTE)[0].name  # where a wait lets others wait
+    waiting = _waiting_engines(plan)
     result: list[Bar] = []
     for step, instruction in enumerate(plan.instructions):
         moved: Iterable[str]
         kind, engine = type(instruction).__name__.lower(), instruction.engine
         if isinstance(instruction, CollectiveWait):
-            kind, engine = "wait", instruction.engine or computing
+            kind, engine = "wait", instruction.engine or waiting[instruction.op]
         elif isinstance(instruction, CollectiveStart) or getattr(instruction, "op", "") in collectives:
             kind = "collective"
         if isinstance(instruction, Load | Store):
@@ -170,6 +170,22 @@ def _streamed_reads(plan: Plan) -> dict[str, tuple[str, ...]]:
         op.name: tuple(b for b in reads if b in streamed)
         for op, reads in zip(plan.graph.ops, plan.graph.reads, strict=True)
     }
+
+
+def _waiting_engines(plan: Plan) -> dict[str, str]:
+    """The engine that each wait lets wait, by operator: its first reader's, and the first one where nobody reads."""
+    computing = plan.machine.engines_of(EngineKind.COMPUTE)[0].name
+    reads = {op.name: reads for op, reads in zip(plan.graph.ops, plan.graph.reads, strict=True)}
+    written = {op.name: writes for op, writes in zip(plan.graph.ops, plan.graph.writes, strict=True)}
+    reader: dict[str, str] = {}
+    waiting: dict[str, str] = {}
+    for instruction in reversed(plan.instructions):
+        if isinstance(instruction, CollectiveWait):
+            buffers = written.get(instruction.op, ())
+            waiting[instruction.op] = next((reader[b] for b in buffers if b in reader), computing)
+        elif isinstance(instruction, Run | Recompute):
+            reader |= dict.fromkeys(reads.get(instruction.op, ()), instruction.engine or computing)
+    return waiting
 
 
 def _uses(plan: Plan) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from opweave.compiler.overlap import CollectiveLine
 from opweave.compiler.report import write_html
 from opweave.compiler.report.ranks import side_by_side
 from opweave.compiler.report.trace import chrome_trace
+from opweave.compiler.report.view import bars
 from opweave.compiler.verify import verify
 from opweave.errors import OptionError
 from tests.compiler.verify.collective_faults import communicating, timed
@@ -21,9 +22,11 @@ from tests.compiler.verify.collective_faults import communicating, timed
 def test_ranks_side_by_side_are_one_plan_of_all_engines() -> None:
     merged = side_by_side({3: timed(), 1: timed()})
     assert verify(merged).ok, list(map(str, verify(merged).faults))
-    assert [e.name for e in merged.machine.engines] == ["rank 1 core", "rank 1 dma", "rank 3 core", "rank 3 dma"]
+    assert [e.name for e in merged.machine.engines] == ["rank 1 core", "rank 3 core", "rank 1 dma"]
     assert [link.name for link in merged.machine.links] == ["rank 1 net", "rank 3 net"]
     assert len(merged.instructions) == 2 * len(timed().instructions)
+    waits = [bar.engine for bar in bars(merged) if bar.kind == "wait"]
+    assert sorted(waits) == ["rank 1 core", "rank 3 core"]
     threads = {e["args"]["name"] for e in json.loads(chrome_trace(merged))["traceEvents"] if e["name"] == "thread_name"}
     assert {"rank 1 core", "rank 1 net", "rank 3 core", "rank 3 net"} <= threads
 
