@@ -13,7 +13,7 @@ from .plan import CollectiveStart, Plan, Recompute, Run
 __all__ = ["CollectiveLine", "OverlapOptions", "Overlapped", "exposed_seconds", "lines_of"]
 
 _OPTIONS: Mapping[str, str] = {
-    "margin": "a fraction of the predicted time, below 1",
+    "margin": "a fraction of the predicted time, from 0 and below 1",
     "parts": "one number of parts, or several to choose from, each 2 or more",
     "sizes": "the sizes of the parts in tokens, two or more, each above 0",
     "axis": "'auto', 'batch' or 'sequence'",
@@ -74,7 +74,7 @@ class OverlapOptions:
 
     def __post_init__(self) -> None:
         right = {
-            "margin": _is_number(self.margin) and self.margin < 1,
+            "margin": _is_number(self.margin) and 0 <= self.margin < 1,
             "parts": all(_is_whole(n) and n >= 2 for n in self.parts) and bool(self.parts),
             "sizes": all(_is_whole(n) and n >= 1 for n in self.sizes) and len(self.sizes) != 1,
             "axis": self.axis in ("auto", "batch", "sequence"),
@@ -150,6 +150,10 @@ class Overlapped:
         ends = [max((i.finish_s or 0.0 for i in plan.instructions), default=0.0) for plan in (self.before, self.plan)]
         return ends[0], ends[1]
 
+    def left_alone(self, reason: str) -> Overlapped:
+        """The same of a module in which nothing was changed, because of ``reason``."""
+        return replace(self, reason=reason, lines=tuple(replace(line, reason=reason) for line in self.lines))
+
 
 def exposed_seconds(plan: Plan) -> Mapping[str, float]:
     """Seconds of each collective of a timed ``plan`` in which no compute engine runs, by operator.
@@ -160,7 +164,8 @@ def exposed_seconds(plan: Plan) -> Mapping[str, float]:
     exposed = dict.fromkeys((name for name, _, _ in _flying(plan)), 0.0)
     changes: list[tuple[float, int, str]] = []  # when something begins (1) or ends (-1); what, "" for compute
     for name, start, finish in [*_flying(plan), *(("", *span) for span in _computing(plan))]:
-        changes += [(start, 1, name), (finish, -1, name)]
+        if finish > start:  # what ends first at a moment is sorted first, which what takes no time must not be
+            changes += [(start, 1, name), (finish, -1, name)]
     changes.sort()
     running, inside, since = 0, dict[str, None](), 0.0
     for moment, change, name in changes:
