@@ -17,12 +17,13 @@ def overlap_text(done: Overlapped, most_lines: int = _MOST_LINES) -> Iterator[st
     """Lines of plain text; at most so many collectives, those that expose most before first."""
     before_s, after_s = done.seconds
     exposed = [sum(line.exposed_before_s for line in done.lines), sum(line.exposed_after_s for line in done.lines)]
-    gain = format_percent(1 - after_s / before_s) if before_s else "0 %"
+    gain = 1 - after_s / before_s if before_s else 0.0
     if done.reason:
         yield f"unchanged: {done.reason}"
     else:
-        parts = f"cut into {' + '.join(map(str, done.sizes))} tokens" if done.sizes else "put in another order"
-        yield f"{parts}: {format_seconds(before_s)} before, {format_seconds(after_s)} after, {gain} less (predicted)"
+        parts = f"cut into parts of {' + '.join(map(str, done.sizes))}" if done.sizes else "put in another order"
+        change = f"{format_percent(abs(gain))} {'less' if gain >= 0 else 'more'}"
+        yield f"{parts}: {format_seconds(before_s)} before, {format_seconds(after_s)} after, {change} (predicted)"
     count = plural(len(done.lines), "collective")
     yield f"{count}: {format_seconds(exposed[0])} exposed before, {format_seconds(exposed[1])} after"
     for operator, reason in done.joined:
