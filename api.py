@@ -122,6 +122,15 @@ class Options:
         if not self.time_limit > 0:
             raise OptionError(f"time_limit is {self.time_limit} s; it must be above 0")
 
+    def check_of_rank(self) -> None:
+        """Raises OptionError where an option is set that a module of one rank of several does not know."""
+        unknown = [name for name in _OF_ONE_DEVICE if getattr(self, name) != getattr(_DEFAULTS, name)]
+        if unknown:
+            raise OptionError(
+                f"option {unknown[0]!r} does not go with a module that talks to other ranks",
+                hint="what is decided of one is said by 'overlap', such as overlap={'memory_limit': '8GiB'}",
+            )
+
     def target(self) -> HardwareModel:
         """The machine with its overrides."""
         machine = self.machine if isinstance(self.machine, HardwareModel) else hardware(str(self.machine))
@@ -151,6 +160,13 @@ class Options:
     def reading(self) -> Reading:
         """How the model is read."""
         return Reading(self.dims, self.definitions, self.strict, self.fill_seed)
+
+
+_DEFAULTS = Options()
+_OF_ONE_DEVICE = (
+    *("scratchpad", "weights", "order", "residency", "address", "objective"),
+    *("recompute", "inplace", "pins", "time_limit", "kernels"),
+)
 
 
 def compile(  # the name users expect, as in torch.compile; shadows the builtin only here
@@ -196,30 +212,13 @@ def _of_one_rank(model: Model, inputs: Inputs | None, options: Options) -> RankM
     target = options.target()
     if target.fabric is None or not isinstance(model, torch.nn.Module) or inputs is None:
         return None
-    from .compiler.frontend.dynamo.overlapping import communicates
-    from .compiler.frontend.ranks import captured
-    from .compiler.rank_model import RankModel
-    from .passes.overlap.modules import overlapped
+    from .passes.overlap.rank import compiled_rank
 
     args, named = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    graphs = captured(model, args, named)
-    if not communicates(graphs.forward):
-        return None
-    wanted = OverlapOptions.of(options.overlap)
-    done = overlapped(graphs.forward, graphs.inputs if wanted is not None else (), target, wanted or OverlapOptions())
-    weights = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    ranks = sorted({rank for op in done.plan.graph.ops if op.collective is not None for rank in op.collective.ranks})
-    return RankModel(
-        plan=done.plan,
-        captured=graphs,
-        overlapped=done,
-        weights=weights,
-        ranks=tuple(ranks),
-        check_ranks=wanted is not None and wanted.check_ranks,
-    )
+    made = compiled_rank(model, args, named, target, OverlapOptions.of(options.overlap))
+    if made is not None:
+        options.check_of_rank()
+    return made
 
 
 @overload

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.parallel_dtensor import PlainDense, fully_sharded
 from benchmarks.parallel_models import LLAMA_3_70B, TINY, DenseTensorParallel, tokens_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 
 import opweave
 from opweave.compiler.frontend.ranks import fake_ranks
@@ -64,6 +66,25 @@ def test_little_is_left_alone_with_the_reason() -> None:
         off = opweave.compile(module, (x,), machine=MACHINE, overlap=False)
         assert isinstance(off, RankModel)
         assert off.overlapped.sizes == ()
+        for options in ({"time_limit": 3}, {"scratchpad": "1MiB"}, {"recompute": True}, {"kernels": "all"}):
+            with pytest.raises(OptionError, match=f"'{next(iter(options))}' does not go with a module that talks"):
+                opweave.compile(module, (x,), machine=MACHINE, **options)
+
+
+def test_off_changes_no_order_either() -> None:
+    """Weights that are gathered one after the other could be gathered early; who says off gets them as they are."""
+    with fake_ranks(8):
+        mesh = init_device_mesh("cpu", (8,))
+        with FakeTensorMode():
+            module = fully_sharded(PlainDense(LLAMA_3_70B.with_layers(1)), mesh)
+        inputs = (tokens_of(LLAMA_3_70B, 1, 512),)
+        on, off = (opweave.compile(module, inputs, machine=MACHINE, overlap=overlap) for overlap in (True, False))
+    assert isinstance(on, RankModel)
+    assert isinstance(off, RankModel)
+    assert on.overlapped.seconds[1] < 0.97 * on.overlapped.seconds[0]
+    assert off.plan.instructions == off.plan_before.instructions
+    assert {line.reason for line in off.collectives} == {off.overlapped.reason} == {"overlap is off"}
+    assert {line.exposed_before_s - line.exposed_after_s for line in off.collectives} == {0.0}
 
 
 def test_sizes_of_parts_that_the_user_wants() -> None:

@@ -39,6 +39,8 @@ def compiled_rank(
         return None
     cut = graphs.inputs if wanted is not None else ()
     done = overlapped(graphs.forward, cut, machine, wanted or OverlapOptions(margin=NOTHING))
+    if wanted is None:
+        done = done.left_alone("overlap is off")
     own = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     return RankModel(
         plan=done.plan,
