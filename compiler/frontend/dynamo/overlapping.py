@@ -12,6 +12,7 @@ from ....hw_models.model import HardwareModel
 from ...overlap import OverlapOptions, Overlapped
 from ...runtime.agreement import check_same_order, collective_orders
 from ..collectives import is_communication, unwrapped
+from .decomposed import decomposed
 from .frozen import freeze
 
 __all__ = ["Cutting", "Overlap", "communicates", "hidden", "own_inputs"]
@@ -54,7 +55,7 @@ def hidden(
     done = overlap(module, inputs, machine, wanted, None)
     if wanted.check_ranks:
         check_same_order(collective_orders(done.module))
-    return done.module if done.reason else freeze(done.module), replace(done, module=None)
+    return done.module if done.reason else freeze(decomposed(done.module)), replace(done, module=None)
 
 
 @dataclass
@@ -75,4 +76,4 @@ class Cutting:
         done = self.overlap(module, own_inputs(module, static), self.machine, self.wanted, forward_outputs)
         self.answer = replace(done, module=None)
         changed: Any = done.module
-        return changed if isinstance(changed, torch.fx.GraphModule) else module
+        return decomposed(changed) if isinstance(changed, torch.fx.GraphModule) else module
