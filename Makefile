@@ -47,6 +47,10 @@ bench: $(VENV)/.installed ## quick benchmarks; each also runs alone, see docs/be
 	$(RUN) -m benchmarks.bench_memory_limit --quick
 	$(RUN) -m benchmarks.bench_partition --quick
 	$(RUN) -m benchmarks.bench_experts --quick
+	$(RUN) -m benchmarks.bench_overlap --quick
+	$(RUN) -m benchmarks.bench_overlap_solve --quick
+	$(RUN) -m benchmarks.bench_torch_scheduler --quick
+	$(RUN) -m benchmarks.bench_virtual_link --quick
 	$(RUN) -m benchmarks.kernels --quick
 
 gpu: $(VENV)/.installed ## check and measure on a GPU, nine minutes, results in out/gpu/
