@@ -1,4 +1,4 @@
-"""A cut training step in bfloat16 through Inductor, with gloo of one rank: rules add what Inductor has lowerings for."""
+"""A cut training step in bfloat16 through Inductor, with gloo of one rank: rules add what has lowerings there."""
 
 from __future__ import annotations
 
