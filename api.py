@@ -242,8 +242,8 @@ def explain(
     A ``CompiledModel`` is explained as it is. Takes what ``compile`` takes and raises as it; an operator that does not
     fit the scratchpad is explained, not raised. A PyTorch module or function, compiled by ``torch.compile`` or not, is
     explained as ``torch.compile(model, backend="opweave")`` runs it, with that backend's options, unless an option
-    says which scratchpad it is for, as ``machine`` alone does of a module that is not compiled. Its ``inputs`` may be
-    one tensor, too.
+    says which scratchpad it is for, as ``machine`` without ``overlap`` does of a module that is not compiled. Its
+    ``inputs`` may be one tensor, too.
     """
     if callable(model) and not isinstance(model, CompiledModel) and _runs_in_torch(model, options):
         from .torch_backend import explain as explain_backend
@@ -341,6 +341,7 @@ _FOR_A_SCRATCHPAD = frozenset(field.name for field in fields(Options)) - {
     "time_limit",
     "deterministic",
     "strict",
+    "overlap",
     "kernels",
 }
 
@@ -358,7 +359,7 @@ def _runs_in_torch(model: Callable[..., Any], options: Mapping[str, Any]) -> boo
 
     only_the_backends = {field.name for field in fields(BackendOptions)} - {field.name for field in fields(Options)}
     is_plain = isinstance(model, torch.nn.Module) and not hasattr(model, "_orig_mod")
-    return not is_plain or not only_the_backends.isdisjoint(options)
+    return not is_plain or "overlap" in options or not only_the_backends.isdisjoint(options)
 
 
 def _options(options: Mapping[str, Any]) -> Options:

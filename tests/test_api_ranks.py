@@ -87,6 +87,16 @@ def test_off_changes_no_order_either() -> None:
     assert {line.exposed_before_s - line.exposed_after_s for line in off.collectives} == {0.0}
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_a_module_is_explained_as_the_backend_overlaps_it() -> None:
+    """Also one that is not compiled, and names a machine: no scratchpad is meant."""
+    with fake_ranks(8), torch.no_grad():
+        module, x = DenseTensorParallel(TINY, dtype=torch.float32), tokens_of(TINY, 1, 16, torch.float32)
+        text = str(opweave.explain(module, (x,), machine=MACHINE, overlap={"sizes": (8, 8)}))
+    assert "cut into parts of 8 + 8" in text
+    assert "4 collectives" in text
+
+
 def test_sizes_of_parts_that_the_user_wants() -> None:
     with fake_ranks(8):
         module, x = DenseTensorParallel(TINY, dtype=torch.float32), tokens_of(TINY, 1, 16, torch.float32)
