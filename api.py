@@ -214,6 +214,8 @@ def _of_one_rank(model: Model, inputs: Inputs | None, options: Options) -> RankM
         return None
     from .passes.overlap.rank import compiled_rank
 
+    if isinstance(inputs, torch.Tensor):
+        raise OptionError("inputs is one tensor; it takes all of them, in order or by name", hint="write (x,)")
     args, named = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     made = compiled_rank(model, args, named, target, OverlapOptions.of(options.overlap))
     if made is not None:

@@ -10,7 +10,7 @@ from ..errors import OptionError
 from ..hw_models.registry import parse_bytes
 from .plan import CollectiveStart, Plan, Recompute, Run
 
-__all__ = ["CollectiveLine", "OverlapOptions", "Overlapped", "exposed_seconds", "lines_of"]
+__all__ = ["LIBRARY", "CollectiveLine", "OverlapOptions", "Overlapped", "exposed_seconds", "lines_of"]
 
 _OPTIONS: Mapping[str, str] = {
     "margin": "a fraction of the predicted time, from 0 and below 1",

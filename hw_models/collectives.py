@@ -91,6 +91,11 @@ def _checked(kind: str, nbytes: int, ranks: Sequence[int], machine: HardwareMode
         )
     if kind not in list(CollectiveKind):
         raise MachineError(f"no collective is named {kind!r}; there are {', '.join(CollectiveKind)}")
+    if len(ranks) > fabric.devices:
+        raise MachineError(
+            f"a collective is among {len(ranks)} ranks; machine {machine.name!r} has {fabric.devices} devices",
+            hint="name a machine with as many; 'opweave hw list' shows them",
+        )
     if not ranks or len(set(ranks)) != len(ranks) or min(ranks) < 0 or max(ranks) >= fabric.devices:
         raise MachineError(
             f"machine {machine.name!r} has {fabric.devices} devices; ranks {list(ranks)} are not different ones, "

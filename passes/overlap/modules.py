@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...compiler.graph import Graph, Op, OpKind, Role
-from ...compiler.overlap import OverlapOptions, Overlapped, lines_of
+from ...compiler.overlap import LIBRARY, OverlapOptions, Overlapped, lines_of
 from ...compiler.pipeline import Budget
 from ...compiler.plan import Plan
 from ...errors import OptionError, SplitRefused
@@ -54,6 +54,7 @@ def overlapped(
     rank = _Rank(module, tuple(inputs), wanted, forward_outputs)
     program = rank.whole()
     options = Overlap(margin=wanted.margin, algorithms=wanted.algorithms, memory_limit_bytes=wanted.limit_bytes)
+    _check_algorithms(wanted, machine)
     others = rank.other_communication()
     if others:
         choice = replace(options, margin=NOTHING).choose(program, machine, budget=budget)
@@ -72,6 +73,16 @@ def overlapped(
         budget=budget,
     )
     return _answer(module, program, choice, machine, is_joint=forward_outputs is not None)
+
+
+def _check_algorithms(wanted: OverlapOptions, machine: HardwareModel) -> None:
+    """Raises OptionError for a name that the machine does not have."""
+    known = {rate.algorithm for rate in machine.fabric.rates} if machine.fabric is not None else set()
+    unknown = sorted(set(wanted.algorithms) - known - set(LIBRARY))
+    if unknown:
+        raise OptionError(
+            f"machine {machine.name!r} does no collective by {unknown[0]!r}", hint=f"it has {', '.join(sorted(known))}"
+        )
 
 
 @dataclass

@@ -67,6 +67,11 @@ class Backend:
             OptionError: the option ``device`` is for another model: one with gradients, or on a device already.
             ModelError: what works on the host only cannot run on that device.
         """
+        if options.overlapping is not None and options.kernels not in ("auto", "off"):
+            raise OptionError(
+                f"overlap does not go with kernels={options.kernels!r}: an overlapped graph is Inductor's",
+                hint="leave out 'kernels'",
+            )
         if options.overlapping is not None and (options.memory_limit is not None or options.device is not None):
             raise OptionError(
                 "overlap does not go with memory_limit or device",

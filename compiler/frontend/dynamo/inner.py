@@ -239,22 +239,22 @@ class Inner:
             wanted = dataclasses.replace(wanted, sizes=())
         changed, done = hidden(copied(module), own, self.planners.overlap, self.machine, wanted)
         cut = self.partitioner.cut if self.partitioner is not None else None
+        told, is_cut = done, False
         if isinstance(cut, Cutting) and cut.answer is not None and report.phase != "inference":
-            # A training step was cut as a whole.
-            done = dataclasses.replace(done, sizes=cut.answer.sizes, joined=cut.answer.joined)
-        report = dataclasses.replace(report, overlap=done, planning_s=time.monotonic() - begin)
-        return report, None if done.reason and not done.sizes else changed
+            is_cut = bool(cut.answer.sizes)
+            told = cut.answer if is_cut else done  # what a cut gains is to be seen on the whole step
+        seconds = done.seconds[1]
+        report = dataclasses.replace(report, overlap=told, predicted_s=seconds, planning_s=time.monotonic() - begin)
+        return report, None if done.reason and not is_cut else changed
 
     def _frozen(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], report: GraphReport, kwargs: Mapping[str, Any]
     ) -> StockGraph:
         """A graph that communicates, run by stock Inductor in an order that it keeps."""
-        assert report.overlap is not None
         begin = time.monotonic()
         with inductor_config.patch({**self.settings, **SETTINGS}), repaired():
             compiled = compile_fx_inner(module, inputs, **kwargs)
-        lowered, predicted = time.monotonic() - begin, report.overlap.seconds[1]
-        report = dataclasses.replace(report, tier="T0", predicted_s=predicted, lowering_s=lowered)
+        report = dataclasses.replace(report, tier="T0", lowering_s=time.monotonic() - begin)
         self.found(report)
         return StockGraph(compiled, report)
 

@@ -29,7 +29,7 @@ class GraphReport:
     forward to the backward half, ``offloaded_bytes`` wait in host memory, and ``recomputed_s`` is the predicted time
     of what runs again. Of a model in host memory ``resident_bytes`` of weights stay on the device, and a call loads
     ``loaded_bytes``; ``bound_s`` is what it takes at least in this order within the limit. ``overlap`` says what became
-    of its collectives, where they were to be hidden.
+    of its collectives, where they were to be hidden; of those of the whole step, where that was cut as a whole.
     """
 
     name: str

@@ -57,16 +57,16 @@ def test_the_link_does_one_transfer_after_the_other() -> None:
     with virtual_link(N, 0.02, 96 / 0.02) as link:
         begin = time.perf_counter()
         first, second = functional.all_reduce(X, "sum", "0"), functional.all_reduce(X, "sum", "0")
-        assert time.perf_counter() - begin < 0.02  # nobody waits yet
+        assert link.waited_s == 0  # nobody waits yet
         time.sleep(0.03)
         functional.wait_tensor(second)
-        assert 0.08 <= time.perf_counter() - begin < 0.2
+        assert time.perf_counter() - begin >= 0.08
         functional.wait_tensor(first)  # done before
         one, other = link.transfers
         assert one.finish_s == other.start_s
         assert one.finish_s - one.start_s == pytest.approx(0.04)
         assert link.busy_s == pytest.approx(0.08)
-        assert link.waited_s == pytest.approx(0.05, abs=0.015)
+        assert link.waited_s <= 0.05  # it was worked for 0.03 s meanwhile, on a busy machine longer
         link.reset()
         functional.wait_tensor(functional.all_reduce(X, "sum", "0"))
         assert link.transfers[0].start_s == link.transfers[0].posted_s
