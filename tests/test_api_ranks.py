@@ -90,11 +90,24 @@ def test_off_changes_no_order_either() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_a_module_is_explained_as_the_backend_overlaps_it() -> None:
     """Also one that is not compiled, and names a machine: no scratchpad is meant."""
+    torch.compiler.reset()  # a size that has changed in this process is a symbol
     with fake_ranks(8), torch.no_grad():
         module, x = DenseTensorParallel(TINY, dtype=torch.float32), tokens_of(TINY, 1, 16, torch.float32)
         text = str(opweave.explain(module, (x,), machine=MACHINE, overlap={"sizes": (8, 8)}))
     assert "cut into parts of 8 + 8" in text
     assert "4 collectives" in text
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore::opweave.compiler.frontend.dynamo.fallbacks.OpweaveFallbackWarning")
+def test_sizes_that_are_symbols_are_not_cut() -> None:
+    """Whatever sizes of parts are wanted: they were meant for the numbers that there were before."""
+    torch.compiler.reset()
+    with fake_ranks(8), torch.no_grad():
+        module, x = DenseTensorParallel(TINY, dtype=torch.float32), tokens_of(TINY, 1, 16, torch.float32)
+        torch._dynamo.mark_dynamic(x, 1)
+        text = str(opweave.explain(module, (x,), machine=MACHINE, overlap={"sizes": (8, 8)}))
+    assert "symbols are not cut" in text
 
 
 def test_sizes_of_parts_that_the_user_wants() -> None:

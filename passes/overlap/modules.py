@@ -42,8 +42,9 @@ def overlapped(
     """``module`` cut and in the order that is predicted to be fastest, or as it is where that saves too little.
 
     ``inputs`` are the placeholders along which it may be cut, the one that leads first; with none it is only put in
-    another order. Of a joint graph, whose first ``forward_outputs`` results are those of the forward half, only the cut
-    is applied: the backward half begins behind the loss, and each half is put in order by itself.
+    another order, and so it is where their sizes are symbols. Of a joint graph, whose first ``forward_outputs`` results
+    are those of the forward half, only the cut is applied: the backward half begins behind the loss, and each half is
+    put in order by itself.
 
     Raises:
         Infeasible: nothing keeps the memory limit.
@@ -62,6 +63,8 @@ def overlapped(
         choice = replace(choice, alternative=program, schedule=choice.before, reason=reason)
         return _answer(module, program, choice, machine, is_joint=forward_outputs is not None)
     axes = rank.axes()
+    if axes is None and rank.has_symbols():
+        wanted = replace(wanted, sizes=())
     if wanted.sizes and axes is None:
         raise OptionError("overlap has sizes of parts, but no input can be cut", hint="leave out 'sizes'")
     choice = options.choose(
@@ -72,6 +75,8 @@ def overlapped(
         forced=bool(wanted.sizes),
         budget=budget,
     )
+    if axes is None and choice.reason and rank.has_symbols():
+        choice = replace(choice, reason=f"sizes that are symbols are not cut, and the {choice.reason}")
     return _answer(module, program, choice, machine, is_joint=forward_outputs is not None)
 
 
@@ -130,6 +135,11 @@ class _Rank:
             if self.wanted.axis == "auto" or place == (0 if self.wanted.axis == "batch" else 1):
                 return axes
         return None
+
+    def has_symbols(self) -> bool:
+        """Whether an input along which the module could be cut has a size that is a symbol."""
+        values = (n.meta.get("val") for n in self.module.graph.find_nodes(op="placeholder") if n.name in self.inputs)
+        return any(not isinstance(size, int) for value in values for size in getattr(value, "shape", ()))
 
     def points(self, program: Alternative, machine: HardwareModel, axes: Axes) -> Iterator[tuple[int, ...]]:
         name, place = self.inputs[0], axes[self.inputs[0]]

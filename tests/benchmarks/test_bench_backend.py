@@ -90,6 +90,7 @@ def test_on_a_gpu_all_of_the_zoo_is_full() -> None:
     assert "max-autotune" in {provider.name for provider in providers(scope, warm=True)}
 
 
+@pytest.mark.slow
 def test_a_failing_worker_is_told_apart_and_holds_up_nobody(tmp_path: Path) -> None:
     made = [Provider("eager"), Provider("missing", "no-such-backend")]
     jobs = [Job("gpt2:infer", SCOPE.cases[0].spec(SCOPE, each), tmp_path / each.name) for each in made]

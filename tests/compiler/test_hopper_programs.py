@@ -17,6 +17,7 @@ from tests.support.interpreted import run
 from tests.support.programs import inference_program, training_programs
 
 
+@pytest.mark.slow
 def test_programs_compute_what_eager_computes_under_any_plan() -> None:
     run(Path(__file__).parent / "interpreted_hopper_programs.py", timeout_s=600)
 

@@ -258,6 +258,7 @@ def test_a_users_checkpoint_is_computed_again_whatever_the_limit() -> None:
     assert any("dropout" in name for name in names), names
 
 
+@pytest.mark.slow
 def test_symbolic_sizes_pass_as_symbols() -> None:
     """One compilation serves two batch sizes, and its gradients are right for both."""
     model, _ = _transformer()

@@ -88,6 +88,7 @@ def test_tuning_needs_a_gpu() -> None:
         app(["bench", "kernels", "--tune", "--filter", "add_rms_norm/"], standalone_mode=False)
 
 
+@pytest.mark.slow
 @WITHOUT_GPU
 def test_without_a_gpu_it_says_so_and_does_what_can_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "kernels", "--filter", "add_rms_norm/", "--out", str(tmp_path / "out"))
@@ -124,6 +125,7 @@ def test_the_table_so_far_outlives_an_interrupt(tmp_path: Path, monkeypatch: pyt
     assert read_entries(tmp_path / "resources.csv") == [ENTRY]
 
 
+@pytest.mark.slow
 def test_benchmarks_kernels_is_the_same_command() -> None:
     listing = [sys.executable, "-m", "benchmarks.kernels", "--list", "--filter", "add_rms_norm/", "--quick"]
     done = subprocess.run(listing, capture_output=True, text=True, check=True, timeout=300)

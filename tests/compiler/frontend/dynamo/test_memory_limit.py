@@ -73,6 +73,7 @@ def test_a_training_step_holds_its_limit(batch: torch.Tensor) -> None:
         torch.testing.assert_close(gradient, reference)
 
 
+@pytest.mark.slow
 def test_what_no_training_step_can_hold(batch: torch.Tensor) -> None:
     """Not even the weights fit: the least that was found is named."""
     with pytest.raises(Infeasible) as refusal:
