@@ -222,6 +222,7 @@ def test_kernels_are_tested_in_parallel_and_measured_into_a_folder(tmp_path: Pat
     assert command[1:] == ["-m", "benchmarks.kernels", "--out", str(tmp_path / "kernels"), "--minutes", "3.50"]
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_interrupted_and_its_output_kept(tmp_path: Path) -> None:
     code = "import time; print('begun', flush=True); time.sleep(600)"
     step = gpu.Step("endless", "", 1.0)

@@ -64,6 +64,7 @@ def test_large_reductions_are_split(zoo: Mapping[str, Program]) -> None:
     assert any(storage.origin is Origin.PLANNED for storage in program.storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ZOO, *(f"{name} backward" for name, case in ZOO.items() if case.trains)])
 def test_kernels_compile_for_hopper_without_spills(name: str, zoo: Mapping[str, Program]) -> None:
     """In the configuration that Inductor tries first. 232448 bytes are what one program may have of shared memory."""
