@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
@@ -69,14 +70,12 @@ def check_same_order(orders: Orders) -> None:
         ExecutionError: on every rank, if two members of a group disagree; the first difference is named.
     """
     mine = {_key(ranks): _digest(order) for ranks, order in orders.items()}
-    digests: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(digests, mine)
+    digests: list[dict[str, str]] = _of_all_ranks(mine)
     groups = sorted({key for each in digests for key in each})
     wrong = next((key for key in groups if len({digests[rank].get(key) for rank in json.loads(key)}) > 1), None)
     if wrong is None:
         return
-    found: list[Sequence[str]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, list(orders.get(tuple(json.loads(wrong)), ())))
+    found: list[Sequence[str]] = _of_all_ranks(list(orders.get(tuple(json.loads(wrong)), ())))
     first, *others = json.loads(wrong)
     other = next(rank for rank in others if found[rank] != found[first])
     pairs = enumerate(zip_longest(found[first], found[other], fillvalue="nothing"))
@@ -86,6 +85,14 @@ def check_same_order(orders: Orders) -> None:
         f"{one} on rank {first}, and {another} on rank {other}",
         hint="compile the same model with the same shapes, options and version on every rank",
     )
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    """``mine`` of every rank, also while a compiler traces with fake tensors: what is exchanged is real."""
+    found: list[Any] = [None] * dist.get_world_size()
+    with unset_fake_temporarily():
+        dist.all_gather_object(found, mine)
+    return found
 
 
 def _key(ranks: Sequence[int]) -> str:

@@ -44,3 +44,23 @@ def test_parts_of_causal_attention_are_merged_in_the_precision_of_their_logarith
         torch.testing.assert_close(own.grad, other.grad, rtol=0.05, atol=0.05 * scale)
     sizes = {r.overlap.sizes for r in backend_reports()[-3:] if r.overlap is not None}
     assert sizes == {(5, 7)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:.*stock Inductor:opweave.compiler.frontend.dynamo.fallbacks.OpweaveFallbackWarning")
+def test_ranks_are_compared_while_a_module_is_compiled(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they exchange is real, although the compiler traces with fake tensors; else Dynamo would run it eagerly."""
+    torch.compiler.reset()
+    exchanged: list[Any] = []
+    gather = dist.all_gather_object
+
+    def noting(found: list[Any], mine: Any) -> None:
+        gather(found, mine)
+        exchanged.append(mine)
+
+    monkeypatch.setattr(dist, "all_gather_object", noting)
+    options: Any = {"overlap": {"check_ranks": True}, "machine": "8xh100-nvlink"}
+    module, x = DenseTensorParallel(replace(TINY, layers=1), attention=False), torch.randn(1, 8, TINY.hidden)
+    with torch.no_grad():
+        torch.compile(module, backend="opweave", options=options, fullgraph=True)(x.bfloat16())
+    assert [list(each) for each in exchanged] == [["[0]"]]

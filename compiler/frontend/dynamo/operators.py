@@ -142,7 +142,9 @@ class _Writer:
             if self.builder.is_placed(tensor):
                 continue
             whole = tensor
-            if not is_dense(tensor) or tensor.storage_offset() != 0:
+            # What a backward half is given may be several slices of one tensor.
+            is_part = role is Role.INPUT and tensor.nbytes < tensor.untyped_storage().nbytes()
+            if is_part or not is_dense(tensor) or tensor.storage_offset() != 0:
                 count = tensor.untyped_storage().nbytes() // tensor.element_size()
                 whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), 0, (count,), (1,))
             names.append(self.builder.add_base(whole, name, role))

@@ -146,6 +146,22 @@ def test_placeholders_that_are_no_tensors_and_waits_of_inputs(world: str) -> Non
     assert found.waits == {}
 
 
+def test_placeholders_may_be_slices_of_one_tensor(world: str) -> None:
+    """What the forward half saves of a cut value is its parts, whose values in the trace share storage."""
+    graph = torch.fx.Graph()
+    whole = torch.empty(4, 6, device="meta")
+    slices = [graph.placeholder(f"slice{i}") for i in range(2)]
+    for node, value in zip(slices, (whole[:1], whole[1:]), strict=True):
+        node.meta["val"] = value
+    doubled = [graph.call_function(torch.ops.aten.mul.Tensor, (node, 2)) for node in slices]
+    for node, (operand,) in zip(doubled, (node.all_input_nodes for node in doubled), strict=True):
+        node.meta["val"] = torch.empty_like(operand.meta["val"])
+    graph.output(tuple(doubled))
+    found = operator_graph(torch.fx.GraphModule({}, graph), int).graph
+    reads = [found.tensor[op.inputs[0]] for op in found.ops]
+    assert [tensor.shape for tensor in reads] == [(1, 6), (3, 6)]
+
+
 def test_a_wait_for_a_part_is_refused(world: str) -> None:
     """Its memory would be described wrongly."""
     with pytest.raises(ModelError, match="part of what a collective returns"):
