@@ -1,0 +1,1 @@
+"""Pipeline-parallel schedules: the order in which each rank works on microbatches, and where the model is cut."""
