@@ -1,15 +1,7 @@
-"""One self-contained page: the plan's data, the style and the script in one file that needs neither network nor server.
-
-A content security policy lets nothing run but the page's own script, by its hash; the data is inert JSON, and names
-enter the document as text only.
-"""
+"""One self-contained page of a plan, and everything else that there is to see of it, as files."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,6 +10,7 @@ from ...errors import OptionError
 from ..overlap import CollectiveLine
 from ..plan import Plan
 from ..verify import Verification, verify
+from .assemble import assembled
 from .payload import payload
 from .text import summary
 from .trace import chrome_trace
@@ -75,24 +68,11 @@ def _write_all(plan: Plan, target: Path, lines: Sequence[CollectiveLine]) -> dic
 
 def _page(plan: Plan, counted: Verification, lines: Sequence[CollectiveLine]) -> str:
     folder = resources.files(__package__).joinpath("page")
-    scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".js")), key=lambda f: f.name)
-    script = "\n".join(['"use strict";', "(() => {", *(f.read_text(encoding="utf-8") for f in scripts), "})();"])
-    style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
+    return assembled(
+        folder.joinpath("page.html").read_text(encoding="utf-8"),
+        [folder.joinpath("page.css")],
+        [file for file in folder.iterdir() if file.name.endswith(".js")],
+        title=f"{plan.graph.name} on {plan.machine.name}",
+        summary=summary(plan, counted),
+        data=payload(plan, counted, lines).decode(),
     )
-    parts = {
-        "policy": policy,
-        "title": html.escape(f"{plan.graph.name} on {plan.machine.name}"),
-        "style": style,
-        "summary": html.escape(summary(plan, counted)),
-        "data": payload(plan, counted, lines).decode(),
-        "script": script,
-    }
-    template = folder.joinpath("page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -11,6 +11,7 @@ import msgspec
 from ..overlap import CollectiveLine, lines_of
 from ..plan import Plan
 from ..verify import Verification
+from .assemble import harmless
 from .digest import Digest, digest
 from .palette import CAPACITY_COLOUR, CATEGORY_COLOURS, ROLE_COLOURS, TRAFFIC_COLOURS
 from .text import LEVELS, OBJECTIVES, PROVERS, SCOPES, UNSPILLED
@@ -60,14 +61,7 @@ def payload(plan: Plan, verification: Verification | None = None, lines: Sequenc
             "levels": LEVELS,
         },
     }
-    return _harmless(msgspec.json.encode(document))
-
-
-def _harmless(text: bytes) -> bytes:
-    """JSON without any character that could end the script element, or a line of old JavaScript, around it."""
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character.encode(), f"\\u{ord(character):04x}".encode())
-    return text
+    return harmless(msgspec.json.encode(document))
 
 
 def _index(names: Iterable[str]) -> dict[str, int]:

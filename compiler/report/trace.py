@@ -18,7 +18,7 @@ from ...errors import PlanError
 from ..plan import Plan, Residence
 from .view import Bar, bars, is_timed, live_over_time
 
-__all__ = ["chrome_trace"]
+__all__ = ["chrome_trace", "microseconds"]
 
 _PROCESS = 1
 _LATEST_S = 9e9  # readers count nanoseconds in 64 bits; later times are a faulty plan's
@@ -95,7 +95,7 @@ class _Tracer:
             arguments["offset_bytes"] = self._offsets(bar)
             name = bar.subject if bar.kind == "run" else f"{bar.kind} {bar.subject}"
             begin, end = _nanoseconds(bar.start_s), _nanoseconds(bar.finish_s)
-            times = {"ts": _microseconds(begin), "dur": _microseconds(end - begin)}
+            times = {"ts": microseconds(begin), "dur": microseconds(end - begin)}
             event = {"ph": "X", "name": name, "cat": bar.kind, **times}
             events.append({**event, "pid": _PROCESS, "tid": self.thread[bar.engine], "args": arguments})
         return events
@@ -104,7 +104,7 @@ class _Tracer:
         """The bytes held in the scratchpad, at every change."""
         shared: _Event = {"ph": "C", "pid": _PROCESS, "name": f"bytes held in {self.plan.machine.scratchpad}"}
         return [
-            {**shared, "ts": _microseconds(_nanoseconds(t)), "args": {"bytes": held}}
+            {**shared, "ts": microseconds(_nanoseconds(t)), "args": {"bytes": held}}
             for t, held in live_over_time(self.plan)
         ]
 
@@ -125,8 +125,8 @@ class _Tracer:
     def _arrow(self, load: Bar, run: Bar) -> tuple[_Event, _Event]:
         shared = {"pid": _PROCESS, "name": "operand", "cat": "operand", "id": load.step}
         # A flow binds to the slice around its time; the middle of the load lies inside it even after rounding.
-        middle = _microseconds(_nanoseconds(((load.start_s or 0.0) + (load.finish_s or 0.0)) / 2))
-        begin = _microseconds(_nanoseconds(run.start_s))
+        middle = microseconds(_nanoseconds(((load.start_s or 0.0) + (load.finish_s or 0.0)) / 2))
+        begin = microseconds(_nanoseconds(run.start_s))
         return (
             {"ph": "s", "tid": self.thread[load.engine], "ts": middle, **shared},
             {"ph": "f", "bp": "e", "tid": self.thread[run.engine], "ts": begin, **shared},
@@ -154,7 +154,7 @@ def _nanoseconds(seconds: float | None) -> int:
     return round(min(seconds or 0.0, _LATEST_S) * 1e9)
 
 
-def _microseconds(nanoseconds: int) -> float:
+def microseconds(nanoseconds: int) -> float:
     """The least number of microseconds that a reader who multiplies by 1000 and truncates takes for ``nanoseconds``.
 
     Perfetto does so, and drops a slice that begins a nanosecond before the one in front of it ends.

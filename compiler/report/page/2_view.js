@@ -127,24 +127,3 @@ function panY(share) {
   view.y0 = moved;
   view.y1 = moved + height;
 }
-
-// Round steps for an axis: 1, 2, 5 times a power of ten, or powers of two for bytes.
-function tickStep(span, most, binary) {
-  const rough = Math.max(span / most, Number.MIN_VALUE);
-  if (binary) return Math.max(1, 2 ** Math.ceil(Math.log2(rough)));
-  const power = 10 ** Math.floor(Math.log10(rough));
-  return power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999999);
-}
-
-const BYTE_UNITS = [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"], [1, "B"]];
-const TIME_UNITS = [[1, "s"], [1e-3, "ms"], [1e-6, "us"], [1e-9, "ns"]];
-
-// `value` on an axis whose ticks lie `step` apart and whose largest value is `top`: all ticks in one unit, exactly.
-function axisLabel(value, step, top, kind) {
-  if (kind === "step") return formatCount(Math.round(value));
-  const units = kind === "bytes" ? BYTE_UNITS : TIME_UNITS;
-  const [size, unit] = units.find(([s]) => s <= Math.max(top, step) * 1.000001) || units[3];
-  let digits = 0;
-  while (digits < 9 && Math.abs((step / size) * 10 ** digits - Math.round((step / size) * 10 ** digits)) > 1e-6) digits++;
-  return `${(value / size).toFixed(digits)} ${unit}`;
-}

@@ -3,17 +3,9 @@ const LEFT = 104;
 const RIGHT = 12;
 const AXIS = 20;
 const drawn = { bars: {}, regions: {}, live: {} };
-const theme = {};
 const charts = {};
 const lanes = timed ? engines.map((_, index) => index) : KINDS.map((_, kind) => kind).filter((kind) => instructions.kind.includes(kind));
 const laneNames = lanes.map((lane) => (timed ? engines[lane] : KINDS[lane]));
-
-function readTheme() {
-  const style = getComputedStyle(document.documentElement);
-  for (const name of ["card", "ink", "quiet", "line", "grid", "accent", "bad", "select", "shade"]) {
-    theme[name] = style.getPropertyValue(`--${name}`).trim();
-  }
-}
 
 function makeChart(id, height, draw) {
   const canvas = byId(id);
@@ -118,26 +110,11 @@ function drawLimit({ context, plot }, y, label) {
   outlined(context, label, plot.right - 4, y - plot.top < 15 ? y + 3 : y - 2, theme.bad);
 }
 
-function outlined(context, text, x, y, colour) {
-  context.lineWidth = 3;
-  context.lineJoin = "round";
-  context.strokeStyle = theme.card;
-  context.strokeText(text, x, y);
-  context.fillStyle = colour;
-  context.fillText(text, x, y);
-}
-
 // The part of a box inside the plot: a label there is seen however far the box reaches out of sight.
 function visible({ plot }, x, y, width, height) {
   const left = Math.max(x, plot.left);
   const top = Math.max(y, plot.top);
   return [left, top, Math.min(x + width, plot.right) - left, Math.min(y + height, plot.bottom) - top];
-}
-
-// Dark ink on pale colours, white on the others.
-function inkOn(colour) {
-  const [r, g, b] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
-  return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#10202c" : "#ffffff";
 }
 
 function label(context, text, x, y, width, height, colour) {
