@@ -8,6 +8,7 @@ or of any other unit that all of them share; all sizes are bytes, likewise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated
 
@@ -68,15 +69,21 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         return self.forward_ns + min(self.whole_backward_ns, self.input_gradient_ns + self.weight_gradient_ns)
 
 
-class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``microbatches`` of the step go through ``stages``, in this order.
 
     Most pipelines have one route through all stages. Two that run in opposite directions over two copies of the model
     are a bidirectional pipeline (Chimera); routes that leave stages out skip them (SkipPipe).
+
+    ``forward_send_ns`` and ``backward_send_ns`` are for links that are not all alike: for each of the route's hops,
+    what passes between its two stages, one way and back, in place of what the sending stage says. Between stages on
+    one rank nothing passes all the same.
     """
 
     stages: tuple[int, ...]
     microbatches: int
+    forward_send_ns: tuple[int, ...] = ()
+    backward_send_ns: tuple[int, ...] = ()
 
 
 class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,7 +112,8 @@ class PipelineProblem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, d
 
     Raises:
         OptionError: a stage on a rank that there is not, a route through a stage that there is not or twice through
-            one, no microbatch, or a limit or vocabulary for another number of ranks.
+            one, no microbatch, a limit, vocabulary or hops in another number, or a time or size that is no whole number
+            from 0 on.
     """
 
     ranks: int
@@ -163,35 +171,65 @@ def _check(problem: PipelineProblem) -> None:
             f"{len(problem.routes)} routes; each is at least 1"
         )
     for index, stage in enumerate(problem.stages):
-        if stage.rank >= problem.ranks:
-            raise OptionError(f"stage {index} is on rank {stage.rank}; there are ranks 0 to {problem.ranks - 1}")
-        if stage.offloaded_bytes > stage.until_weight_gradient_bytes:
-            raise OptionError(
-                f"stage {index} offloads {stage.offloaded_bytes} bytes of the "
-                f"{stage.until_weight_gradient_bytes} that it holds until W"
-            )
+        _check_stage(problem, index, stage)
     for route in problem.routes:
-        known = [index for index in route.stages if 0 <= index < len(problem.stages)]
-        if not route.stages or len(known) != len(route.stages) or len(set(known)) != len(known):
+        _check_route(problem, route)
+    if problem.memory_limit is not None:
+        if len(problem.memory_limit) != problem.ranks:
+            raise OptionError(f"{len(problem.memory_limit)} memory limits for {problem.ranks} ranks")
+        _check_amounts("the memory limit", {f"of rank {r}": limit for r, limit in enumerate(problem.memory_limit)})
+    if problem.vocabulary is not None:
+        _check_vocabulary(problem, problem.vocabulary)
+
+
+def _check_amounts(owner: str, amounts: Mapping[str, int | None]) -> None:
+    """All amounts are whole numbers from 0 on: a struct that is made in Python is not checked against its types."""
+    for name, amount in amounts.items():
+        if amount is not None and (not isinstance(amount, int) or amount < 0):
             raise OptionError(
-                f"a route goes through stages {list(route.stages)}; they are different ones of 0 to "
-                f"{len(problem.stages) - 1}, and one at least"
+                f"{owner} has {name} {amount!r}",
+                hint="times and bytes are whole numbers from 0 on: round what was measured",
             )
-        if route.microbatches < 1:
-            raise OptionError(f"a route has {route.microbatches} microbatches; the least is 1")
-    if problem.memory_limit is not None and len(problem.memory_limit) != problem.ranks:
-        raise OptionError(f"{len(problem.memory_limit)} memory limits for {problem.ranks} ranks")
-    _check_vocabulary(problem)
 
 
-def _check_vocabulary(problem: PipelineProblem) -> None:
-    vocabulary = problem.vocabulary
-    if vocabulary is None:
-        return
+def _check_stage(problem: PipelineProblem, index: int, stage: Stage) -> None:
+    _check_amounts(f"stage {index}", {name: getattr(stage, name) for name in stage.__struct_fields__})
+    if stage.rank >= problem.ranks:
+        raise OptionError(f"stage {index} is on rank {stage.rank}; there are ranks 0 to {problem.ranks - 1}")
+    if stage.offloaded_bytes > stage.until_weight_gradient_bytes:
+        raise OptionError(
+            f"stage {index} offloads {stage.offloaded_bytes} bytes of the "
+            f"{stage.until_weight_gradient_bytes} that it holds until W"
+        )
+
+
+def _check_route(problem: PipelineProblem, route: Route) -> None:
+    known = {index for index in route.stages if 0 <= index < len(problem.stages)}
+    if not route.stages or len(known) != len(route.stages):
+        raise OptionError(
+            f"a route goes through stages {list(route.stages)}; they are different ones of 0 to "
+            f"{len(problem.stages) - 1}, and one at least"
+        )
+    if route.microbatches < 1:
+        raise OptionError(f"a route has {route.microbatches} microbatches; the least is 1")
+    for way, sends in (("forward", route.forward_send_ns), ("backward", route.backward_send_ns)):
+        if sends and len(sends) != len(route.stages) - 1:
+            raise OptionError(
+                f"a route through {len(route.stages)} stages has times of {len(sends)} hops {way}; it has "
+                f"{len(route.stages) - 1} hops"
+            )
+        _check_amounts("a route", {f"hop {hop} {way}": time for hop, time in enumerate(sends)})
+
+
+def _check_vocabulary(problem: PipelineProblem, vocabulary: Vocabulary) -> None:
     if not len(vocabulary.output_ns) == len(vocabulary.gradient_ns) == problem.ranks:
         raise OptionError(
             f"the vocabulary has times for {len(vocabulary.output_ns)} and {len(vocabulary.gradient_ns)} "
             f"shards; there are {problem.ranks} ranks, each with one"
         )
-    if min(*vocabulary.output_ns, *vocabulary.gradient_ns) < 0 or vocabulary.barriers not in (1, 2):
-        raise OptionError(f"the vocabulary has {vocabulary.barriers} barriers (1 or 2), and times from 0 on")
+    if vocabulary.barriers not in (1, 2):
+        raise OptionError(f"the vocabulary has {vocabulary.barriers} barriers; there are 1 or 2")
+    for name in ("broadcast_ns", "reduce_ns", "shard_bytes"):
+        _check_amounts("the vocabulary", {name: getattr(vocabulary, name)})
+    for name in ("output_ns", "gradient_ns"):
+        _check_amounts("the vocabulary", {f"{name} of rank {r}": t for r, t in enumerate(getattr(vocabulary, name))})

@@ -69,14 +69,21 @@ class _Writer:
         self.tasks.append(Task(self.route, stage, kind, rank, duration, tuple(after), allocates, frees))
         return self.index[kind, stage]
 
+    def send_ns(self, hop: int, by_hop: tuple[int, ...], otherwise: int) -> int:
+        """What passes between the ``hop``-th stage and the next, as the route says, or else the sending stage."""
+        here, there = (self.problem.stages[self.stages[position]].rank for position in (hop, hop + 1))
+        if here == there:
+            return 0
+        return by_hop[hop] if by_hop else otherwise
+
     def forward(self, position: int) -> None:
         number = self.stages[position]
         stage = self.problem.stages[number]
         after = []
         if position:
             sender = self.stages[position - 1]
-            before = self.problem.stages[sender]
-            lag = before.forward_send_ns if before.rank != stage.rank else 0
+            said = self.problem.stages[sender].forward_send_ns
+            lag = self.send_ns(position - 1, self.problem.routes[self.route].forward_send_ns, said)
             after = [(self.index[ActionKind.FORWARD, sender], lag)]
         held = stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes
         own = self.add(ActionKind.FORWARD, number, stage.rank, stage.forward_ns, after, allocates=held)
@@ -120,8 +127,8 @@ class _Writer:
             after += self.before_last
         else:
             sender = self.stages[position + 1]
-            behind = self.problem.stages[sender]
-            lag = behind.backward_send_ns if behind.rank != stage.rank else 0
+            said = self.problem.stages[sender].backward_send_ns
+            lag = self.send_ns(position, self.problem.routes[self.route].backward_send_ns, said)
             after.append((self.index[ActionKind.INPUT_GRADIENT, sender], lag))
         if stage.offloaded_bytes:
             after.append((self.index[ActionKind.RELOAD, number], 0))
