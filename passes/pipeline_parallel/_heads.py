@@ -1,0 +1,89 @@
+"""The earliest that the n-th of each line can start, and the least that comes behind it, by propagation."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ._lines import Edge, Line, Lines
+
+__all__ = ["NEVER", "Times", "heads", "mirrored", "preemptive"]
+
+#: The earliest start of what nothing is known to come before; small enough that sums of times do not reach 0.
+NEVER = -(1 << 60)
+
+Times = list[npt.NDArray[np.int64]]
+
+_MOST_ROUNDS = 600  # each is valid as it is; memory's edges lead back, by at least one microbatch a round
+
+
+def heads(lines: Sequence[Line], first: Sequence[int]) -> Times:
+    """By line, the earliest starts of its 0th, 1st, ...: ``first`` of each line, and what follows from the edges."""
+    starts = [
+        start + line.duration * np.arange(line.count, dtype=np.int64) for line, start in zip(lines, first, strict=True)
+    ]
+    for _ in range(_MOST_ROUNDS):
+        changed = False
+        for index, line in enumerate(lines):
+            changed |= _raised(lines, starts, index, line)
+        if not changed:
+            break
+    return starts
+
+
+def _raised(lines: Sequence[Line], starts: Times, index: int, line: Line) -> bool:
+    own = starts[index]
+    found = own.copy()
+    for edge in line.edges:
+        before = lines[edge.before]
+        known = starts[edge.before][: max(0, line.count - edge.offset)]
+        later = found[edge.offset :]
+        np.maximum(later, known + (before.duration + edge.lag), out=later)
+    if line.duration:
+        ramp = line.duration * np.arange(line.count, dtype=np.int64)
+        found = np.maximum.accumulate(found - ramp) + ramp
+    else:
+        found = np.maximum.accumulate(found)
+    if np.array_equal(found, own):
+        return False
+    starts[index] = found
+    return True
+
+
+def mirrored(lines: Lines) -> tuple[Line, ...]:
+    """The same lines in reversed time and order: their heads are the originals' tails, both from the far end."""
+    number = len(lines.lines)
+    edges: list[list[Edge]] = [[] for _ in range(number)]
+    for index, line in enumerate(lines.lines):
+        for edge in line.edges:
+            edges[edge.before].append(Edge(number - 1 - index, edge.lag, edge.offset))
+    return tuple(
+        Line(line.task, line.duration, line.count, tuple(edges[index]))
+        for index, line in reversed(list(enumerate(lines.lines)))
+    )
+
+
+def preemptive(head: npt.NDArray[np.int64], work: npt.NDArray[np.int64], tail: npt.NDArray[np.int64]) -> int:
+    """The least end of jobs on one machine that may interrupt them: the longest tail first (Jackson; Carlier 1982)."""
+    order = np.argsort(head, kind="stable")
+    jobs = list(zip(head[order].tolist(), work[order].tolist(), tail[order].tolist(), strict=True))
+    waiting: list[tuple[int, int]] = []  # minus the tail, and the work that is left
+    now, end, place = jobs[0][0] if jobs else 0, 0, 0
+    while waiting or place < len(jobs):
+        if not waiting:
+            now = max(now, jobs[place][0])
+        while place < len(jobs) and jobs[place][0] <= now:
+            heapq.heappush(waiting, (-jobs[place][2], jobs[place][1]))
+            place += 1
+        minus_tail, left = heapq.heappop(waiting)
+        until = jobs[place][0] if place < len(jobs) else now + left
+        if now + left <= until:
+            now += left
+            end = max(end, now - minus_tail)
+        else:
+            heapq.heappush(waiting, (minus_tail, left - (until - now)))
+            now = until
+    return end

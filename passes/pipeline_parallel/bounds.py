@@ -1,0 +1,77 @@
+"""Makespans and spans that no schedule of a pipeline problem undercuts, by arithmetic; proofs in the docs.
+
+Heads and tails, the earliest start of a microbatch's task and the least that comes behind its end, follow from
+precedence and from memory: a forward waits until what does not fit beside it has left. For each rank they make a
+problem of one machine, whose optimum with interruptions (Jackson's preemptive schedule; Carlier, European Journal of
+Operational Research 11, 1982) is a bound. It counts what idles before the first backward under a limit, and behind
+the last forward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...compiler.pipelining.problem import PipelineProblem
+from ...compiler.pipelining.schedule import ActionKind
+from ._heads import NEVER, Times, heads, mirrored, preemptive
+from ._lines import Lines, lines_of
+from .solution import Bound, Objective
+
+__all__ = ["lower_bound"]
+
+
+def lower_bound(problem: PipelineProblem, objective: Objective = "makespan") -> Bound:
+    """What no schedule undercuts, in the problem's unit of time, whether backward passes are whole or in halves.
+
+    Valid for any routes, vocabulary, copies to the host, all-reduces and memory limits, and if B is faster than I and
+    W. Nothing says here that a limit cannot be kept at all: of what does not fit one is taken to fit.
+    """
+    lines = lines_of(problem)
+    if objective == "makespan":
+        starts, behind = _heads_and_tails(lines, None)
+        ends = [_machine(lines, starts, behind, rank) for rank in range(problem.ranks)]
+        ends += [
+            int(start[-1] + line.duration + tail[-1])
+            for line, start, tail in zip(lines.lines, starts, behind, strict=True)
+        ]
+        return Bound(max(ends), "analytic")
+    spans = [0]
+    for rank in range(problem.ranks):
+        starts, behind = _heads_and_tails(lines, rank)
+        spans.append(_machine(lines, starts, behind, rank))
+    return Bound(max(spans), "analytic")
+
+
+def _heads_and_tails(lines: Lines, rank: int | None) -> tuple[Times, Times]:
+    """From the start of the step and to its end; or from the first start on ``rank``, and to the last end on it."""
+    there = [rank is None or line.task.rank == rank for line in lines.lines]
+    starts = heads(lines.lines, [0 if known else NEVER for known in there])
+    last = [tail if known else NEVER for known, tail in zip(there, lines.tails, strict=True)]
+    behind = heads(mirrored(lines), last[::-1])
+    return starts, [times[::-1] for times in behind[::-1]]
+
+
+def _machine(lines: Lines, starts: Times, behind: Times, rank: int) -> int:
+    """The least end of what ``rank`` computes, copies and reduces."""
+    least = 0
+    for machine in ((rank, False), (rank, True)):
+        own = [index for index, line in enumerate(lines.lines) if line.machine == machine]
+        if own:
+            head = np.concatenate([starts[index] for index in own])
+            tail = np.concatenate([behind[index] for index in own])
+            work = np.concatenate([np.full(lines.lines[i].count, lines.lines[i].duration, np.int64) for i in own])
+            least = max(least, preemptive(head, work, tail))
+    return max(least, _reduced(lines, starts, rank))
+
+
+def _reduced(lines: Lines, starts: Times, rank: int) -> int:
+    """The least end of the all-reduces of ``rank``, one behind the other, each behind the last W of its stage."""
+    ready: dict[int, int] = {}
+    for line, start in zip(lines.lines, starts, strict=True):
+        if line.task.kind is ActionKind.WEIGHT_GRADIENT and line.task.rank == rank:
+            ready[line.task.stage] = max(ready.get(line.task.stage, 0), int(start[-1]) + line.duration)
+    end = 0
+    for stage, done in sorted(ready.items(), key=lambda item: item[1]):
+        if lines.problem.stages[stage].reduce_ns:
+            end = max(end, done) + lines.problem.stages[stage].reduce_ns
+    return end
