@@ -94,13 +94,16 @@ class Collective(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     """What an operator of kind collective does: ``kind`` in the process group ``group`` of ``ranks`` (global numbers).
 
     ``nbytes`` are those of the whole message: of the tensor that is reduced or broadcast, of what is gathered, of what
-    is reduced before it is scattered, and of all that one rank hands over to all, its own part included.
+    is reduced before it is scattered, and of all that one rank hands over to all, its own part included. Ranks meet in
+    the order in which they hand collectives over, whatever these carry; ``tag`` says what this one carries, where that
+    is to be judged.
     """
 
     kind: CollectiveKind
     group: str
     ranks: tuple[int, ...]
     nbytes: int
+    tag: str = ""
 
     def __post_init__(self) -> None:
         if not self.ranks or len(set(self.ranks)) != len(self.ranks) or min(self.ranks) < 0:

@@ -78,6 +78,7 @@ def _print_op(op: Op) -> str:
     if op.collective is not None:
         what = op.collective
         text += f" {what.kind.value} of {_quoted(what.group)} ranks {list(what.ranks)} bytes {what.nbytes}"
+        text += f" tag {_quoted(what.tag)}" if what.tag else ""
     if op.flops:
         text += f" flops {op.flops}"
     if op.outside_bytes:
@@ -181,8 +182,9 @@ def _parse_collective(line: _Line) -> Collective:
     ranks = line.integers("the ranks")
     line.word("bytes", ("bytes",))
     nbytes = line.integer("a number of bytes")
+    tag = line.option("tag", lambda: line.name("what the collective carries"))
     try:
-        return Collective(kind, group, ranks, nbytes)
+        return Collective(kind, group, ranks, nbytes, tag or "")
     except ModelError as error:
         raise ModelError(f"line {line.number}: {error.message}") from error
 

@@ -29,13 +29,17 @@ NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class CollectiveKind(StrEnum):
-    """What the ranks of a group do with one another's tensors; the names are those of ``compiler.graph``."""
+    """What the ranks of a group do with one another's tensors; the names are those of ``compiler.graph``.
+
+    A group of two also sends and receives: one rank's tensor becomes the other's.
+    """
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
     BROADCAST = "broadcast"
+    SEND_RECV = "send_recv"
 
 
 class Scope(StrEnum):
@@ -68,7 +72,7 @@ def wire_bytes(kind: CollectiveKind, traffic: Traffic, ranks: int) -> float:
     (Patarasuk and Yuan, Journal of Parallel and Distributed Computing 69(2), 2009). Through a switch the whole message
     leaves a rank once to be reduced and reaches it once; an all-reduce has its own part beside it.
     """
-    if kind is CollectiveKind.BROADCAST:
+    if kind in (CollectiveKind.BROADCAST, CollectiveKind.SEND_RECV):
         return 1.0
     if traffic is Traffic.SWITCH:
         return 1 + 1 / ranks if kind is CollectiveKind.ALL_REDUCE else 1.0

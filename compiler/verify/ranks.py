@@ -71,7 +71,9 @@ def _different_orders(events: Mapping[int, _Events]) -> Iterator[Finding]:
 
 
 def _named(collective: Collective | None) -> str:
-    return "none" if collective is None else f"{collective.kind.value} of {collective.nbytes} bytes"
+    if collective is None:
+        return "none"
+    return f"{collective.kind.value} of {collective.nbytes} bytes" + (f" ({collective.tag})" if collective.tag else "")
 
 
 def _deadlocks(events: Mapping[int, _Events]) -> Iterator[Finding]:
