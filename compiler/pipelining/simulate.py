@@ -5,6 +5,7 @@ Slow and plain on purpose: methods that search have their own faster way, and ar
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from ...errors import OptionError
@@ -21,9 +22,10 @@ def timed(schedule: PipelineSchedule) -> TimedSchedule:
     """The schedule with its times, its peak bytes, and the gradients' all-reduces at its end.
 
     An action starts when the rank's computing actions before it in its order are done, and what it follows is; copies
-    one after the other besides, and nothing waits for a copy but what follows it. Bytes that an action frees are free
-    for what starts at that moment behind it in the order. When a stage's last W is done its gradients are reduced, one
-    stage of a rank at a time, while the rank goes on.
+    one after the other besides. For a copy waits what follows it; and, where there is a memory limit, what allocates
+    waits for as many copies out before it in the order as it takes to keep the limit. Bytes that an action frees are
+    free for what starts at that moment behind it in the order. When a stage's last W is done its gradients are reduced,
+    one stage of a rank at a time, while the rank goes on.
 
     Raises:
         OptionError: an action is missing, repeated or on a rank that does not have its stage, or the orders wait for
@@ -31,6 +33,7 @@ def timed(schedule: PipelineSchedule) -> TimedSchedule:
     """
     clock = _Clock(schedule)
     clock.check()
+    clock.find_room()
     clock.run()
     starts = tuple(tuple(clock.start[action] for action in order) for order in schedule.orders)
     finishes = tuple(tuple(clock.finish[action] for action in order) for order in schedule.orders)
@@ -47,6 +50,7 @@ class _Clock:
         self.start: dict[Action, int] = {}
         self.finish: dict[Action, int] = {}
         self.ready: dict[Action, int] = {}  # when what an action, or a half of a whole backward, makes is there
+        self.room: dict[Action, Action] = {}  # the copy out without which there is no room for an action
 
     def check(self) -> None:
         """Each action once, on its stage's rank; a backward either whole or in halves."""
@@ -65,6 +69,26 @@ class _Clock:
         if missing:
             action, rank = next(iter(missing.items()))
             raise OptionError(f"rank {rank} never does {action}, nor {len(missing) - 1} other actions")
+
+    def find_room(self) -> None:
+        """What each action waits for to keep the limit: copies end in order, so that times do not change it."""
+        limits = self.problem.memory_limit
+        if limits is None or not any(stage.offloaded_bytes for stage in self.problem.stages):
+            return
+        for rank, order in enumerate(self.orders):
+            room = limits[rank] - self.problem.resident_bytes[rank]
+            leaving: deque[tuple[Action, int]] = deque()  # copies out that nothing has waited for yet
+            for action in order:
+                allocates, frees = self._bytes(action)
+                room -= allocates
+                if allocates and not action.kind.copies and room < 0 <= room + sum(size for _, size in leaving):
+                    while room < 0:
+                        self.room[action], size = leaving.popleft()
+                        room += size
+                if action.kind is ActionKind.OFFLOAD:
+                    leaving.append((action, frees))
+                else:
+                    room += frees
 
     def run(self) -> None:
         positions = [0] * self.problem.ranks
@@ -101,7 +125,7 @@ class _Clock:
 
     def _operands_ready(self, action: Action) -> int | None:
         """When all that ``action`` follows is there; ``None`` while something has not been done."""
-        earliest = 0
+        earliest = self.ready[self.room[action]] if action in self.room else 0
         tasks = self.tasks[self.problem.route_of[action.microbatch]]
         halves = _halves(action)
         for half in halves:
@@ -133,16 +157,19 @@ class _Clock:
 
     def _changes(self, action: Action) -> Iterator[tuple[int, int]]:
         """When ``action`` changes what its rank holds, and by how many bytes."""
+        allocates, frees = self._bytes(action)
+        if allocates:
+            yield self.start[action], allocates
+        if frees:
+            yield self.finish[action], -frees
+
+    def _bytes(self, action: Action) -> tuple[int, int]:
+        """What ``action`` allocates at its start, and frees at its end."""
         if action.kind is ActionKind.BACKWARD:
             stage = self.problem.stages[action.stage]
-            held = stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes
-            yield self.finish[action], -held
-            return
+            return 0, stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes
         task = self._task(action)
-        if task.allocates_bytes:
-            yield self.start[action], task.allocates_bytes
-        if task.frees_bytes:
-            yield self.finish[action], -task.frees_bytes
+        return task.allocates_bytes, task.frees_bytes
 
     def reduced(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
         """By rank: stage, start and finish of each all-reduce, the stage that is ready first first."""
