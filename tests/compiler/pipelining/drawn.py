@@ -23,8 +23,8 @@ def problems(draw: st.DrawFn, *, plain: bool = False, stages: int = 4, microbatc
     routes = tuple(draw(_route(count, microbatches)) for _ in range(draw(st.integers(1, 2))))
     vocabulary = None
     if draw(st.booleans()):
-        shards = [tuple(draw(few) for _ in range(ranks)) for _ in range(2)]
-        vocabulary = Vocabulary(*shards, draw(few), draw(few), draw(st.integers(1, 2)), draw(few))
+        outputs, gradients = (tuple(draw(few) for _ in range(ranks)) for _ in range(2))
+        vocabulary = Vocabulary(outputs, gradients, draw(few), draw(few), draw(st.integers(1, 2)), draw(few))
     limit = draw(st.none() | st.lists(st.integers(0, 12), min_size=ranks, max_size=ranks).map(tuple))
     return PipelineProblem(ranks, made, routes, limit, vocabulary)
 
@@ -45,11 +45,11 @@ def _stage(draw: st.DrawFn, ranks: int, *, plain: bool) -> Stage:
     if plain:
         return Stage(**times)
     more = {name: draw(few) for name in ("between_gradients_bytes", "reduce_ns", "resident_bytes")}
-    more["backward_ns"] = draw(st.none() | st.integers(0, 6))
+    whole = draw(st.none() | st.integers(0, 6))
     if draw(st.booleans()):
         more["offloaded_bytes"] = draw(st.integers(0, times["until_weight_gradient_bytes"]))
         more |= {"offload_ns": draw(few), "reload_ns": draw(few)}
-    return Stage(**times, **more)
+    return Stage(**times, **more, backward_ns=whole)
 
 
 @st.composite
@@ -65,7 +65,8 @@ def schedule_of(problem: PipelineProblem, random: Random) -> PipelineSchedule:
     for microbatch, route in enumerate(problem.route_of):
         whole = frozenset(stage for stage in problem.routes[route].stages if random.random() < 0.3)
         waiting += actions_of(problem, microbatch, whole)
-    known, done = set(waiting), set()
+    known = set(waiting)
+    done: set[Action] = set()
     orders: list[list[Action]] = [[] for _ in range(problem.ranks)]
     while waiting:
         possible = [action for action in waiting if _possible(problem, action, known, done)]
