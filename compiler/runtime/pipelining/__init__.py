@@ -1,0 +1,1 @@
+"""Pipeline schedules run by torch.distributed.pipelining: emitted, checked as lowered, executed, timed."""
