@@ -182,9 +182,11 @@ class _RankPlan:
             for buffer in buffers if begin is not None else ():
                 end = ends.of(first.get((Run, freed[buffer])))
                 gone, back = first.get((Store, buffer)), first.get((Load, buffer))
-                if gone is not None and back is not None:
+                if gone is not None:
                     yield Residence(buffer, _MEMORY, begin or 0, ends.of(gone, latest=back))
                     begin = back
+                if begin is None:
+                    continue
                 yield Residence(buffer, _MEMORY, begin or 0, max(end, (begin or 0) + 1))
 
 

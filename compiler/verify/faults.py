@@ -20,6 +20,7 @@ class Fault(StrEnum):
     COLLECTIVE_NOT_WAITED = "collective not waited for"
     COLLECTIVE_ORDER_DIFFERS = "ranks issue collectives of one group in different orders"
     RANKS_WAIT_FOR_EACH_OTHER = "ranks wait for each other"
+    ENDS_BEFORE_RANKS_START = "collective ends before all ranks have started it"
 
     BUFFER_UNKNOWN = "buffer unknown"
     MEMORY_UNKNOWN = "memory unknown"

@@ -7,6 +7,7 @@ n-th of every other, whatever it is: another kind or size there is a wrong resul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from ..graph import Collective
@@ -24,7 +25,7 @@ def verify_ranks(plans: Mapping[int, Plan]) -> tuple[Finding, ...]:
     A group may reach beyond the ranks given: those that are not are taken to do what the others do.
     """
     events = {rank: _events(plan) for rank, plan in sorted(plans.items())}
-    return (*_different_orders(events), *_deadlocks(events))
+    return (*_different_orders(events), *_deadlocks(events), *_ends_too_early(plans, events))
 
 
 def _events(plan: Plan) -> _Events:
@@ -68,6 +69,27 @@ def _different_orders(events: Mapping[int, _Events]) -> Iterator[Finding]:
                     step = mine[number][1] if number < len(mine) else None
                     yield Finding(Fault.COLLECTIVE_ORDER_DIFFERS, message, step)
                     break
+
+
+def _ends_too_early(plans: Mapping[int, Plan], events: Mapping[int, _Events]) -> Iterator[Finding]:
+    """No rank is done with a collective before the last one has handed it over; of plans without times nothing."""
+    started: dict[tuple[str, int], tuple[float, int]] = {}
+    for rank, own in events.items():
+        for what, number, collective, step in own:
+            start = plans[rank].instructions[step].start_s
+            if what == "start" and start is not None:
+                key = (collective.group, number)
+                started[key] = max(started.get(key, (start, rank)), (start, rank))
+    for rank, own in events.items():
+        for what, number, collective, step in own:
+            finish = plans[rank].instructions[step].finish_s
+            latest, other = started.get((collective.group, number), (-math.inf, rank))
+            if what == "start" and finish is not None and finish < latest:
+                message = (
+                    f"collective {number} of group {collective.group!r} ends at {finish} s on rank {rank}, "
+                    f"rank {other} starts it at {latest} s"
+                )
+                yield Finding(Fault.ENDS_BEFORE_RANKS_START, message, step)
 
 
 def _named(collective: Collective | None) -> str:

@@ -16,6 +16,8 @@ from .faults import Fault, Finding
 
 __all__ = ["check_times", "is_timed"]
 
+_NO_TIME_S = 1e-20  # far below what any machine tells apart; at time 0 there is no rounding to allow for
+
 _Spans = list[tuple[float, float]]
 
 
@@ -53,7 +55,7 @@ def _check_durations(plan: Plan, facts: Facts, spans: _Spans) -> Iterator[Findin
         if engine is None or start == math.inf:
             continue
         least = _least_seconds(plan, facts, instruction, engine)
-        if finish - start < least * (1 - 1e-9) - 4 * math.ulp(finish):
+        if finish - start < least * (1 - 1e-9) - max(4 * math.ulp(finish), _NO_TIME_S):
             message = (
                 f"{_subject(instruction)!r} takes {finish - start} s, engine {engine.name!r} needs {least} s for it"
             )

@@ -130,6 +130,15 @@ def twice(*, swapped: bool = False, groups: tuple[str, str] = ("0", "0"), waits_
     return Plan(g.build("r0", "r1"), LINKED, tuple(steps))
 
 
+def late(plan: Plan) -> Plan:
+    """The same plan, 10 seconds later."""
+    moved = (
+        msgspec.structs.replace(i, start_s=(i.start_s or 0.0) + 10, finish_s=(i.finish_s or 0.0) + 10)
+        for i in plan.instructions
+    )
+    return msgspec.structs.replace(plan, instructions=tuple(moved))
+
+
 RANK_FAULTS: tuple[tuple[Fault, Callable[[], dict[int, Plan]]], ...] = (
     (Fault.COLLECTIVE_ORDER_DIFFERS, lambda: on_ranks(twice(), twice(swapped=True))),
     (Fault.COLLECTIVE_ORDER_DIFFERS, lambda: on_ranks(communicating(), communicating(graph=reduced(nbytes=516)))),
@@ -139,4 +148,5 @@ RANK_FAULTS: tuple[tuple[Fault, Callable[[], dict[int, Plan]]], ...] = (
             twice(groups=("0", "1"), waits_at_once=True), twice(groups=("0", "1"), swapped=True, waits_at_once=True)
         ),
     ),
+    (Fault.ENDS_BEFORE_RANKS_START, lambda: on_ranks(timed(), late(timed()))),
 )
