@@ -1,0 +1,43 @@
+"""A schedule whose claims are false does not pass."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from opweave.compiler.pipelining.placement import uniform
+from opweave.compiler.pipelining.problem import Stage
+from opweave.compiler.pipelining.schedule import Action, PipelineSchedule, TimedSchedule
+from opweave.compiler.pipelining.simulate import timed
+from opweave.compiler.pipelining.verdict import verified
+from opweave.errors import InternalError
+
+
+def _right() -> TimedSchedule:
+    problem = uniform(Stage(0, 2, 2, 1, None, 1, 2, forward_send_ns=1), (0, 1), 2, memory_limit=6)
+    orders = (("0F0", "0F1", "0I0", "0W0", "0I1", "0W1"), ("1F0", "1I0", "1F1", "1I1", "1W0", "1W1"))
+    return timed(PipelineSchedule(problem, tuple(tuple(map(Action.of, order)) for order in orders)))
+
+
+def test_a_right_schedule_has_plans() -> None:
+    """One for each rank, with the schedule's makespan."""
+    done = _right()
+    plans = verified(done)
+    ends = [i.finish_s or 0.0 for plan in plans.values() for i in plan.instructions]
+    assert max(ends) == pytest.approx(done.makespan_ns * 1e-9)
+
+
+def test_false_claims_are_refused() -> None:
+    """Fewer bytes than are held, a start before the message is there, a limit that is not kept."""
+    done = _right()
+    fewer = msgspec.structs.replace(done, peak_bytes=(5, done.peak_bytes[1]))
+    with pytest.raises(InternalError, match="rank 0 holds 6 bytes by its plan, 5"):
+        verified(fewer)
+    starts, finishes = (tuple(t - 1 for t in times[1]) for times in (done.starts, done.finishes))
+    early = msgspec.structs.replace(done, starts=(done.starts[0], starts), finishes=(done.finishes[0], finishes))
+    with pytest.raises(InternalError, match="rank 1: starts before its operands"):
+        verified(early)
+    problem = msgspec.structs.replace(done.schedule.problem, memory_limit=(5, 6))
+    schedule = msgspec.structs.replace(done.schedule, problem=problem)
+    with pytest.raises(InternalError, match="capacity exceeded"):
+        verified(msgspec.structs.replace(done, schedule=schedule))
