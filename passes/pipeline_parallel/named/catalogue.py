@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import msgspec
 
@@ -13,7 +12,8 @@ from ....compiler.pipelining.placement import placed, uniform
 from ....compiler.pipelining.problem import PipelineProblem, Route, Stage
 from ....compiler.pipelining.schedule import PipelineSchedule
 from ....errors import OptionError
-from . import depth_first, v_shaped
+from ..solution import Objective
+from . import building_blocks, depth_first, v_shaped, zero_bubble, zero_bubble_v
 from .layout import Layout, Orders, lay_out, opposed
 
 __all__ = ["NAMES", "NamedSchedule", "fitting", "named", "problem_for"]
@@ -36,8 +36,9 @@ class NamedSchedule:
 @dataclass(frozen=True)
 class _Entry:
     about: NamedSchedule
-    make: Callable[[Any], Orders]  # takes what _fitted returns: a layout, or two that are opposed
+    make: Callable[..., Orders]  # of what _fitted returns, a layout or two that are opposed; and of the objective
     refuse: Callable[[Layout], str] = lambda layout: ""
+    searches: bool = False  # whether it takes the objective
 
 
 _ENTRIES: Mapping[str, _Entry] = {
@@ -68,6 +69,11 @@ _ENTRIES: Mapping[str, _Entry] = {
         ),
         depth_first.zero_bubble_2,
     ),
+    "zb-greedy": _Entry(
+        NamedSchedule("1F1B, W where a rank idles; heeds the memory limit", "loop", 1, "Qi et al., arXiv 2401.10241"),
+        zero_bubble.zero_bubble_greedy,
+        searches=True,
+    ),
     "interleaved-zb": _Entry(
         NamedSchedule("ZB-H1, chunks of a rank in turn", "loop", None, "torch ScheduleInterleavedZeroBubble"),
         depth_first.interleaved_zero_bubble,
@@ -77,6 +83,21 @@ _ENTRIES: Mapping[str, _Entry] = {
         NamedSchedule("zero bubble over a V, by hand; memory of 1F1B", "v", 2, "Qi et al., arXiv 2401.10241"),
         v_shaped.zero_bubble_v,
     ),
+    "zbv-greedy": _Entry(
+        NamedSchedule(
+            "zero bubble over a V, from times; heeds the memory limit", "v", 2, "Qi et al., arXiv 2401.10241"
+        ),
+        zero_bubble_v.zero_bubble_v_greedy,
+        searches=True,
+    ),
+    "v-half": _Entry(
+        NamedSchedule("half the memory and half the bubble of 1F1B", "v", 2, "Qi et al., arXiv 2405.15362"),
+        building_blocks.v_half,
+    ),
+    "v-min": _Entry(
+        NamedSchedule("a third of the memory of 1F1B", "v", 2, "Qi et al., arXiv 2405.15362"),
+        building_blocks.v_min,
+    ),
 }
 
 #: What schedules there are.
@@ -85,11 +106,14 @@ NAMES: Mapping[str, NamedSchedule] = MappingProxyType({name: entry.about for nam
 _CHUNKS = 2  # on each rank, where a schedule takes any number and none was asked for
 
 
-def named(name: str, problem: PipelineProblem) -> PipelineSchedule:
+def named(name: str, problem: PipelineProblem, *, objective: Objective = "makespan") -> PipelineSchedule:
     """The schedule ``name`` of ``problem``. It may exceed the problem's memory limit: only some schedules heed one.
 
+    ``objective`` is what the schedules that try several ways choose by; their authors choose by the span.
+
     Raises:
-        OptionError: there is no schedule of that name, or the problem is not one that it is for; says which.
+        OptionError: there is no schedule of that name, or the problem is not one that it is for; says which. Or the
+            schedule heeds the memory limit, and cannot keep this one.
     """
     entry = _entry(name)
     try:
@@ -99,7 +123,8 @@ def named(name: str, problem: PipelineProblem) -> PipelineSchedule:
             f"schedule {name!r} does not fit pipeline {problem.name!r}: {error.message}",
             hint="problem_for() makes a problem that a schedule fits, fitting() says which fit a problem",
         ) from error
-    return PipelineSchedule(problem, entry.make(layout), name)
+    orders = entry.make(layout, objective) if entry.searches else entry.make(layout)
+    return PipelineSchedule(problem, orders, name)
 
 
 def fitting(problem: PipelineProblem) -> tuple[str, ...]:

@@ -1,0 +1,178 @@
+"""V-Min and V-Half: one microbatch's places over a V, repeated, and pulled together at both ends.
+
+Qi et al., Pipeline Parallelism with Controllable Memory, arXiv 2405.15362. A building block says at which slot each
+rank does F and I of its two chunks; every six slots (two F, I and W of a slot each) it begins again, so that what a
+rank holds follows from the block alone. W goes where the rank is free. Both ends of the step then have holes:
+microbatches of the ends move to earlier slots as far as operands and the peak allow it, twice (first with W in place,
+then without), and the ranks do all in the order of the slots. The offsets are the paper's; the procedure is that of the
+authors' implementation, understood and written anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ....compiler.pipelining.schedule import Action, ActionKind
+from .layout import Layout, Order, Orders
+
+__all__ = ["v_half", "v_min"]
+
+_PERIOD = 6
+_STEPS = 4  # F down, F up, I up, I down: a microbatch's way through a rank
+_WEIGHT = 4
+
+_Places = list[list[int]]  # of a rank: by step, the slot of each microbatch; W besides, where they have one
+
+
+def v_min(layout: Layout) -> Orders:
+    """Least memory over a V: about a third of 1F1B's. Idles much unless F, I and W take as long."""
+    return _built(layout, _min_block)
+
+
+def v_half(layout: Layout) -> Orders:
+    """Half of 1F1B's memory, and about half of its bubble."""
+    return _built(layout, _half_block)
+
+
+def _min_block(rank: int, ranks: int) -> tuple[int, int, int, int]:
+    gap = 2 if ranks % 3 == 0 else 0  # else two actions would meet in one slot
+    return rank, 2 * ranks - rank - 1, 2 * ranks + gap + rank, 4 * ranks + gap - rank - 1
+
+
+def _half_block(rank: int, ranks: int) -> tuple[int, int, int, int]:
+    gap = 0 if ranks % 2 else 3
+    return 2 * rank, 3 * ranks - rank - 2, 3 * ranks + gap + 2 * rank - 1, 6 * ranks + gap - rank - 2
+
+
+def _built(layout: Layout, block: Callable[[int, int], tuple[int, int, int, int]]) -> Orders:
+    starts = range(0, _PERIOD * layout.microbatches, _PERIOD)
+    places = [[[offset + start for start in starts] for offset in block(r, layout.ranks)] for r in range(layout.ranks)]
+    places = _squeezed(_pulled([[*rank, _holes(rank)] for rank in places]))
+    places = _squeezed([[*rank, _holes(rank)] for rank in _pulled([rank[:_STEPS] for rank in places])])
+    return tuple(_ordered(layout, rank, own[:_STEPS]) for rank, own in enumerate(places))
+
+
+def _walk(places: _Places) -> Iterator[tuple[int, int | None]]:
+    """Each slot with the step that a rank does there, ``None`` where it does none."""
+    steps = {slot: step for step, slots in enumerate(places) for slot in slots}
+    for slot in range(max(steps) + 1):
+        yield slot, steps.get(slot)
+
+
+def _holes(places: _Places) -> list[int]:
+    """Slots of W: each in the first free slot behind an I."""
+    pending, slots, last = 0, [], 0
+    for last, step in _walk(places):
+        if step is not None:
+            pending += step >= 2
+        elif pending:
+            slots.append(last)
+            pending -= 1
+    return slots + list(range(last + 1, last + 1 + pending))
+
+
+def _peak(places: _Places) -> int:
+    """The most forwards whose W is still to come; W in the first free slots if they have no place."""
+    held = most = pending = 0
+    for _, step in _walk(places):
+        if step is not None and step < 2:
+            held += 1
+            most = max(most, held)
+        elif step == _WEIGHT:
+            held -= 1
+        elif step is not None:
+            pending += 1
+        elif len(places) == _STEPS and pending:
+            pending -= 1
+            held -= 1
+    return most
+
+
+def _in_order(places: list[_Places]) -> list[tuple[int, int, int, int]]:
+    """All actions by slot, rank, step and microbatch."""
+    return sorted(
+        (slot, rank, step, number)
+        for rank, own in enumerate(places)
+        for step, slots in enumerate(own)
+        for number, slot in enumerate(slots)
+    )
+
+
+def _earliest(places: list[_Places], rank: int, step: int, number: int) -> int:
+    """The first slot behind all that an action follows, the same step of the microbatch before it among them."""
+    own = places[rank]
+    before = [own[step][number - 1]] if number else []
+    if step == _WEIGHT:
+        before.append(sorted(own[2] + own[3])[number])
+    else:
+        other = rank - 1 if step in (0, 2) else rank + 1
+        if 0 <= other < len(places):
+            before.append(places[other][step][number])
+        if step:
+            before.append(own[step - 1][number])
+    return max(before, default=-1) + 1
+
+
+def _pulled(places: list[_Places]) -> list[_Places]:
+    """What is behind the last forward on its way down moved to earlier slots; what is before the first I back, too.
+
+    The latter only if W have places: without, what they free could not be told yet.
+    """
+    places = [[list(slots) for slots in own] for own in places]
+    limit = max(map(_peak, places))
+    last = len(places[0][0]) - 1
+    phase = "warm-up"
+    taken: list[set[int]] = [set() for _ in places]
+    for _slot, rank, step, number in _in_order(places):
+        if phase == "warm-up" and rank == 0 and step == 3:
+            phase = "steady"
+        if phase == "cool-down" or (phase == "warm-up" and len(places[0]) > _STEPS):
+            _move(places, rank, step, number, taken[rank], limit)
+        elif phase == "steady" and step == 0 and number == last:
+            phase = "cool-down"
+        taken[rank].add(places[rank][step][number])
+    return places
+
+
+def _move(places: list[_Places], rank: int, step: int, number: int, taken: set[int], limit: int) -> None:
+    slots = places[rank][step]
+    slot = slots[number]
+    for earlier in range(_earliest(places, rank, step, number), slot):
+        if earlier not in taken:
+            slots[number] = earlier
+            if _peak(places[rank]) <= limit:
+                return
+    slots[number] = slot
+
+
+def _squeezed(places: list[_Places]) -> list[_Places]:
+    """All at the first slot that their order on the rank allows."""
+    found: list[_Places] = [[[] for _ in own] for own in places]
+    free = [0] * len(places)
+    for _, rank, step, number in _in_order(places):
+        slot = free[rank]
+        if step != _WEIGHT:  # W is behind its I in the rank's order
+            slot = max(slot, _earliest(found, rank, step, number))
+        found[rank][step].append(slot)
+        free[rank] = slot + 1
+    return found
+
+
+def _ordered(layout: Layout, rank: int, places: _Places) -> tuple[Action, ...]:
+    """What a rank does: steps by slot, W in the free ones, first of the last chunk."""
+    down, up = layout.stages[rank]
+    order = Order(layout.first)
+    pending = {up: 0, down: 0}
+    for _, step in _walk(places):
+        if step is None:
+            stage = next((stage for stage, count in pending.items() if count), None)
+            if stage is not None:
+                order.add(ActionKind.WEIGHT_GRADIENT, stage)
+                pending[stage] -= 1
+            continue
+        stage = up if step in (1, 2) else down
+        order.add(ActionKind.FORWARD if step < 2 else ActionKind.INPUT_GRADIENT, stage)
+        pending[stage] += step >= 2
+    for stage, count in pending.items():
+        order.add_all(count, (ActionKind.WEIGHT_GRADIENT, stage))
+    return order.actions()
