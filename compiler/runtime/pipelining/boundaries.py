@@ -1,0 +1,128 @@
+"""What passes between stages: shapes, strides and dtypes, found once by running each stage where its weights are.
+
+torch finds them itself in the first step otherwise, with a real forward and backward that leave traces: batch norms
+count a microbatch too many, and modules that keep something for their W keep too much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ....errors import ExecutionError
+from .modules import forward, left_as_it_was
+from .together import Group, together
+
+__all__ = ["TensorFacts", "boundaries_of", "buffer_bytes"]
+
+
+class TensorFacts(msgspec.Struct, frozen=True):
+    """A tensor without its values; ``dtype`` is torch's name of it, without ``torch.``."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorFacts:
+        """Those of ``tensor``."""
+        name = str(tensor.dtype).removeprefix("torch.")
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), name, tensor.requires_grad)
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Such a tensor, of zeros, that depends on nothing."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=getattr(torch, self.dtype), device=device).zero_()
+        return tensor.requires_grad_(self.requires_grad)
+
+    @property
+    def nbytes(self) -> int:
+        """What one takes."""
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (span if 0 not in self.shape else 0) * getattr(torch, self.dtype).itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+Boundary = tuple[TensorFacts, ...]
+
+
+def boundaries_of(
+    modules: Mapping[int, nn.Module],
+    inputs: Sequence[Tensor] | None,
+    ranks: Sequence[int],
+    device: torch.device,
+    group: Group = None,
+) -> tuple[Boundary, ...]:
+    """The inputs of each stage, and at the end the outputs of the last, for one microbatch; the same on every rank.
+
+    ``modules`` are this rank's stages, ``ranks`` the rank of every stage, ``inputs`` one microbatch's for stage 0,
+    needed on its rank. Each stage runs forward once; what that changes is put back.
+
+    Raises:
+        ExecutionError: on every rank: a stage fails, or hands on something that cannot be sent.
+    """
+    here = dist.get_rank(group)
+    chain: list[Boundary] = []
+    box: list[Boundary | None] = [None]
+    if here == ranks[0]:
+        box[0] = together(lambda: tuple(TensorFacts.of(tensor) for tensor in inputs or ()), group)
+    else:
+        together(lambda: None, group)
+    dist.broadcast_object_list(box, group=group, group_src=ranks[0])
+    chain.append(box[0] or ())
+    for stage, rank in enumerate(ranks):
+        given = inputs if stage == 0 else [facts.zeros(device) for facts in chain[-1]]
+        last = stage == len(ranks) - 1
+
+        def found(stage: int = stage, given: Sequence[Tensor] = given or (), last: bool = last) -> Boundary | None:
+            return _outputs(stage, modules[stage], given, device, last) if ranks[stage] == here else None
+
+        box = [together(found, group)]
+        dist.broadcast_object_list(box, group=group, group_src=rank)
+        chain.append(box[0] or ())
+    return tuple(chain)
+
+
+def _outputs(stage: int, module: nn.Module, inputs: Sequence[Tensor], device: torch.device, last: bool) -> Boundary:
+    try:
+        with left_as_it_was(module, device), torch.enable_grad():
+            outputs = forward(module, inputs)
+            found = tuple(TensorFacts.of(out) if _plain(out) else out for out in outputs)
+    except Exception as error:
+        shapes = ", ".join(str(TensorFacts.of(tensor)) for tensor in inputs)
+        raise ExecutionError(
+            f"stage {stage} fails on inputs {shapes}: {error}",
+            hint="each stage is called with what the one before it returns, tensors only",
+        ) from error
+    for out in found:
+        if not isinstance(out, TensorFacts) and not last:
+            what = "a DTensor" if isinstance(out, DTensor) else f"a {type(out).__name__}"
+            raise ExecutionError(
+                f"stage {stage} returns {what}; stages hand on plain tensors",
+                hint="return a tensor or a tuple of tensors; gather DTensors at the end of the stage (`to_local`)",
+            )
+    return tuple(out for out in found if isinstance(out, TensorFacts))
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, DTensor)
+
+
+def buffer_bytes(boundaries: Sequence[Boundary], ranks: Sequence[int], microbatches: int, number: int) -> list[int]:
+    """What torch's receive buffers take on each of ``number`` ranks: one a microbatch for each stage's inputs from
+    another rank, and for the gradients of its outputs, held all the time.
+    """
+    held = [0] * number
+    for stage, rank in enumerate(ranks):
+        if stage > 0 and ranks[stage - 1] != rank:
+            held[rank] += microbatches * sum(facts.nbytes for facts in boundaries[stage])
+        if stage < len(ranks) - 1 and ranks[stage + 1] != rank:
+            held[rank] += microbatches * sum(f.nbytes for f in boundaries[stage + 1] if f.requires_grad)
+    return held

@@ -1,0 +1,164 @@
+"""One rank's part of a pipeline, executed by torch's runtime: training steps, and forward passes alone.
+
+Metadata of stages is given, so that torch does not probe them; stages are handed over in ascending order; the order of
+actions is checked as torch has lowered it. The loss is divided by the number of microbatches before it is
+differentiated, in place of torch's division of finished gradients, which would divide gradients of earlier steps again,
+and those of a weight that two stages of a rank share twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from ....errors import ExecutionError, OptionError
+from ...pipelining.schedule import PipelineSchedule
+from .boundaries import Boundary, TensorFacts, buffer_bytes
+from .checks import check_lowered
+from .emit import check_emittable
+from .lowering import load, runtime_class
+from .modules import check_kinds, splitter
+from .together import Group, together
+
+__all__ = ["Loss", "Runner"]
+
+#: Of the last stage's output (or tuple of outputs) and the target of one microbatch: its mean loss, a scalar.
+Loss = Callable[[Any, Any], Tensor]
+
+_FORWARD_KINDS = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+
+
+class Runner:
+    """``schedule`` on this rank: ``modules`` are its stages, ``boundaries`` what `boundaries_of` found.
+
+    ``losses`` are those of the last step's microbatches, in order, on the last stage's rank; empty elsewhere.
+
+    Raises:
+        ExecutionError: on every rank, if torch cannot execute the schedule, or a stage not what it asks of it.
+        VerificationError: what torch made of the schedule is not what it says, or exceeds the memory limit.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[int, nn.Module],
+        schedule: PipelineSchedule,
+        boundaries: Sequence[Boundary],
+        loss: Loss,
+        *,
+        device: torch.device,
+        group: Group = None,
+    ) -> None:
+        self.schedule, self.boundaries = schedule, tuple(boundaries)
+        self.modules = dict(sorted(modules.items()))
+        self.device, self.group = device, group
+        self.losses: list[Tensor] = []
+        self.loss = loss
+        self.microbatches = schedule.problem.microbatches
+        self.ranks = tuple(stage.rank for stage in schedule.problem.stages)
+        self.here = dist.get_rank(group)
+        together(self._check, group)
+        self.stages = self._stages()
+        self.runtime = runtime_class()(self.stages, self.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
+        #: Each rank's list as torch executes it, in its words.
+        self.lowered = together(self._load, group)
+        self._forward_runtime: Any = None
+
+    def step(self, inputs: Sequence[Tensor], target: Tensor | None) -> Tensor | None:
+        """One training step: gradients of the mean loss are added to the weights' ``grad``.
+
+        ``inputs`` are the whole batch's on the rank of stage 0, ``target`` on that of the last stage; the others'
+        are not looked at. Returns the mean loss on the rank of the last stage, and None elsewhere.
+
+        Raises:
+            OptionError: they are missing, or not as the pipeline was made for.
+        """
+        first, last = 0 in self.modules, len(self.ranks) - 1 in self.modules
+        self._check_inputs(inputs)
+        if last and not isinstance(target, Tensor):
+            raise OptionError("a training step needs a target on the rank of the last stage, a tensor of the batch")
+        self.losses = []
+        self.runtime.step(*(inputs if first else ()), target=target if last else None, return_outputs=False)
+        return torch.stack(self.losses).mean() if last else None
+
+    def evaluate(self, inputs: Sequence[Tensor]) -> Any:
+        """The last stage's outputs for the whole batch, on its rank; nothing is differentiated. Raises OptionError."""
+        self._check_inputs(inputs)
+        if self._forward_runtime is None:
+            self._forward_runtime = self._without_backward()
+        with torch.no_grad():
+            return self._forward_runtime.step(*(inputs if 0 in self.modules else ()))
+
+    def _check(self) -> None:
+        if self.schedule.problem.ranks != dist.get_world_size(self.group):
+            raise ExecutionError(
+                f"the schedule is for {self.schedule.problem.ranks} ranks; the group has "
+                f"{dist.get_world_size(self.group)}"
+            )
+        own = self.schedule.problem.stages_of[self.here]
+        if tuple(self.modules) != own:
+            raise ExecutionError(
+                f"rank {self.here} has modules of stages {list(self.modules)}; the schedule gives it {list(own)}"
+            )
+        check_emittable(self.schedule)
+        check_kinds(self.modules, self.schedule)
+
+    def _load(self) -> dict[int, tuple[str, ...]]:
+        lowered = load(self.runtime, self.schedule)
+        buffers = buffer_bytes(self.boundaries, self.ranks, self.microbatches, self.schedule.problem.ranks)
+        check_lowered(lowered, self.schedule, buffer_bytes=buffers, as_plans=self.here == 0)
+        return lowered
+
+    def _stages(self) -> list[PipelineStage]:
+        return [
+            PipelineStage(
+                module,
+                stage,
+                len(self.ranks),
+                self.device,
+                input_args=self._samples(self.boundaries[stage]),
+                output_args=self._samples(self.boundaries[stage + 1]),
+                group=self.group,
+                dw_builder=splitter(module),
+            )
+            for stage, module in self.modules.items()
+        ]
+
+    def _samples(self, boundary: Boundary) -> tuple[Tensor, ...]:
+        return tuple(facts.zeros(torch.device("meta")) for facts in boundary)
+
+    def _without_backward(self) -> Any:
+        """A runtime of its own for forward passes: torch's, in its eval mode, fails where a rank has two neighbours."""
+        runtime = runtime_class()(self._stages(), self.microbatches)
+        load(runtime, self.schedule)
+        lists = runtime.pipeline_order_with_comms
+        for rank, actions in lists.items():
+            lists[rank] = [action for action in actions if action.computation_type.value in _FORWARD_KINDS]
+        return runtime
+
+    def _scaled_loss(self, output: Any, target: Any) -> Tensor:
+        loss = self.loss(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise OptionError(f"the loss is {found}, not a scalar", hint="return the microbatch's mean loss")
+        self.losses.append(loss.detach())
+        return loss / self.microbatches
+
+    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        if 0 not in self.modules:
+            return
+        wanted = self.boundaries[0]
+        if len(inputs) != len(wanted):
+            raise OptionError(f"the pipeline takes {len(wanted)} inputs, not {len(inputs)}")
+        for number, (given, facts) in enumerate(zip(inputs, wanted, strict=True)):
+            found = TensorFacts.of(given)
+            whole = (facts.shape[0] * self.microbatches, *facts.shape[1:])
+            if found.shape != whole or found.dtype != facts.dtype:
+                raise OptionError(
+                    f"input {number} is {found}; the pipeline was made for {self.microbatches} microbatches of {facts}",
+                    hint="pipelines are made for one batch size: drop the last, smaller batch, or pad it",
+                )
