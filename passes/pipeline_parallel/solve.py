@@ -1,0 +1,72 @@
+"""The best schedule of a pipeline problem within its memory limit, and how far from optimal it may be.
+
+A bound first, then a portfolio: the schedules that have names, list schedules by many rules, local search from the best
+of them. It ends as soon as a schedule meets the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...compiler.pipeline import Budget
+from ...compiler.pipelining.problem import PipelineProblem
+from ...compiler.pipelining.schedule import PipelineSchedule
+from ...errors import Infeasible, OptionError
+from ._progress import Search
+from .named import fitting, named
+from .solution import Objective, PipelineSolution
+
+__all__ = ["solve"]
+
+
+def solve(
+    problem: PipelineProblem,
+    budget: Budget,
+    *,
+    objective: Objective = "makespan",
+    hints: Iterable[PipelineSchedule] = (),
+) -> PipelineSolution:
+    """The best schedule of ``problem`` found within ``budget``.
+
+    Never worse than the best schedule of ``named`` that fits the problem and keeps its memory limit, nor than a hint
+    that does. ``hints`` are schedules of the same problem to start from.
+
+    Raises:
+        Infeasible: a rank cannot hold what a single microbatch needs there.
+        OptionError: a hint is no schedule of this problem.
+    """
+    from .improve import improve  # numba, which takes a second to load
+    from .list_schedule import construct, workshop_for
+
+    search = Search(problem, budget, objective)
+    shop = workshop_for(problem)
+    _check_limit(problem, shop.least.tolist())
+    for hint in hints:
+        search.offer(PipelineSchedule(problem, hint.orders, hint.method or "hint"))
+    for name in fitting(problem):
+        try:
+            schedule = named(name, problem, objective=objective)
+        except OptionError:  # it heeds the limit, and cannot keep it
+            search.note(name, None)
+        else:
+            search.offer(schedule)
+    for method in (construct, improve):
+        if not search.done():
+            method(search, shop)
+    return search.solution()
+
+
+def _check_limit(problem: PipelineProblem, least: list[int]) -> None:
+    if problem.memory_limit is None:
+        return
+    for rank, (limit, resident, need) in enumerate(
+        zip(problem.memory_limit, problem.resident_bytes, least, strict=True)
+    ):
+        if resident + need > limit:
+            raise Infeasible(
+                f"rank {rank} of pipeline {problem.name!r} may hold {limit} bytes; one microbatch alone needs {need} "
+                f"there beside {resident} bytes that are resident, {resident + need} in all",
+                required_bytes=resident + need,
+                available_bytes=limit,
+                hint="raise the limit, place fewer stages on the rank, recompute or offload activations",
+            )
