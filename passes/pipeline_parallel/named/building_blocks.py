@@ -161,7 +161,7 @@ def _squeezed(places: list[_Places]) -> list[_Places]:
 def _ordered(layout: Layout, rank: int, places: _Places) -> tuple[Action, ...]:
     """What a rank does: steps by slot, W in the free ones, first of the last chunk."""
     down, up = layout.stages[rank]
-    order = Order(layout.first)
+    order = Order(rank, layout)
     pending = {up: 0, down: 0}
     for _, step in _walk(places):
         if step is None:

@@ -13,7 +13,7 @@ from ....compiler.pipelining.problem import PipelineProblem, Route, Stage
 from ....compiler.pipelining.schedule import PipelineSchedule
 from ....errors import OptionError
 from ..solution import Objective
-from . import building_blocks, depth_first, v_shaped, zero_bubble, zero_bubble_v
+from . import building_blocks, depth_first, two_ways, v_shaped, zero_bubble, zero_bubble_v
 from .layout import Layout, Orders, lay_out, opposed
 
 __all__ = ["NAMES", "NamedSchedule", "fitting", "named", "problem_for"]
@@ -97,6 +97,21 @@ _ENTRIES: Mapping[str, _Entry] = {
     "v-min": _Entry(
         NamedSchedule("a third of the memory of 1F1B", "v", 2, "Qi et al., arXiv 2405.15362"),
         building_blocks.v_min,
+    ),
+    "dualpipe-v": _Entry(
+        NamedSchedule("DualPipe on one copy of the model", "v", 2, "github.com/deepseek-ai/DualPipe"),
+        v_shaped.dual_pipe_v,
+        v_shaped.refuse_few,
+    ),
+    "dualpipe": _Entry(
+        NamedSchedule("two directions, W put off at the ends", "both ways", 1, "DeepSeek-AI, arXiv 2412.19437"),
+        two_ways.dual_pipe,
+        two_ways.refuse_dual_pipe,
+    ),
+    "chimera": _Entry(
+        NamedSchedule("1F1B in two directions, fitted together", "both ways", 1, "Li and Hoefler, arXiv 2107.06925"),
+        two_ways.chimera,
+        two_ways.refuse_odd,
     ),
 }
 

@@ -28,8 +28,8 @@ _INPUT, _WEIGHT = ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT
 def all_forward_first(layout: Layout) -> Orders:
     """GPipe (Huang et al., arXiv 1811.06965): all forwards, then all backwards, both from the first microbatch on."""
     orders = []
-    for (stage,) in layout.stages:
-        order = Order(layout.first)
+    for rank, (stage,) in enumerate(layout.stages):
+        order = Order(rank, layout)
         for kind in (_FORWARD, _BACKWARD):
             for _ in range(layout.microbatches):
                 order.add(kind, stage)
@@ -101,7 +101,7 @@ def _depth_first(layout: Layout, *, warm_up: list[int], put_off: list[int] | Non
     total = layout.microbatches * layout.chunks
     orders = []
     for rank, stages in enumerate(layout.stages):
-        order = Order(layout.first)
+        order = Order(rank, layout)
         forwards = [stages[step // size % layout.chunks] for step in range(total)]
         backwards = [stages[-1 - step // size % layout.chunks] for step in range(total)]
         first = min(warm_up[rank], total)

@@ -35,20 +35,20 @@ class Layout:
 
 
 class Order:
-    """What one rank does, written from its start; each kind of action of a stage takes the next microbatch.
+    """What ``rank`` does, written from its start; each kind of action of a stage takes the layout's next microbatch.
 
     So all microbatches of a stage come in their order, which loses nothing: they are alike.
     """
 
-    def __init__(self, first: int = 0) -> None:
-        self._first = first
+    def __init__(self, rank: int, *layouts: Layout) -> None:
+        self._first = {stage: layout.first for layout in layouts for stage in layout.stages[rank]}
         self._actions: list[Action] = []
         self._done: dict[tuple[int, ActionKind], int] = {}
 
     def add(self, kind: ActionKind, stage: int) -> None:
         """Do ``kind`` of ``stage`` for the next microbatch; B counts as I and W."""
         number = self.done(kind, stage)
-        self._actions.append(Action(stage, kind, self._first + number))
+        self._actions.append(Action(stage, kind, self._first[stage] + number))
         self._done[stage, kind] = number + 1
         if kind is ActionKind.BACKWARD:
             self._done[stage, ActionKind.INPUT_GRADIENT] = number + 1

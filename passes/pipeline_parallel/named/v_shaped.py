@@ -5,12 +5,15 @@ The last stage is on the first rank, so a microbatch is soon back where it start
 
 from __future__ import annotations
 
+from collections import deque
+
 from ....compiler.pipelining.schedule import ActionKind
 from .layout import Layout, Order, Orders
 
-__all__ = ["zero_bubble_v"]
+__all__ = ["dual_pipe_v", "refuse_few", "write_dual_pipe", "zero_bubble_v"]
 
-_FORWARD, _INPUT, _WEIGHT = ActionKind.FORWARD, ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT
+_FORWARD, _BACKWARD = ActionKind.FORWARD, ActionKind.BACKWARD
+_INPUT, _WEIGHT = ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT
 
 
 def zero_bubble_v(layout: Layout) -> Orders:
@@ -21,7 +24,7 @@ def zero_bubble_v(layout: Layout) -> Orders:
     microbatches = max(2 * layout.ranks - 1, layout.microbatches)
     orders = []
     for rank, (down, up) in enumerate(layout.stages):
-        order = Order(layout.first)
+        order = Order(rank, layout)
         _fill_v(order, down, up, rank, layout.ranks, microbatches)
         last = layout.first + layout.microbatches
         orders.append(tuple(action for action in order.actions() if action.microbatch < last))
@@ -40,3 +43,47 @@ def _fill_v(order: Order, down: int, up: int, rank: int, ranks: int, microbatche
     order.add_all(ranks - rank, (_INPUT, down), (_WEIGHT, down))
     for stage in (up, down):
         order.add_all(microbatches - order.done(_WEIGHT, stage), (_WEIGHT, stage))
+
+
+def dual_pipe_v(layout: Layout) -> Orders:
+    """DualPipeV: DualPipe cut in half, so that one copy of the model is enough (deepseek-ai/DualPipe).
+
+    What DualPipe does at once, the forward of one microbatch and the backward of another, comes one after the other.
+    """
+    orders = []
+    for rank, (down, up) in enumerate(layout.stages):
+        order = Order(rank, layout)
+        write_dual_pipe(order, down, up, rank, layout.ranks, layout.microbatches)
+        orders.append(order.actions())
+    return tuple(orders)
+
+
+def refuse_few(layout: Layout) -> str:
+    """Why there are too few microbatches for DualPipeV; or nothing."""
+    least = 2 * layout.ranks
+    return "" if layout.microbatches >= least else f"it has {layout.microbatches} microbatches; the least is {least}"
+
+
+def write_dual_pipe(order: Order, down: int, up: int, rank: int, ranks: int, microbatches: int) -> None:
+    """DualPipe's eight phases on one rank of a V, or of what looks like one from its outer end.
+
+    In the second half of the last backwards W is put off; the rest of the time it follows at once.
+    """
+    after = ranks - rank - 1
+    order.add_all(2 * after, (_FORWARD, down))
+    order.add_all(rank + 1, (_FORWARD, down), (_FORWARD, up))
+    order.add_all(after, (_INPUT, up), (_WEIGHT, up), (_FORWARD, up))
+    both = microbatches - 2 * ranks + rank + 1
+    order.add_all(both, (_FORWARD, down), (_BACKWARD, up), (_FORWARD, up), (_BACKWARD, down))
+    order.add_all(after, (_BACKWARD, up), (_FORWARD, up), (_BACKWARD, down))
+    put_off: deque[int] = deque()
+    for step in range(2 * (rank + 1)):
+        stage = down if step % 2 else up
+        order.add(_BACKWARD if step <= rank else _INPUT, stage)
+        if step > rank:
+            put_off.append(stage)
+    for _ in range(after):
+        order.add_all(1, (_WEIGHT, put_off.popleft()), (_INPUT, down))
+        put_off.append(down)
+    for stage in put_off:
+        order.add(_WEIGHT, stage)

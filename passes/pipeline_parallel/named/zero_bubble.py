@@ -68,7 +68,7 @@ class _Play:
         self.ranks = range(layout.ranks)
         self.stages = [problem.stages[stage] for (stage,) in layout.stages]
         self.limits = problem.memory_limit
-        self.written = [Order(layout.first) for _ in self.ranks]
+        self.written = [Order(rank, layout) for rank in self.ranks]
         self.free = [0] * layout.ranks
         self.held = list(problem.resident_bytes)
         self.idle = [0] * layout.ranks

@@ -63,7 +63,7 @@ class _Play:
         self.ranks = range(layout.ranks)
         self.stages = [[layout.problem.stages[stage] for stage in stages] for stages in layout.stages]
         self.limits = layout.problem.memory_limit or self.held_by_1f1b()
-        self.written = [Order(layout.first) for _ in self.ranks]
+        self.written = [Order(rank, layout) for rank in self.ranks]
         self.weights: list[deque[int]] = [deque() for _ in self.ranks]  # chunks of the W that could be done
         self.free = [0] * layout.ranks
         self.held = list(layout.problem.resident_bytes)
