@@ -12,17 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...compiler.pipelining.schedule import ActionKind
 from .._compiled import compiled
-from ._lanes import KINDS, Booleans, Floats, Integers, Lanes
+from ._lanes import Floats, Integers, Lanes, Records
 from ._play import Room, clear, commit, index_of, make_room, room_at
 
-__all__ = ["Desk", "Rules", "desk_for", "dispatch"]
+__all__ = ["EITHER", "SPLIT", "WHOLE", "Desk", "Rules", "desk_for", "dispatch", "need"]
 
 SPLIT, WHOLE, EITHER = 0, 1, 2
-_SHARDS = (KINDS.index(ActionKind.OUTPUT), KINDS.index(ActionKind.OUTPUT_GRADIENT))
 NONE = -1
 FAR = 1 << 62
+
+BY_NODE = np.dtype([("waiting", np.int64), ("ready", np.int64)])
+SHARE = np.dtype([("own", np.int64), ("needs", np.int64), ("left", np.int64)])
+BY_RANK = np.dtype(
+    [(name, np.int64) for name in ("lowest", "highest", "symbol", "index", "moment", "stale", "begin", "size")]
+)
+OFFER = np.dtype([("symbol", np.int64), ("index", np.int64), ("start", np.int64)])
 
 
 class Rules(NamedTuple):
@@ -30,9 +35,8 @@ class Rules(NamedTuple):
 
     The least ``priority``, by node, goes first, ties to the one that can start earlier. A rank waits for an action of
     lane k for up to ``patience[k]`` beyond what it could start with. Lane k of kind F runs at most ``ahead[k]``
-    microbatches ahead of its I. ``limit`` is by rank, as ``Lanes.limit`` or less. ``mode`` says by node of an I:
-    0 split, 1 whole, 2 split if its bytes fit and whole otherwise. A reload may come ``early[k]`` microbatches before
-    its I at most.
+    microbatches ahead of its I, and one that copies back as well. ``limit`` is by rank, as ``Lanes.limit`` or less.
+    ``mode`` says by node of an I: 0 split, 1 whole, 2 split if its bytes fit and whole otherwise.
     """
 
     priority: Floats
@@ -40,290 +44,237 @@ class Rules(NamedTuple):
     ahead: Integers
     limit: Integers
     mode: Integers
-    early: Integers
 
 
 class Desk(NamedTuple):
-    """Where ``dispatch`` works. By node: predecessors that it is ``waiting`` for, and ``ready``. By rank and turn:
-    bytes ``own`` of a microbatch, the most that it ``needs`` until it is finished, and actions ``left``. By rank: the
-    ``lowest`` turn that is unfinished and the ``highest`` that holds anything, and its ``choice`` with its ``moment``,
-    ``stale`` if something has changed since; by lane its ``offer`` (symbol, index, start). ``lanes_of`` and
-    ``lanes_begin`` list lanes by rank, ``by_turn`` has route and index of each turn. ``symbols``, by rank from
-    ``begin``, are the orders, ``size`` of them so far.
+    """Where ``dispatch`` works.
+
+    ``node``: predecessors that it is ``waiting`` for, and when it is ``ready``. ``share``, by rank and turn: bytes
+    that a microbatch holds as its ``own``, the most that it ``needs`` until it is finished, actions ``left``. ``rank``:
+    the ``lowest`` turn that is unfinished and the ``highest`` that holds anything; its choice, ``symbol`` and ``index``
+    at a ``moment``, ``stale`` if something has changed since; where its orders ``begin``, and their ``size``. ``offer``
+    is, by lane, what it could do. ``symbols`` are the orders.
     """
 
-    waiting: Integers
-    ready: Integers
-    own: Integers
-    needs: Integers
-    left: Integers
-    lowest: Integers
-    highest: Integers
-    choice: Integers
-    offer: Integers
-    moment: Integers
-    stale: Booleans
-    lanes_of: Integers
-    lanes_begin: Integers
-    input_gradient: Integers
-    by_turn: Integers
+    node: Records
+    share: Records
+    rank: Records
+    offer: Records
     symbols: Integers
-    begin: Integers
-    size: Integers
 
 
 def desk_for(lanes: Lanes) -> Desk:
     """A desk for the problem."""
-    ranks, turns, nodes = len(lanes.limit), len(lanes.turn), lanes.nodes
-    by_rank = [np.flatnonzero(lanes.rank == rank) for rank in range(ranks)]
-    work = [int(lanes.microbatches[own].sum()) for own in by_rank]
-    by_turn = np.zeros((turns, 2), np.int64)
-    for number, turn in enumerate(lanes.turn.tolist()):
-        route = int(np.searchsorted(lanes.offset, number, side="right")) - 1
-        by_turn[turn] = route, number - lanes.offset[route]
-
-    def zeros(*shape: int) -> Integers:
-        return np.zeros(shape, np.int64)
-
+    ranks = np.zeros(len(lanes.limit), BY_RANK)
+    work = [int(lanes.lane["microbatches"][lanes.lane["rank"] == rank].sum()) for rank in range(len(ranks))]
+    ranks["begin"] = np.cumsum([0, *work[:-1]])
     return Desk(
-        waiting=zeros(nodes),
-        ready=zeros(nodes),
-        own=zeros(ranks, turns),
-        needs=zeros(ranks, turns),
-        left=zeros(ranks, turns),
-        lowest=zeros(ranks),
-        highest=zeros(ranks),
-        choice=zeros(ranks, 2),
-        offer=zeros(len(lanes.rank), 3),
-        moment=zeros(ranks),
-        stale=np.zeros(ranks, np.bool_),
-        lanes_of=np.concatenate(by_rank).astype(np.int64),
-        lanes_begin=np.array(np.cumsum([0, *map(len, by_rank)]), np.int64),
-        input_gradient=_input_gradients(lanes),
-        by_turn=by_turn,
-        symbols=zeros(nodes),
-        begin=np.array(np.cumsum([0, *work]), np.int64),
-        size=zeros(ranks),
-    )
-
-
-def _input_gradients(lanes: Lanes) -> Integers:
-    """By lane, the I of its stage and route; -1 for a shard of the vocabulary."""
-    found = {
-        (int(lanes.route[k]), int(lanes.stage[k])): k
-        for k in range(len(lanes.rank))
-        if lanes.half[k] >= 0 <= lanes.whole[k]
-    }
-    return np.array(
-        [
-            -1 if lanes.kind[k] in _SHARDS else found[int(lanes.route[k]), int(lanes.stage[k])]
-            for k in range(len(lanes.rank))
-        ],
-        np.int64,
+        node=np.zeros(lanes.nodes, BY_NODE),
+        share=np.zeros((len(ranks), len(lanes.turn)), SHARE),
+        rank=ranks,
+        offer=np.zeros(len(lanes.lane), OFFER),
+        symbols=np.zeros(lanes.nodes, np.int64),
     )
 
 
 @compiled
-def _need(lanes: Lanes, room: Room, rank: int, route: int, index: int, own: int, done: int) -> Any:
+def need(lanes: Lanes, room: Room, rank: int, route: int, index: int, own: int, done: int) -> Any:
     """The most that a microbatch holds on a rank until it is finished there, alone and in serial order.
 
-    ``done`` is a symbol that counts as done: its half, or both.
+    The lane ``done`` counts as done, -1 for none.
     """
-    width = len(lanes.rank)
     held, most = own, own
     skip = -1  # the W of a B that has just been counted
     for k in range(lanes.serial.shape[2]):
-        lane = lanes.serial[rank, route, k]
-        if lane < 0:
+        number = lanes.serial[rank, route, k]
+        if number < 0:
             break
-        if lane == skip or room.finish[lanes.first[lane] + index] >= 0:
+        lane = lanes.lane[number]
+        if number in (skip, done) or room.node[lane.first + index].finish >= 0:
             continue
-        if done >= 0 and (lane == done % width or (done >= width and lane == lanes.half[done - width])):
-            continue
-        if lanes.useful[lane]:
-            skip = lanes.half[lane]
-            held += lanes.allocates[lane] - lanes.frees[lane] - lanes.frees[skip]
+        held += lane.allocates
+        if lane.useful:
+            skip = lane.half
+            held -= lane.frees + lanes.lane[skip].frees
         else:
-            held += lanes.allocates[lane]
             most = max(most, held)
-            held -= lanes.frees[lane]
+            held -= lane.frees
     return most
 
 
 @compiled
-def _change(lanes: Lanes, symbol: int) -> Any:
-    """Bytes more, or fewer, that a rank holds behind an action."""
-    lane = symbol % len(lanes.rank)
-    change = lanes.allocates[lane] - lanes.frees[lane]
-    return change - lanes.frees[lanes.half[lane]] if symbol >= len(lanes.rank) else change
-
-
-@compiled
-def _is_safe(lanes: Lanes, room: Room, desk: Desk, limit: int, symbol: int, index: int) -> Any:
-    """Whether after ``symbol`` unfinished microbatches can still be finished one by one on its rank."""
-    lane = symbol % len(lanes.rank)
-    rank, route = lanes.rank[lane], lanes.route[lane]
-    turn = lanes.turn[lanes.offset[route] + index]
-    own = desk.own[rank, turn] + _change(lanes, symbol)
-    need = _need(lanes, room, rank, route, index, own, symbol)
+def _is_safe(lanes: Lanes, room: Room, desk: Desk, limit: int, number: int, index: int) -> Any:
+    """Whether after a task of a lane unfinished microbatches can still be finished one by one on its rank."""
+    lane = lanes.lane[number]
+    rank = lane.rank
+    turn = lanes.turn[lane.offset + index]
+    own = desk.share[rank, turn].own + lane.allocates - lane.frees
+    most = need(lanes, room, rank, lane.route, index, own, number)
     later = 0
-    for other in range(max(desk.highest[rank], turn), desk.lowest[rank] - 1, -1):
+    for other in range(max(desk.rank[rank].highest, turn), desk.rank[rank].lowest - 1, -1):
+        share = desk.share[rank, other]
         if other == turn:
-            if later + need > limit:
+            if later + most > limit:
                 return False
             later += own
-        elif desk.left[rank, other] > 0:
-            if later + desk.needs[rank, other] > limit:
+        elif share.left > 0:
+            if later + share.needs > limit:
                 return False
-            later += desk.own[rank, other]
+            later += share.own
     return True
 
 
 @compiled
 def _fits(lanes: Lanes, room: Room, desk: Desk, limit: int, lane: int, index: int) -> Any:
     """Whether a lane's bytes will be there without another action, and microbatches can be finished behind it."""
-    if lanes.allocates[lane] == 0:
+    if lanes.lane[lane].allocates == 0:
         return True
     return room_at(lanes, room, lane, limit) >= 0 and _is_safe(lanes, room, desk, limit, lane, index)
 
 
 @compiled
-def _allowed(lanes: Lanes, room: Room, desk: Desk, rules: Rules, lane: int, index: int) -> Any:
-    """The symbol that ``lane`` may do now, -1 if none."""
-    limit = rules.limit[lanes.rank[lane]]
-    gradient = desk.input_gradient[lane]
-    if lanes.half[lane] < 0:
-        if gradient >= 0 and lanes.copies[lane] and lanes.allocates[lane] > 0:
-            if index - room.done[gradient] >= rules.early[lane]:
-                return NONE
-        elif gradient >= 0 and not lanes.copies[lane] and index - room.done[gradient] >= rules.ahead[lane]:
+def _allowed(lanes: Lanes, room: Room, desk: Desk, rules: Rules, number: int, index: int) -> Any:
+    """The symbol that a lane may do now, -1 if none."""
+    lane = lanes.lane[number]
+    if lane.whole < 0:
+        return number
+    limit = rules.limit[lane.rank]
+    if lane.half < 0:
+        if lane.gradient >= 0 and index - room.lane[lane.gradient].done >= rules.ahead[number]:
             return NONE
-    elif lanes.whole[lane] >= 0:
-        mode = rules.mode[lanes.first[lane] + index]
-        if mode == WHOLE or (mode == EITHER and not _fits(lanes, room, desk, limit, lane, index)):
-            return lane + len(lanes.rank)
-        if _fits(lanes, room, desk, limit, lane, index):
-            return lane
-        return lane + len(lanes.rank) if lanes.useful[lane] else NONE
-    return lane if _fits(lanes, room, desk, limit, lane, index) else NONE
+        return number if _fits(lanes, room, desk, limit, number, index) else NONE
+    mode = rules.mode[lane.first + index]
+    if mode != 1 and _fits(lanes, room, desk, limit, number, index):
+        return number
+    return number + len(lanes.lane) if mode != 0 or lane.useful else NONE
 
 
 @compiled
-def _soonest(lanes: Lanes, room: Room, desk: Desk, rules: Rules, lane: int, index: int) -> Any:
-    """When ``lane`` could start its next task, -1 if that is not known yet."""
-    node = lanes.first[lane] + index
-    if index < 0 or desk.waiting[node] > 0:
+def _soonest(lanes: Lanes, room: Room, desk: Desk, rules: Rules, number: int, index: int) -> Any:
+    """When a lane could start its next task, -1 if that is not known yet."""
+    lane = lanes.lane[number]
+    if index < 0 or desk.node[lane.first + index].waiting > 0:
         return NONE
-    rank = lanes.rank[lane]
-    start = max(desk.ready[node], room.free[rank])
-    if lanes.copies[lane]:
-        start = max(start, room.copying[rank])
-    if room.leaving_range[rank, 0] < room.leaving_range[rank, 1]:
-        start = max(start, room_at(lanes, room, lane, rules.limit[rank]))
+    rank = room.rank[lane.rank]
+    start = max(desk.node[lane.first + index].ready, rank.free)
+    if lane.copies:
+        start = max(start, rank.copying)
+    if rank.leaves < rank.left:
+        start = max(start, room_at(lanes, room, number, rules.limit[lane.rank]))
     return start
 
 
 @compiled
 def _choose(lanes: Lanes, room: Room, desk: Desk, rules: Rules, rank: int) -> None:
     """Set the rank's choice among what it may start."""
-    desk.choice[rank, 0] = NONE
-    desk.stale[rank] = False
-    begin, end = desk.lanes_begin[rank], desk.lanes_begin[rank + 1]
+    own = desk.rank[rank]
+    own.symbol, own.stale = NONE, 0
+    begin, end = lanes.own_begin[rank], lanes.own_begin[rank + 1]
     soonest = FAR
     for k in range(begin, end):
-        lane = desk.lanes_of[k]
+        lane = lanes.own[k]
+        offer = desk.offer[lane]
+        offer.symbol = NONE
         index = index_of(lanes, room, lane)
         start = _soonest(lanes, room, desk, rules, lane, index)
-        symbol = NONE if start < 0 else _allowed(lanes, room, desk, rules, lane, index)
-        desk.offer[lane, 0], desk.offer[lane, 1], desk.offer[lane, 2] = symbol, index, start
-        if symbol >= 0:
+        # What is farther off than any patience need not be looked at.
+        if start < 0 or start > soonest + rules.patience[lane]:
+            continue
+        offer.symbol = _allowed(lanes, room, desk, rules, lane, index)
+        offer.index, offer.start = index, start
+        if offer.symbol >= 0:
             soonest = min(soonest, start)
     best, moment = np.inf, soonest
     for k in range(begin, end):
-        lane = desk.lanes_of[k]
-        symbol, index, start = desk.offer[lane]
-        if symbol < 0 or start > soonest + rules.patience[lane]:
+        lane = lanes.own[k]
+        offer = desk.offer[lane]
+        if offer.symbol < 0 or offer.start > soonest + rules.patience[lane]:
             continue
-        priority = rules.priority[lanes.first[lane] + index]
-        if priority < best or (priority == best and start < moment):
-            best, moment = priority, start
-            desk.choice[rank, 0], desk.choice[rank, 1] = symbol, index
-    desk.moment[rank] = moment
+        priority = rules.priority[lanes.lane[lane].first + offer.index]
+        if priority < best or (priority == best and offer.start < moment):
+            best, moment = priority, offer.start
+            own.symbol, own.index = offer.symbol, offer.index
+    own.moment = moment
 
 
 @compiled
 def _arrive(lanes: Lanes, desk: Desk, lane: int, index: int, finish: int) -> None:
     """Tell what follows task ``index`` of ``lane`` that it is done at ``finish``."""
-    for k in range(lanes.behind_begin[lane], lanes.behind_begin[lane + 1]):
-        node = lanes.first[lanes.behind[k]] + index
-        desk.waiting[node] -= 1
-        desk.ready[node] = max(desk.ready[node], finish + lanes.behind_lag[k])
-        desk.stale[lanes.rank[lanes.behind[k]]] = True
+    for k in range(lanes.lane[lane].behind, lanes.lane[lane].behind_end):
+        behind = lanes.lane[lanes.edges[k].lane]
+        node = desk.node[behind.first + index]
+        node.waiting -= 1
+        node.ready = max(node.ready, finish + lanes.edges[k].lag)
+        desk.rank[behind.rank].stale = 1
 
 
 @compiled
-def _begin(lanes: Lanes, room: Room, desk: Desk) -> None:
+def _begin(lanes: Lanes, room: Room, desk: Desk) -> Any:
+    """Clear room and desk; returns how many tasks there are."""
     clear(room)
-    desk.ready[:] = 0
-    desk.own[:] = 0
-    desk.left[:] = 0
-    desk.lowest[:] = 0
-    desk.highest[:] = -1
-    desk.stale[:] = True
-    desk.size[:] = 0
-    for lane in range(len(lanes.rank)):
-        first, count = lanes.first[lane], lanes.microbatches[lane]
-        desk.waiting[first : first + count] = lanes.before_begin[lane + 1] - lanes.before_begin[lane]
-        offset = lanes.offset[lanes.route[lane]]
-        for index in range(count):
-            desk.left[lanes.rank[lane], lanes.turn[offset + index]] += 1
+    tasks = 0
     for rank in range(len(lanes.limit)):
+        own = desk.rank[rank]
+        own.lowest, own.highest, own.stale, own.size = 0, -1, 1, 0
         for turn in range(len(lanes.turn)):
-            route, index = desk.by_turn[turn]
-            desk.needs[rank, turn] = _need(lanes, room, rank, route, index, 0, NONE)
+            route, index = lanes.by_turn[turn, 0], lanes.by_turn[turn, 1]
+            share = desk.share[rank, turn]
+            share.own, share.left = 0, 0
+            share.needs = need(lanes, room, rank, route, index, 0, NONE)
+    for k in range(len(lanes.lane)):
+        lane = lanes.lane[k]
+        tasks += lane.microbatches
+        for index in range(lane.microbatches):
+            node = desk.node[lane.first + index]
+            node.waiting, node.ready = lane.before_end - lane.before, 0
+            desk.share[lane.rank, lanes.turn[lane.offset + index]].left += 1
+    return tasks
 
 
 @compiled
 def _do(lanes: Lanes, room: Room, desk: Desk, rules: Rules, rank: int) -> None:
     """Do what ``rank`` has chosen."""
-    width = len(lanes.rank)
-    symbol, index, start = desk.choice[rank, 0], desk.choice[rank, 1], desk.moment[rank]
-    lane = symbol % width
-    make_room(lanes, room, lane, rules.limit[rank])
-    finish = commit(lanes, room, symbol, index, start)
-    turn = lanes.turn[lanes.offset[lanes.route[lane]] + index]
-    desk.own[rank, turn] += _change(lanes, symbol)
-    desk.left[rank, turn] -= 2 if symbol >= width else 1
-    desk.needs[rank, turn] = _need(lanes, room, rank, lanes.route[lane], index, desk.own[rank, turn], NONE)
-    if desk.own[rank, turn] > 0:
-        desk.highest[rank] = max(desk.highest[rank], turn)
-    while desk.lowest[rank] < len(lanes.turn) and desk.left[rank, desk.lowest[rank]] == 0:
-        desk.lowest[rank] += 1
-    _arrive(lanes, desk, lane, index, finish)
+    width = len(lanes.lane)
+    own = desk.rank[rank]
+    symbol, index = own.symbol, own.index
+    number = symbol % width
+    lane = lanes.lane[number]
+    make_room(lanes, room, number, rules.limit[rank])
+    finish = commit(lanes, room, symbol, index, own.moment)
+    turn = lanes.turn[lane.offset + index]
+    share = desk.share[rank, turn]
+    share.own += lane.allocates - lane.frees
+    share.left -= 1
+    _arrive(lanes, desk, number, index, finish)
     if symbol >= width:
-        _arrive(lanes, desk, lanes.half[lane], index, finish)
-    desk.symbols[desk.begin[rank] + desk.size[rank]] = symbol
-    desk.size[rank] += 1
-    desk.stale[rank] = True
+        share.own -= lanes.lane[lane.half].frees
+        share.left -= 1
+        _arrive(lanes, desk, lane.half, index, finish)
+    share.needs = need(lanes, room, rank, lane.route, index, share.own, NONE)
+    if share.own > 0:
+        own.highest = max(own.highest, turn)
+    while own.lowest < len(lanes.turn) and desk.share[rank, own.lowest].left == 0:
+        own.lowest += 1
+    desk.symbols[own.begin + own.size] = symbol
+    own.size += 1
+    own.stale = 1
 
 
 @compiled
 def dispatch(lanes: Lanes, room: Room, desk: Desk, rules: Rules) -> Any:
-    """Make orders, in ``desk.symbols``; says whether all could be done. Rank r has ``desk.size[r]`` symbols."""
-    _begin(lanes, room, desk)
+    """Make orders, in ``desk.symbols``; says whether all could be done."""
     ranks = len(lanes.limit)
-    left = 0
-    for lane in range(len(lanes.rank)):
-        left += lanes.microbatches[lane]
+    left = _begin(lanes, room, desk)
     while left > 0:
-        chosen = -1
+        chosen, moment = -1, FAR
         for rank in range(ranks):
-            if desk.stale[rank]:
+            own = desk.rank[rank]
+            if own.stale:
                 _choose(lanes, room, desk, rules, rank)
-            if desk.choice[rank, 0] >= 0 and (chosen < 0 or desk.moment[rank] < desk.moment[chosen]):
-                chosen = rank
+            if own.symbol >= 0 and own.moment < moment:
+                chosen, moment = rank, own.moment
         if chosen < 0:
             return False
-        left -= 2 if desk.choice[chosen, 0] >= len(lanes.rank) else 1
+        left -= 2 if desk.rank[chosen].symbol >= len(lanes.lane) else 1
         _do(lanes, room, desk, rules, chosen)
     return True

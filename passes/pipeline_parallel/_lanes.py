@@ -7,7 +7,8 @@ had its I alone. Microbatches of a route are alike, so no better schedule has th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import deque
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,60 +17,62 @@ from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import Action, ActionKind, PipelineSchedule
 from ...compiler.pipelining.tasks import Task, tasks_of
 
-__all__ = ["KINDS", "Booleans", "Floats", "Integers", "Lanes", "lanes_of", "schedule_of", "sequences_of"]
+__all__ = ["KINDS", "Floats", "Integers", "Lanes", "Records", "lanes_of", "schedule_of", "sequences_of"]
 
-Booleans = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Records = NDArray[Any]
 
 #: Kinds of a lane, by the number that ``Lanes.kind`` has.
 KINDS = tuple(kind for kind in ActionKind if kind is not ActionKind.BACKWARD)
 UNLIMITED = 1 << 60
 
+LANE = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("rank", "stage", "route", "kind", "first", "microbatches", "offset"),
+            *("duration", "allocates", "frees", "copies"),
+            *("before", "before_end", "behind", "behind_end", "half", "gradient", "whole", "useful"),
+        )
+    ]
+)
+EDGE = np.dtype([("lane", np.int64), ("lag", np.int64)])
+
 
 class Lanes(NamedTuple):
-    """By lane: its ``rank``, ``stage``, ``route`` and ``kind``; nodes from ``first`` on are its tasks, one of each of
-    the route's ``microbatches``; what one takes, ``allocates`` and ``frees``; and whether it ``copies``.
+    """A problem as few arrays, as compiled functions hand each of them on.
 
-    Lane k follows ``before[before_begin[k]:before_begin[k + 1]]``, each ``lag`` later; ``behind`` is the inverse.
-    ``half`` of an I is its W, of a W its I, else -1. ``whole`` is what B takes, by I; -1 by W, else 0. ``useful`` says
-    of an I that B is faster than I and W, or holds less. ``serial[r, q]``, by rank and route, are the lanes there in
-    an order that one microbatch alone can be done in, padded by -1.
+    ``lane``, by lane: its ``rank``, ``stage``, ``route`` and ``kind``; nodes from ``first`` on are its tasks, one of
+    each of the route's ``microbatches``, numbered in the problem from ``offset`` on; what one takes (``duration``),
+    ``allocates`` and ``frees``; whether it ``copies``. Lane k follows the ``edges`` from ``before`` to ``before_end``,
+    lanes each with the ``lag`` behind its end; those from ``behind`` to ``behind_end`` follow it. ``half`` of an I is
+    its W, of a W its I, else -1; ``gradient`` is the I of the stage, -1 for a shard of the vocabulary. ``whole`` is
+    what B takes, by I; -1 by W, else 0. ``useful`` says of an I that B is faster than I and W, or holds less.
 
-    By rank: ``limit`` is what is left of the memory limit beside resident bytes. ``turn`` holds the number of each
-    microbatch in the order in which unfinished ones could always be finished one by one, ``offset`` the first
-    microbatch of each route. ``reduce`` is, by stage, what the all-reduce takes.
+    ``serial[r, q]``, by rank and route, are the lanes there in an order that one microbatch alone can be done in,
+    padded by -1. ``limit`` is, by rank, what is left of the memory limit beside resident bytes. ``turn`` holds the
+    place of each microbatch in the order in which unfinished ones could always be finished one by one, ``by_turn`` the
+    inverse: route, and number within it. ``own`` lists lanes by rank, from ``own_begin`` on. ``reduce`` is, by stage,
+    what the all-reduce takes; ``stages`` lists them by rank, from ``stages_begin`` on.
     """
 
-    rank: Integers
-    stage: Integers
-    route: Integers
-    kind: Integers
-    first: Integers
-    microbatches: Integers
-    duration: Integers
-    allocates: Integers
-    frees: Integers
-    copies: Booleans
-    before_begin: Integers
-    before: Integers
-    lag: Integers
-    behind_begin: Integers
-    behind: Integers
-    behind_lag: Integers
-    half: Integers
-    whole: Integers
-    useful: Booleans
+    lane: Records
+    edges: Records
     serial: Integers
     limit: Integers
     turn: Integers
-    offset: Integers
+    by_turn: Integers
+    own: Integers
+    own_begin: Integers
     reduce: Integers
+    stages: Integers
+    stages_begin: Integers
 
     @property
     def nodes(self) -> int:
         """Tasks of all microbatches."""
-        return int(self.microbatches.sum())
+        return int(self.lane["microbatches"].sum())
 
 
 def lanes_of(problem: PipelineProblem) -> Lanes:
@@ -79,36 +82,36 @@ def lanes_of(problem: PipelineProblem) -> Lanes:
     for route in range(len(problem.routes)):
         bases.append(len(tasks))
         tasks += tasks_of(problem, route)
-    count = [problem.routes[task.route].microbatches for task in tasks]
-    before = [[(bases[task.route] + index, lag) for index, lag in task.after] for task in tasks]
-    behind: list[list[tuple[int, int]]] = [[] for _ in tasks]
-    for lane, pairs in enumerate(before):
-        for earlier, lag in pairs:
-            behind[earlier].append((lane, lag))
     half = _halves(tasks)
-    resident = problem.resident_bytes
+    lane = np.zeros(len(tasks), LANE)
+    where = {(task.route, task.stage): k for k, task in enumerate(tasks) if task.kind is ActionKind.INPUT_GRADIENT}
+    starts = np.cumsum([0, *(route.microbatches for route in problem.routes)]).tolist()
+    first = 0
+    for k, task in enumerate(tasks):
+        number = problem.routes[task.route].microbatches
+        shard = task.kind in (ActionKind.OUTPUT, ActionKind.OUTPUT_GRADIENT)
+        gradient = -1 if shard else where[task.route, task.stage]
+        known = (task.rank, task.stage, task.route, KINDS.index(task.kind), first, number, starts[task.route])
+        amounts = (task.duration_ns, task.allocates_bytes, task.frees_bytes, task.kind.copies)
+        lane[k] = (*known, *amounts, 0, 0, 0, 0, half[k], gradient, _whole(problem, task), _is_useful(problem, task))
+        first += number
     limits = problem.memory_limit or (UNLIMITED,) * problem.ranks
+    turn, by_turn = _turns(problem)
+    own = [np.flatnonzero(lane["rank"] == rank) for rank in range(problem.ranks)]
     return Lanes(
-        rank=_integers(task.rank for task in tasks),
-        stage=_integers(task.stage for task in tasks),
-        route=_integers(task.route for task in tasks),
-        kind=_integers(KINDS.index(task.kind) for task in tasks),
-        first=_integers(np.concatenate([[0], np.cumsum(count)[:-1]])),
-        microbatches=_integers(count),
-        duration=_integers(task.duration_ns for task in tasks),
-        allocates=_integers(task.allocates_bytes for task in tasks),
-        frees=_integers(task.frees_bytes for task in tasks),
-        copies=np.array([task.kind.copies for task in tasks], np.bool_),
-        **_edges("before", "lag", before),
-        **_edges("behind", "behind_lag", behind),
-        half=_integers(half),
-        whole=_integers(_whole(problem, task) for task in tasks),
-        useful=np.array([_is_useful(problem, task) for task in tasks], np.bool_),
+        lane=lane,
+        edges=_edges(lane, tasks, bases),
         serial=_serial(problem, tasks, half),
-        limit=_integers(min(limit - held, UNLIMITED) for limit, held in zip(limits, resident, strict=True)),
-        turn=_turns(problem),
-        offset=_integers(np.cumsum([0, *(route.microbatches for route in problem.routes)])),
+        limit=_integers(
+            min(limit - held, UNLIMITED) for limit, held in zip(limits, problem.resident_bytes, strict=True)
+        ),
+        turn=turn,
+        by_turn=by_turn,
+        own=_integers(k for lanes in own for k in lanes),
+        own_begin=_integers(np.cumsum([0, *map(len, own)])),
         reduce=_integers(stage.reduce_ns for stage in problem.stages),
+        stages=_integers(stage for stages in problem.stages_of for stage in stages),
+        stages_begin=_integers(np.cumsum([0, *map(len, problem.stages_of)])),
     )
 
 
@@ -116,13 +119,20 @@ def _integers(values: object) -> Integers:
     return np.array(list(values), np.int64)  # type: ignore[call-overload]
 
 
-def _edges(name: str, lag: str, edges: list[list[tuple[int, int]]]) -> dict[str, Integers]:
-    flat = [pair for pairs in edges for pair in pairs]
-    return {
-        f"{name}_begin": _integers(np.cumsum([0, *map(len, edges)])),
-        name: _integers(lane for lane, _ in flat),
-        lag: _integers(lag for _, lag in flat),
-    }
+def _edges(lane: Records, tasks: list[Task], bases: list[int]) -> Records:
+    """The edges of all lanes; says in ``lane`` where those of each begin and end."""
+    before = [[(bases[task.route] + index, lag) for index, lag in task.after] for task in tasks]
+    behind: list[list[tuple[int, int]]] = [[] for _ in tasks]
+    for k, pairs in enumerate(before):
+        for earlier, lag in pairs:
+            behind[earlier].append((k, lag))
+    edges: list[tuple[int, int]] = []
+    for name, lists in (("before", before), ("behind", behind)):
+        for k, pairs in enumerate(lists):
+            lane[k][name] = len(edges)
+            edges += pairs
+            lane[k][f"{name}_end"] = len(edges)
+    return np.array(edges, EDGE)
 
 
 def _halves(tasks: list[Task]) -> list[int]:
@@ -180,49 +190,51 @@ def _reloads_late(tasks: list[Task], own: list[int]) -> list[int]:
     return order
 
 
-def _turns(problem: PipelineProblem) -> Integers:
+def _turns(problem: PipelineProblem) -> tuple[Integers, Integers]:
     """Microbatches of several routes side by side, each route's in order."""
     places = [
-        ((index + 0.5) / route.microbatches, number)
+        ((index + 0.5) / route.microbatches, number, index)
         for number, route in enumerate(problem.routes)
         for index in range(route.microbatches)
     ]
     turn = np.zeros(len(places), np.int64)
     turn[sorted(range(len(places)), key=places.__getitem__)] = np.arange(len(places))
-    return turn
+    return turn, np.array([place[1:] for place in sorted(places)], np.int64)
 
 
 def schedule_of(
     problem: PipelineProblem, lanes: Lanes, symbols: Integers, begin: Integers, method: str
 ) -> PipelineSchedule:
     """The schedule whose rank r does ``symbols[begin[r]:begin[r + 1]]``."""
-    width = len(lanes.rank)
+    width = len(lanes.lane)
     done = [0] * width
-    waiting: dict[int, list[int]] = {}
+    waiting: dict[int, deque[int]] = {}
+    columns = ("stage", "kind", "half", "offset")
+    stage, kinds, half, offset = (lanes.lane[name].tolist() for name in columns)
     orders = []
     for rank in range(problem.ranks):
         order = []
         for symbol in symbols[begin[rank] : begin[rank + 1]].tolist():
             lane = symbol % width
-            kind = KINDS[lanes.kind[lane]]
+            kind = KINDS[kinds[lane]]
             if kind is ActionKind.WEIGHT_GRADIENT:
-                index = waiting[lane].pop(0)
+                index = waiting[lane].popleft()
             else:
                 index = done[lane]
                 done[lane] += 1
             if symbol >= width:
                 kind = ActionKind.BACKWARD
             elif kind is ActionKind.INPUT_GRADIENT:
-                waiting.setdefault(int(lanes.half[lane]), []).append(index)
-            order.append(Action(int(lanes.stage[lane]), kind, int(lanes.offset[lanes.route[lane]]) + index))
+                waiting.setdefault(half[lane], deque()).append(index)
+            order.append(Action(stage[lane], kind, offset[lane] + index))
         orders.append(tuple(order))
     return PipelineSchedule(problem, tuple(orders), method)
 
 
 def sequences_of(lanes: Lanes, schedule: PipelineSchedule) -> tuple[Integers, Integers]:
     """``symbols`` and ``begin`` of a schedule; microbatches of a route get the order in which lanes come."""
-    width = len(lanes.rank)
-    lane_of = {(int(lanes.route[lane]), int(lanes.stage[lane]), KINDS[lanes.kind[lane]]): lane for lane in range(width)}
+    width = len(lanes.lane)
+    lane_of = {(line["route"], line["stage"], KINDS[line["kind"]]): k for k, line in enumerate(lanes.lane)}
     routes = schedule.problem.route_of
     symbols = []
     begin = [0]

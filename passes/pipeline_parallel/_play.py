@@ -11,91 +11,66 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._compiled import compiled
-from ._lanes import Integers, Lanes
+from ._lanes import Integers, Lanes, Records
 
-__all__ = ["Room", "STUCK", "Stages", "objective_of", "play", "room_for"]
+__all__ = ["STUCK", "Room", "clear", "commit", "index_of", "make_room", "objective_of", "play", "room_at", "room_for"]
 
 STUCK = 1 << 61
 
-
-class Stages(NamedTuple):
-    """``stages`` of rank r are those from ``begin[r]`` to ``begin[r + 1]``."""
-
-    stages: Integers
-    begin: Integers
+BY_NODE = np.dtype([("finish", np.int64), ("queue", np.int64)])
+BY_LANE = np.dtype([(name, np.int64) for name in ("done", "taken", "queued")])
+BY_RANK = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("place", "free", "copying", "held", "peak", "started", "first", "last", "leaves", "left")
+    ]
+)
+LEAVING = np.dtype([("finish", np.int64), ("size", np.int64)])
 
 
 class Room(NamedTuple):
     """Where ``play`` works and leaves what it found, sized once for a problem.
 
-    By node: ``finish``, -1 while it is not done; by lane: microbatches ``done``, the W to come (``queue``, by node, of
-    which ``taken`` and ``queued`` are counted by lane). By rank: the next ``place``, when compute and copies are
-    ``free`` and ``copying``, bytes ``held``, ``first`` start and ``last`` finish. ``start`` is by place in the orders.
+    ``node``: ``finish``, -1 while it is not done, and the ``queue`` of microbatches whose W is to come, of which by
+    ``lane`` ``taken`` and ``queued`` are counted, beside those ``done``. ``rank``: the next ``place`` in its order,
+    when compute and copies are ``free`` and ``copying``, bytes ``held`` and their ``peak``, whether it has ``started``,
+    ``first`` start and ``last`` finish, and which of ``leaving``, the copies out, still count, from ``leaves`` up to
+    ``left``. ``start`` is by place in the orders; ``reduced`` by stage when its last W is done.
     """
 
-    finish: Integers
-    done: Integers
-    queue: Integers
-    taken: Integers
-    queued: Integers
-    place: Integers
-    free: Integers
-    copying: Integers
-    held: Integers
-    peak: Integers
-    first: Integers
-    last: Integers
+    node: Records
+    lane: Records
+    rank: Records
+    leaving: Records
     start: Integers
-    leaving: Integers
-    leaving_bytes: Integers
-    leaving_range: Integers
     reduced: Integers
 
 
 def room_for(lanes: Lanes) -> Room:
     """Room for the problem."""
-    ranks, width, nodes = len(lanes.limit), len(lanes.rank), lanes.nodes
-    copies = int(lanes.microbatches[lanes.copies].sum()) + 1
-
-    def zeros(*shape: int) -> Integers:
-        return np.zeros(shape, np.int64)
-
+    copies = int(lanes.lane["microbatches"][lanes.lane["copies"] > 0].sum()) + 1
     return Room(
-        finish=zeros(nodes),
-        done=zeros(width),
-        queue=zeros(nodes),
-        taken=zeros(width),
-        queued=zeros(width),
-        place=zeros(ranks),
-        free=zeros(ranks),
-        copying=zeros(ranks),
-        held=zeros(ranks),
-        peak=zeros(ranks),
-        first=zeros(ranks),
-        last=zeros(ranks),
-        start=zeros(nodes),
-        leaving=zeros(ranks, copies),
-        leaving_bytes=zeros(ranks, copies),
-        leaving_range=zeros(ranks, 2),
-        reduced=zeros(len(lanes.reduce)),
+        node=np.zeros(lanes.nodes, BY_NODE),
+        lane=np.zeros(len(lanes.lane), BY_LANE),
+        rank=np.zeros(len(lanes.limit), BY_RANK),
+        leaving=np.zeros((len(lanes.limit), copies), LEAVING),
+        start=np.zeros(lanes.nodes, np.int64),
+        reduced=np.zeros(len(lanes.reduce), np.int64),
     )
 
 
 @compiled
 def clear(room: Room) -> None:
     """Before the first action."""
-    room.finish[:] = -1
-    room.done[:] = 0
-    room.taken[:] = 0
-    room.queued[:] = 0
-    room.place[:] = 0
-    room.free[:] = 0
-    room.copying[:] = 0
-    room.held[:] = 0
-    room.peak[:] = 0
-    room.first[:] = -1
-    room.last[:] = 0
-    room.leaving_range[:] = 0
+    for k in range(len(room.node)):
+        room.node[k].finish = -1
+    for k in range(len(room.lane)):
+        lane = room.lane[k]
+        lane.done, lane.taken, lane.queued = 0, 0, 0
+    for k in range(len(room.rank)):
+        rank = room.rank[k]
+        rank.place, rank.free, rank.copying, rank.held, rank.peak = 0, 0, 0, 0, 0
+        rank.started, rank.first, rank.last, rank.leaves, rank.left = 0, 0, 0, 0, 0
     room.reduced[:] = 0
 
 
@@ -105,121 +80,126 @@ def room_at(lanes: Lanes, room: Room, lane: int, limit: int) -> Any:
 
     A copy back needs no wait: the copies out before it are done when it starts.
     """
-    rank, needed = lanes.rank[lane], lanes.allocates[lane]
+    needed = lanes.lane[lane].allocates
     if needed == 0:
         return 0
-    held = room.held[rank] + needed
-    moment = 0
-    for k in range(room.leaving_range[rank, 0], room.leaving_range[rank, 1]):
+    number = lanes.lane[lane].rank
+    rank = room.rank[number]
+    held, moment = rank.held + needed, 0
+    for k in range(rank.leaves, rank.left):
         if held <= limit:
             break
-        held -= room.leaving_bytes[rank, k]
-        moment = room.leaving[rank, k]
+        held -= room.leaving[number, k].size
+        moment = room.leaving[number, k].finish
     if held > limit:
         return -1
-    return 0 if lanes.copies[lane] else moment
+    return 0 if lanes.lane[lane].copies else moment
 
 
 @compiled
 def make_room(lanes: Lanes, room: Room, lane: int, limit: int) -> None:
     """Count as free what a task of ``lane`` has waited for, according to ``room_at``."""
-    rank, needed = lanes.rank[lane], lanes.allocates[lane]
-    if needed == 0 or lanes.copies[lane]:
+    needed = lanes.lane[lane].allocates
+    if needed == 0 or lanes.lane[lane].copies:
         return
-    head, tail = room.leaving_range[rank, 0], room.leaving_range[rank, 1]
-    while head < tail and room.held[rank] + needed > limit:
-        room.held[rank] -= room.leaving_bytes[rank, head]
-        head += 1
-    room.leaving_range[rank, 0] = head
+    number = lanes.lane[lane].rank
+    rank = room.rank[number]
+    while rank.leaves < rank.left and rank.held + needed > limit:
+        rank.held -= room.leaving[number, rank.leaves].size
+        rank.leaves += 1
 
 
 @compiled
 def ready_at(lanes: Lanes, room: Room, lane: int, index: int, skipped: int) -> Any:
     """When all is there that task ``index`` of ``lane`` follows, leaving lane ``skipped`` out; -1 if it is not."""
     earliest = 0
-    for k in range(lanes.before_begin[lane], lanes.before_begin[lane + 1]):
-        if lanes.before[k] == skipped:
+    for k in range(lanes.lane[lane].before, lanes.lane[lane].before_end):
+        before = lanes.edges[k].lane
+        if before == skipped:
             continue
-        finish = room.finish[lanes.first[lanes.before[k]] + index]
+        finish = room.node[lanes.lane[before].first + index].finish
         if finish < 0:
             return -1
-        earliest = max(earliest, finish + lanes.lag[k])
+        earliest = max(earliest, finish + lanes.edges[k].lag)
     return earliest
 
 
 @compiled
 def index_of(lanes: Lanes, room: Room, lane: int) -> Any:
     """The microbatch, within its route, that the next action of ``lane`` means; -1 if there is none yet."""
-    if lanes.half[lane] >= 0 and lanes.whole[lane] < 0:
-        if room.taken[lane] >= room.queued[lane]:
-            return -1
-        return room.queue[lanes.first[lane] + room.taken[lane]]
-    return room.done[lane] if room.done[lane] < lanes.microbatches[lane] else -1
+    state = room.lane[lane]
+    if lanes.lane[lane].whole < 0:
+        return room.node[lanes.lane[lane].first + state.taken].queue if state.taken < state.queued else -1
+    return state.done if state.done < lanes.lane[lane].microbatches else -1
 
 
 @compiled
 def _hold(lanes: Lanes, room: Room, symbol: int, finish: int) -> None:
     """Count the bytes of an action that has been placed."""
-    width = len(lanes.rank)
-    lane = symbol % width
-    rank = lanes.rank[lane]
+    width = len(lanes.lane)
+    lane = lanes.lane[symbol % width]
+    rank = room.rank[lane.rank]
     if symbol >= width:
-        room.held[rank] += lanes.allocates[lane] - lanes.frees[lane] - lanes.frees[lanes.half[lane]]
+        rank.held += lane.allocates - lane.frees - lanes.lane[lane.half].frees
+        return
+    rank.held += lane.allocates
+    if not lane.copies:
+        rank.peak = max(rank.peak, rank.held)
+        rank.held -= lane.frees
         return
     gone = 0
-    tail = room.leaving_range[rank, 1]
-    if lanes.copies[lane]:
-        for k in range(room.leaving_range[rank, 0], tail):
-            gone += room.leaving_bytes[rank, k]
-    room.held[rank] += lanes.allocates[lane]
-    if lanes.allocates[lane] > 0:
-        room.peak[rank] = max(room.peak[rank], room.held[rank] - gone)
-    if not lanes.copies[lane]:
-        room.held[rank] -= lanes.frees[lane]
-    elif lanes.frees[lane] > 0:
-        room.leaving[rank, tail], room.leaving_bytes[rank, tail] = finish, lanes.frees[lane]
-        room.leaving_range[rank, 1] = tail + 1
+    for k in range(rank.leaves, rank.left):
+        gone += room.leaving[lane.rank, k].size
+    if lane.allocates > 0:
+        rank.peak = max(rank.peak, rank.held - gone)
+    if lane.frees > 0:
+        leaving = room.leaving[lane.rank, rank.left]
+        leaving.finish, leaving.size = finish, lane.frees
+        rank.left += 1
 
 
 @compiled
 def commit(lanes: Lanes, room: Room, symbol: int, index: int, start: int) -> Any:
     """Do ``symbol`` for microbatch ``index`` from ``start`` on; returns its finish."""
-    width = len(lanes.rank)
-    lane = symbol % width
-    rank, half = lanes.rank[lane], lanes.half[lane]
-    finish = start + (lanes.whole[lane] if symbol >= width else lanes.duration[lane])
-    room.finish[lanes.first[lane] + index] = finish
+    width = len(lanes.lane)
+    number = symbol % width
+    lane = lanes.lane[number]
+    finish = start + (lane.whole if symbol >= width else lane.duration)
+    room.node[lane.first + index].finish = finish
     _hold(lanes, room, symbol, finish)
-    ends = lanes.whole[lane] < 0  # a W
+    ends = lane.whole < 0  # a W
     if ends:
-        room.taken[lane] += 1
+        room.lane[number].taken += 1
     else:
-        room.done[lane] += 1
+        room.lane[number].done += 1
     if symbol >= width:
-        room.finish[lanes.first[half] + index] = finish
+        room.node[lanes.lane[lane.half].first + index].finish = finish
         ends = True
-    elif half >= 0 and not ends:
-        room.queue[lanes.first[half] + room.queued[half]] = index
-        room.queued[half] += 1
-    if lanes.copies[lane]:
-        room.copying[rank] = finish
+    elif lane.half >= 0 and not ends:
+        room.node[lanes.lane[lane.half].first + room.lane[lane.half].queued].queue = index
+        room.lane[lane.half].queued += 1
+    rank = room.rank[lane.rank]
+    if lane.copies:
+        rank.copying = finish
     else:
-        room.free[rank] = finish
-    room.first[rank] = start if room.first[rank] < 0 else min(room.first[rank], start)
-    room.last[rank] = max(room.last[rank], finish)
+        rank.free = finish
+    rank.first = min(rank.first, start) if rank.started else start
+    rank.started = 1
+    rank.last = max(rank.last, finish)
     if ends:
-        room.reduced[lanes.stage[lane]] = max(room.reduced[lanes.stage[lane]], finish)
+        room.reduced[lane.stage] = max(room.reduced[lane.stage], finish)
     return finish
 
 
 @compiled
-def _reduced(lanes: Lanes, room: Room, desk: Stages, rank: int) -> Any:
+def _reduced(lanes: Lanes, room: Room, rank: int) -> Any:
     """When a rank's gradients are reduced: one stage at a time, the one that is ready first first."""
     free, before = 0, -1
-    for _ in range(desk.begin[rank], desk.begin[rank + 1]):
+    begin, end = lanes.stages_begin[rank], lanes.stages_begin[rank + 1]
+    for _ in range(begin, end):
         chosen = -1
-        for k in range(desk.begin[rank], desk.begin[rank + 1]):
-            stage = desk.stages[k]
+        for k in range(begin, end):
+            stage = lanes.stages[k]
             ready = room.reduced[stage]
             later = before < 0 or ready > room.reduced[before] or (ready == room.reduced[before] and stage > before)
             if later and (chosen < 0 or ready < room.reduced[chosen]):
@@ -231,33 +211,34 @@ def _reduced(lanes: Lanes, room: Room, desk: Stages, rank: int) -> Any:
 
 
 @compiled
-def objective_of(lanes: Lanes, room: Room, stages: Stages, span: bool) -> Any:
+def objective_of(lanes: Lanes, room: Room, span: bool) -> Any:
     """Makespan or span, gradients reduced."""
     worst = 0
     for rank in range(len(lanes.limit)):
-        last = max(room.last[rank], _reduced(lanes, room, stages, rank))
-        worst = max(worst, last - room.first[rank] if span and room.first[rank] >= 0 else last)
+        last = max(room.rank[rank].last, _reduced(lanes, room, rank))
+        worst = max(worst, last - room.rank[rank].first if span else last)
     return worst
 
 
 @compiled
 def _next_start(lanes: Lanes, room: Room, symbol: int, index: int) -> Any:
     """When ``symbol`` starts for microbatch ``index``; -1 if that is not known yet."""
-    width = len(lanes.rank)
-    lane = symbol % width
-    rank = lanes.rank[lane]
-    start = ready_at(lanes, room, lane, index, -1)
+    width = len(lanes.lane)
+    number = symbol % width
+    lane = lanes.lane[number]
+    start = ready_at(lanes, room, number, index, -1)
     if start >= 0 and symbol >= width:
-        other = ready_at(lanes, room, lanes.half[lane], index, lane)
+        other = ready_at(lanes, room, lane.half, index, number)
         start = max(start, other) if other >= 0 else -1
     if start < 0:
         return -1
-    start = max(start, room.free[rank])
-    if lanes.copies[lane]:
-        start = max(start, room.copying[rank])
-    if symbol < width and lanes.allocates[lane] > 0:
-        start = max(start, room_at(lanes, room, lane, lanes.limit[rank]))
-        make_room(lanes, room, lane, lanes.limit[rank])
+    rank = room.rank[lane.rank]
+    start = max(start, rank.free)
+    if lane.copies:
+        start = max(start, rank.copying)
+    if rank.leaves < rank.left and symbol < width:
+        start = max(start, room_at(lanes, room, number, lanes.limit[lane.rank]))
+        make_room(lanes, room, number, lanes.limit[lane.rank])
     return start
 
 
@@ -267,20 +248,26 @@ def play(lanes: Lanes, room: Room, symbols: Integers, begin: Integers) -> Any:
     clear(room)
     ranks = len(lanes.limit)
     done = 0
-    room.place[:] = begin[:ranks]
+    for rank in range(ranks):
+        room.rank[rank].place = begin[rank]
     moved = True
     while moved:
         moved = False
         for rank in range(ranks):
-            while room.place[rank] < begin[rank + 1]:
-                symbol = symbols[room.place[rank]]
-                index = index_of(lanes, room, symbol % len(lanes.rank))
+            place = room.rank[rank].place
+            while place < begin[rank + 1]:
+                symbol = symbols[place]
+                index = index_of(lanes, room, symbol % len(lanes.lane))
                 start = -1 if index < 0 else _next_start(lanes, room, symbol, index)
                 if start < 0:
                     break
                 commit(lanes, room, symbol, index, start)
-                room.start[room.place[rank]] = start
-                room.place[rank] += 1
+                room.start[place] = start
+                place += 1
                 done += 1
                 moved = True
-    return np.max(room.peak - lanes.limit) if done == begin[ranks] else STUCK
+            room.rank[rank].place = place
+    above = -STUCK
+    for rank in range(ranks):
+        above = max(above, room.rank[rank].peak - lanes.limit[rank])
+    return above if done == begin[ranks] else STUCK

@@ -27,10 +27,10 @@ def improve(search: Search, shop: Workshop) -> None:
     random = np.random.default_rng(search.budget.seed)
     lanes, room = shop.lanes, shop.room
     play(lanes, room, *sequences_of(lanes, search.best.schedule))
-    value = int(objective_of(lanes, room, shop.stages, span))
+    value = int(objective_of(lanes, room, span))
     starts, mode = _genes(shop)
     rules = filled(shop, Rule("steady"))
-    patience = int(lanes.duration.max())
+    patience = int(lanes.lane["duration"].max())
     rounds = 0
     while not search.done() and (not search.budget.deterministic or rounds < ROUNDS):
         rounds += 1
@@ -40,11 +40,11 @@ def improve(search: Search, shop: Workshop) -> None:
             shop,
             rules._replace(
                 priority=_disturbed(shop, random, starts, value),
-                patience=np.where(lanes.copies, 0, wait),
+                patience=np.where(lanes.lane["copies"] > 0, 0, wait),
                 mode=tried_mode,
             ),
         )
-        found = int(objective_of(lanes, room, shop.stages, span))
+        found = int(objective_of(lanes, room, span))
         if found <= value:
             starts, mode = _genes(shop)
             if found < value:
@@ -55,17 +55,17 @@ def improve(search: Search, shop: Workshop) -> None:
 def _genes(shop: Workshop) -> tuple[Floats, Integers]:
     """What would make the schedule in the room again: starts by node, and which backwards are whole."""
     lanes, room = shop.lanes, shop.room
-    starts = room.finish.astype(np.float64)
+    finish = room.node["finish"]
+    starts = finish.astype(np.float64)
     mode = np.zeros(lanes.nodes, np.int64)
-    for lane in range(len(lanes.rank)):
-        nodes = slice(int(lanes.first[lane]), int(lanes.first[lane] + lanes.microbatches[lane]))
-        starts[nodes] -= lanes.duration[lane]
-        half = int(lanes.half[lane])
-        if lanes.whole[lane] >= 0 and half >= 0:
-            other = slice(int(lanes.first[half]), int(lanes.first[half] + lanes.microbatches[half]))
-            whole = room.finish[nodes] == room.finish[other]
+    for lane in lanes.lane:
+        nodes = slice(int(lane["first"]), int(lane["first"] + lane["microbatches"]))
+        starts[nodes] -= lane["duration"]
+        if lane["half"] >= 0 and lane["whole"] >= 0:
+            first = int(lanes.lane[lane["half"]]["first"])
+            whole = finish[nodes] == finish[first : first + int(lane["microbatches"])]
             mode[nodes] = whole
-            starts[nodes] -= np.where(whole, lanes.whole[lane] - lanes.duration[lane], 0)
+            starts[nodes] -= np.where(whole, lane["whole"] - lane["duration"], 0)
     return starts, mode
 
 
@@ -78,7 +78,7 @@ def _disturbed(shop: Workshop, random: np.random.Generator, starts: Floats, valu
 
 
 def _flipped(shop: Workshop, random: np.random.Generator, mode: Integers) -> Integers:
-    if not shop.lanes.useful.any():
+    if not shop.lanes.lane["useful"].any():
         return mode
     flip = random.random(len(mode)) < random.choice((0.0, 0.01, 0.05))
     return np.where(flip, 1 - mode, mode).astype(np.int64)

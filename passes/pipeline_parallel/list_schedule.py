@@ -15,9 +15,9 @@ import numpy as np
 from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import ActionKind
 from ...errors import InternalError
-from ._dispatch import EITHER, SPLIT, WHOLE, Desk, Rules, desk_for, dispatch
+from ._dispatch import EITHER, SPLIT, WHOLE, Desk, Rules, desk_for, dispatch, need
 from ._lanes import KINDS, Floats, Integers, Lanes, lanes_of, schedule_of
-from ._play import Room, Stages, objective_of, room_for
+from ._play import Room, clear, objective_of, room_for
 from ._progress import Search
 
 __all__ = ["Rule", "Workshop", "construct", "filled", "list_scheduled", "rules_for", "workshop_for"]
@@ -60,7 +60,6 @@ class Workshop:
     lanes: Lanes
     room: Room
     desk: Desk
-    stages: Stages
     early: Integers
     period: float
     least: Integers
@@ -71,42 +70,28 @@ def workshop_for(problem: PipelineProblem) -> Workshop:
     run, ``least`` the bytes that each rank needs for a microbatch alone, beside what is resident.
     """
     lanes = lanes_of(problem)
-    early = np.zeros(len(lanes.rank), np.int64)
-    for lane in range(len(lanes.rank)):
-        for k in range(lanes.before_begin[lane], lanes.before_begin[lane + 1]):
-            sender = lanes.before[k]
-            early[lane] = max(early[lane], early[sender] + lanes.duration[sender] + lanes.lag[k])
+    early = np.zeros(len(lanes.lane), np.int64)
+    for k, lane in enumerate(lanes.lane):
+        for edge in lanes.edges[lane["before"] : lane["before_end"]]:
+            sender = edge["lane"]
+            early[k] = max(early[k], early[sender] + lanes.lane[sender]["duration"] + edge["lag"])
     period = max(problem.work_ns) / problem.microbatches
-    stages = Stages(
-        np.array([stage for own in problem.stages_of for stage in own], np.int64),
-        np.array(np.cumsum([0, *map(len, problem.stages_of)]), np.int64),
-    )
-    return Workshop(problem, lanes, room_for(lanes), desk_for(lanes), stages, early, period, _least(lanes))
+    return Workshop(problem, lanes, room_for(lanes), desk_for(lanes), early, period, _least(lanes))
 
 
 def _least(lanes: Lanes) -> Integers:
     least = np.zeros(len(lanes.limit), np.int64)
+    room = room_for(lanes)
+    clear(room)
     for rank in range(len(lanes.limit)):
-        for lane_list in lanes.serial[rank]:
-            held = most = 0
-            skip = -1
-            for lane in lane_list[lane_list >= 0].tolist():
-                if lane == skip:
-                    continue
-                held += int(lanes.allocates[lane])
-                if lanes.useful[lane]:
-                    skip = int(lanes.half[lane])
-                    held -= int(lanes.frees[lane] + lanes.frees[skip])
-                else:
-                    most = max(most, held)
-                    held -= int(lanes.frees[lane])
-            least[rank] = max(least[rank], most)
+        for route in range(lanes.serial.shape[1]):
+            least[rank] = max(least[rank], need(lanes, room, rank, route, 0, 0, -1))
     return least
 
 
 def rules_for(shop: Workshop) -> Iterator[Rule]:
     """Rules worth trying, the most promising first."""
-    modes = ("split", "whole", "either") if shop.lanes.useful.any() else ("split",)
+    modes = ("split", "whole", "either") if shop.lanes.lane["useful"].any() else ("split",)
     for first, ahead, mode in product(("IFW", "FIW", "IWF"), (1.0, 1.5, 2.0, NEVER), modes):
         yield Rule(first, ahead, modes=mode)
     for lag, ahead, patience, mode in product((0.0, 0.5, 1.0, 2.0), (1.0, NEVER), (0.0, 0.5, 1.0), modes):
@@ -121,8 +106,8 @@ def rules_for(shop: Workshop) -> Iterator[Rule]:
 def filled(shop: Workshop, rule: Rule) -> Rules:
     """A rule as numbers, by node and lane."""
     lanes = shop.lanes
-    longest = int(lanes.duration[lanes.kind == WEIGHT_GRADIENT].max())
-    waits = np.isin(lanes.kind, (FORWARD, INPUT_GRADIENT))
+    longest = int(lanes.lane["duration"][lanes.lane["kind"] == WEIGHT_GRADIENT].max())
+    waits = np.isin(lanes.lane["kind"], (FORWARD, INPUT_GRADIENT))
     limit = np.maximum(shop.least, np.minimum(lanes.limit, (lanes.limit * rule.share).astype(np.int64)))
     mode = {"split": SPLIT, "whole": WHOLE, "either": EITHER}[rule.modes]
     return Rules(
@@ -131,7 +116,6 @@ def filled(shop: Workshop, rule: Rule) -> Rules:
         ahead=_ahead(shop, rule.ahead),
         limit=limit,
         mode=np.full(lanes.nodes, mode, np.int64),
-        early=np.full(len(lanes.rank), 2, np.int64),
     )
 
 
@@ -139,10 +123,11 @@ def _priority(shop: Workshop, rule: Rule) -> Floats:
     lanes = shop.lanes
     priority = np.zeros(lanes.nodes)
     total = float(shop.early.max() + 1)
-    for lane in range(len(lanes.rank)):
-        kind = KINDS[lanes.kind[lane]]
-        place = float(shop.early[lane])
-        numbers = np.arange(int(lanes.microbatches[lane])) * (shop.problem.microbatches / int(lanes.microbatches[lane]))
+    for lane, early in zip(lanes.lane, shop.early, strict=True):
+        kind = KINDS[lane["kind"]]
+        place = float(early)
+        number = int(lane["microbatches"])
+        numbers = np.arange(number) * (shop.problem.microbatches / number)
         if rule.first == "steady":
             if kind is ActionKind.WEIGHT_GRADIENT:
                 place += rule.weight_lag * shop.period
@@ -155,8 +140,7 @@ def _priority(shop: Workshop, rule: Rule) -> Floats:
             own = own + 1e6 * _place_of(kind, rule.first)
         if kind.copies:
             own = own - 1e18
-        first = int(lanes.first[lane])
-        priority[first : first + len(numbers)] = own
+        priority[lane["first"] : lane["first"] + number] = own
     return priority
 
 
@@ -167,15 +151,14 @@ def _place_of(kind: ActionKind, first: str) -> int:
 
 
 def _ahead(shop: Workshop, ahead: float) -> Integers:
+    """Copies back are at most two microbatches early."""
     lanes = shop.lanes
-    caps = np.full(len(lanes.rank), NEVER, np.int64)
-    if ahead >= NEVER:
-        return caps
-    for lane in range(len(lanes.rank)):
-        gradient = int(shop.desk.input_gradient[lane])
-        if lanes.kind[lane] == FORWARD:
-            way = float(shop.early[gradient] + lanes.duration[gradient] - shop.early[lane])
-            caps[lane] = max(1, int(np.ceil(ahead * way / shop.period)))
+    caps = np.where(lanes.lane["copies"] * lanes.lane["allocates"] > 0, 2, NEVER).astype(np.int64)
+    for k, lane in enumerate(lanes.lane):
+        if lane["kind"] == FORWARD and ahead < NEVER:
+            gradient = lane["gradient"]
+            way = float(shop.early[gradient] + lanes.lane[gradient]["duration"] - shop.early[k])
+            caps[k] = max(1, int(np.ceil(ahead * way / shop.period)))
     return caps
 
 
@@ -184,7 +167,7 @@ def list_scheduled(shop: Workshop, rules: Rules) -> tuple[Integers, Integers]:
     if not dispatch(shop.lanes, shop.room, shop.desk, rules):
         raise InternalError("a list schedule of a pipeline is stuck", hint="please report this, with the problem")
     desk = shop.desk
-    parts = [desk.symbols[begin : begin + size] for begin, size in zip(desk.begin, desk.size, strict=False)]
+    parts = [desk.symbols[own["begin"] : own["begin"] + own["size"]] for own in desk.rank]
     return np.concatenate(parts), np.array(np.cumsum([0, *map(len, parts)]), np.int64)
 
 
@@ -195,7 +178,7 @@ def construct(search: Search, shop: Workshop) -> None:
         if search.done():
             return
         symbols, begin = list_scheduled(shop, filled(shop, rule))
-        value = int(objective_of(shop.lanes, shop.room, shop.stages, search.objective == "span"))
+        value = int(objective_of(shop.lanes, shop.room, search.objective == "span"))
         if best is None or value < best:
             best = value
             search.offer(schedule_of(shop.problem, shop.lanes, symbols, begin, str(rule)))
