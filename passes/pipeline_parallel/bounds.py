@@ -17,7 +17,7 @@ from ._heads import NEVER, Times, heads, mirrored, preemptive
 from ._lines import Lines, lines_of
 from .solution import Bound, Objective
 
-__all__ = ["lower_bound"]
+__all__ = ["behind_on", "lower_bound"]
 
 
 def lower_bound(problem: PipelineProblem, objective: Objective = "makespan") -> Bound:
@@ -28,27 +28,28 @@ def lower_bound(problem: PipelineProblem, objective: Objective = "makespan") -> 
     """
     lines = lines_of(problem)
     if objective == "makespan":
-        starts, behind = _heads_and_tails(lines, None)
+        starts, behind = heads(lines.lines, [0] * len(lines.lines)), behind_on(lines, None)
         ends = [_machine(lines, starts, behind, rank) for rank in range(problem.ranks)]
         ends += [
             int(start[-1] + line.duration + tail[-1])
             for line, start, tail in zip(lines.lines, starts, behind, strict=True)
         ]
         return Bound(max(ends), "analytic")
-    spans = [0]
-    for rank in range(problem.ranks):
-        starts, behind = _heads_and_tails(lines, rank)
-        spans.append(_machine(lines, starts, behind, rank))
-    return Bound(max(spans), "analytic")
+    spans = [_machine(lines, _ahead_on(lines, rank), behind_on(lines, rank), rank) for rank in range(problem.ranks)]
+    return Bound(max(0, *spans) if spans else 0, "analytic")
 
 
-def _heads_and_tails(lines: Lines, rank: int | None) -> tuple[Times, Times]:
-    """From the start of the step and to its end; or from the first start on ``rank``, and to the last end on it."""
-    there = [rank is None or line.task.rank == rank for line in lines.lines]
-    starts = heads(lines.lines, [0 if known else NEVER for known in there])
-    last = [tail if known else NEVER for known, tail in zip(there, lines.tails, strict=True)]
+def behind_on(lines: Lines, rank: int | None) -> Times:
+    """The least that comes behind the end of each line's n-th: on ``rank``, or anywhere if ``None``."""
+    own = [rank is None or line.task.rank == rank for line in lines.lines]
+    last = [tail if known else NEVER for known, tail in zip(own, lines.tails, strict=True)]
     behind = heads(mirrored(lines), last[::-1])
-    return starts, [times[::-1] for times in behind[::-1]]
+    return [times[::-1] for times in behind[::-1]]
+
+
+def _ahead_on(lines: Lines, rank: int) -> Times:
+    """The least from the first start on ``rank`` to the start of each line's n-th."""
+    return heads(lines.lines, [0 if line.task.rank == rank else NEVER for line in lines.lines])
 
 
 def _machine(lines: Lines, starts: Times, behind: Times, rank: int) -> int:
