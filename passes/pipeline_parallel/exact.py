@@ -40,9 +40,9 @@ def solve_exact(
 
     The schedule is better than ``hint``, or ``None`` if no better one was found; without one that keeps the limit it
     is the best found, or ``None``. Nothing is lost by the model: each task takes the microbatches of a route in order,
-    as they are alike; routes are interleaved in any way; backward passes are whole or in halves, each as is best. The simulator judges what is found. Starting later than possible is not in the schedule's language, so the
-    bound may stay below the best schedule where that would pay: copies to the host, and spans where a rank does not
-    begin with the route's first stages.
+    as they are alike; routes are interleaved in any way; backward passes are whole or in halves, each as is best.
+    The simulator judges what is found. Starting later than possible is not in the schedule's language, so the bound may
+    stay below the best schedule where that would pay: for copies to the host, and for the first start of a span.
 
     ``steps`` is the number of steps that time is rounded to, none if ``None``; rounding is down, so the bound holds.
     ``effort`` is the limit in CP-SAT's deterministic seconds, used in deterministic mode only. ``budget.listen`` hears
