@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._compiled import compiled
+from ._bare import bare
 from ._lanes import Floats, Integers, Lanes, Records
 from ._play import Room, clear, commit, index_of, make_room, room_at
 
@@ -77,7 +77,7 @@ def desk_for(lanes: Lanes) -> Desk:
     )
 
 
-@compiled
+@bare
 def need(lanes: Lanes, room: Room, rank: int, route: int, index: int, own: int, done: int) -> Any:
     """The most that a microbatch holds on a rank until it is finished there, alone and in serial order.
 
@@ -102,7 +102,7 @@ def need(lanes: Lanes, room: Room, rank: int, route: int, index: int, own: int, 
     return most
 
 
-@compiled
+@bare
 def _is_safe(lanes: Lanes, room: Room, desk: Desk, limit: int, number: int, index: int) -> Any:
     """Whether after a task of a lane unfinished microbatches can still be finished one by one on its rank."""
     lane = lanes.lane[number]
@@ -124,7 +124,7 @@ def _is_safe(lanes: Lanes, room: Room, desk: Desk, limit: int, number: int, inde
     return True
 
 
-@compiled
+@bare
 def _fits(lanes: Lanes, room: Room, desk: Desk, limit: int, lane: int, index: int) -> Any:
     """Whether a lane's bytes will be there without another action, and microbatches can be finished behind it."""
     if lanes.lane[lane].allocates == 0:
@@ -132,7 +132,7 @@ def _fits(lanes: Lanes, room: Room, desk: Desk, limit: int, lane: int, index: in
     return room_at(lanes, room, lane, limit) >= 0 and _is_safe(lanes, room, desk, limit, lane, index)
 
 
-@compiled
+@bare
 def _allowed(lanes: Lanes, room: Room, desk: Desk, rules: Rules, number: int, index: int) -> Any:
     """The symbol that a lane may do now, -1 if none."""
     lane = lanes.lane[number]
@@ -149,7 +149,7 @@ def _allowed(lanes: Lanes, room: Room, desk: Desk, rules: Rules, number: int, in
     return number + len(lanes.lane) if mode != 0 or lane.useful else NONE
 
 
-@compiled
+@bare
 def _soonest(lanes: Lanes, room: Room, desk: Desk, rules: Rules, number: int, index: int) -> Any:
     """When a lane could start its next task, -1 if that is not known yet."""
     lane = lanes.lane[number]
@@ -164,7 +164,7 @@ def _soonest(lanes: Lanes, room: Room, desk: Desk, rules: Rules, number: int, in
     return start
 
 
-@compiled
+@bare
 def _choose(lanes: Lanes, room: Room, desk: Desk, rules: Rules, rank: int) -> None:
     """Set the rank's choice among what it may start."""
     own = desk.rank[rank]
@@ -197,7 +197,7 @@ def _choose(lanes: Lanes, room: Room, desk: Desk, rules: Rules, rank: int) -> No
     own.moment = moment
 
 
-@compiled
+@bare
 def _arrive(lanes: Lanes, desk: Desk, lane: int, index: int, finish: int) -> None:
     """Tell what follows task ``index`` of ``lane`` that it is done at ``finish``."""
     for k in range(lanes.lane[lane].behind, lanes.lane[lane].behind_end):
@@ -208,7 +208,7 @@ def _arrive(lanes: Lanes, desk: Desk, lane: int, index: int, finish: int) -> Non
         desk.rank[behind.rank].stale = 1
 
 
-@compiled
+@bare
 def _begin(lanes: Lanes, room: Room, desk: Desk) -> Any:
     """Clear room and desk; returns how many tasks there are."""
     clear(room)
@@ -231,7 +231,7 @@ def _begin(lanes: Lanes, room: Room, desk: Desk) -> Any:
     return tasks
 
 
-@compiled
+@bare
 def _do(lanes: Lanes, room: Room, desk: Desk, rules: Rules, rank: int) -> None:
     """Do what ``rank`` has chosen."""
     width = len(lanes.lane)
@@ -260,7 +260,7 @@ def _do(lanes: Lanes, room: Room, desk: Desk, rules: Rules, rank: int) -> None:
     own.stale = 1
 
 
-@compiled
+@bare
 def dispatch(lanes: Lanes, room: Room, desk: Desk, rules: Rules) -> Any:
     """Make orders, in ``desk.symbols``; says whether all could be done."""
     ranks = len(lanes.limit)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._compiled import compiled
+from ._bare import bare
 from ._lanes import Integers, Lanes, Records
 
 __all__ = ["STUCK", "Room", "clear", "commit", "index_of", "make_room", "objective_of", "play", "room_at", "room_for"]
@@ -59,7 +59,7 @@ def room_for(lanes: Lanes) -> Room:
     )
 
 
-@compiled
+@bare
 def clear(room: Room) -> None:
     """Before the first action."""
     for k in range(len(room.node)):
@@ -74,7 +74,7 @@ def clear(room: Room) -> None:
     room.reduced[:] = 0
 
 
-@compiled
+@bare
 def room_at(lanes: Lanes, room: Room, lane: int, limit: int) -> Any:
     """When copies out will have made room on a rank for a task of ``lane``; -1 if there will be none.
 
@@ -96,7 +96,7 @@ def room_at(lanes: Lanes, room: Room, lane: int, limit: int) -> Any:
     return 0 if lanes.lane[lane].copies else moment
 
 
-@compiled
+@bare
 def make_room(lanes: Lanes, room: Room, lane: int, limit: int) -> None:
     """Count as free what a task of ``lane`` has waited for, according to ``room_at``."""
     needed = lanes.lane[lane].allocates
@@ -109,7 +109,7 @@ def make_room(lanes: Lanes, room: Room, lane: int, limit: int) -> None:
         rank.leaves += 1
 
 
-@compiled
+@bare
 def ready_at(lanes: Lanes, room: Room, lane: int, index: int, skipped: int) -> Any:
     """When all is there that task ``index`` of ``lane`` follows, leaving lane ``skipped`` out; -1 if it is not."""
     earliest = 0
@@ -124,7 +124,7 @@ def ready_at(lanes: Lanes, room: Room, lane: int, index: int, skipped: int) -> A
     return earliest
 
 
-@compiled
+@bare
 def index_of(lanes: Lanes, room: Room, lane: int) -> Any:
     """The microbatch, within its route, that the next action of ``lane`` means; -1 if there is none yet."""
     state = room.lane[lane]
@@ -133,7 +133,7 @@ def index_of(lanes: Lanes, room: Room, lane: int) -> Any:
     return state.done if state.done < lanes.lane[lane].microbatches else -1
 
 
-@compiled
+@bare
 def _hold(lanes: Lanes, room: Room, symbol: int, finish: int) -> None:
     """Count the bytes of an action that has been placed."""
     width = len(lanes.lane)
@@ -158,7 +158,7 @@ def _hold(lanes: Lanes, room: Room, symbol: int, finish: int) -> None:
         rank.left += 1
 
 
-@compiled
+@bare
 def commit(lanes: Lanes, room: Room, symbol: int, index: int, start: int) -> Any:
     """Do ``symbol`` for microbatch ``index`` from ``start`` on; returns its finish."""
     width = len(lanes.lane)
@@ -191,7 +191,7 @@ def commit(lanes: Lanes, room: Room, symbol: int, index: int, start: int) -> Any
     return finish
 
 
-@compiled
+@bare
 def _reduced(lanes: Lanes, room: Room, rank: int) -> Any:
     """When a rank's gradients are reduced: one stage at a time, the one that is ready first first."""
     free, before = 0, -1
@@ -210,7 +210,7 @@ def _reduced(lanes: Lanes, room: Room, rank: int) -> Any:
     return free
 
 
-@compiled
+@bare
 def objective_of(lanes: Lanes, room: Room, span: bool) -> Any:
     """Makespan or span, gradients reduced."""
     worst = 0
@@ -220,7 +220,7 @@ def objective_of(lanes: Lanes, room: Room, span: bool) -> Any:
     return worst
 
 
-@compiled
+@bare
 def _next_start(lanes: Lanes, room: Room, symbol: int, index: int) -> Any:
     """When ``symbol`` starts for microbatch ``index``; -1 if that is not known yet."""
     width = len(lanes.lane)
@@ -242,7 +242,7 @@ def _next_start(lanes: Lanes, room: Room, symbol: int, index: int) -> Any:
     return start
 
 
-@compiled
+@bare
 def play(lanes: Lanes, room: Room, symbols: Integers, begin: Integers) -> Any:
     """Do the orders as early as can be; the most bytes above a limit, 0 or less if all keep it, or ``STUCK``."""
     clear(room)
