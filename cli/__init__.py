@@ -1,4 +1,5 @@
-"""The command line: ``opweave compile | run | explain | verify | fit | export | view | bench | hw | passes | experts``.
+"""The command line: ``opweave compile | run | explain | verify | fit | export | view | bench | hw | passes | experts |
+pipeline``.
 
 Exit codes: 0 done; 1 outputs differ from the reference; 130 stopped by Ctrl-C, with the best plan so far written
 unless standard error says "abandoned"; 141 nobody reads what is printed any more; anything else is the ``exit_code`` of
@@ -18,7 +19,7 @@ import typer
 import typer.core
 
 from ..errors import InternalError, OptionError, OpweaveError
-from . import benching, experts, inspecting, planning
+from . import benching, experts, inspecting, pipeline, planning
 from .shared import INTERRUPTED, UNREAD, print_json
 
 __all__ = ["app", "main"]
@@ -62,6 +63,7 @@ hw = typer.Typer(help="Machines opweave can plan for.", no_args_is_help=True)
 _COMMANDS: tuple[Callable[..., Any], ...] = (
     *(planning.compile, planning.run, planning.explain, planning.fit),
     *(inspecting.verify, inspecting.view, inspecting.export, inspecting.passes, experts.experts),
+    pipeline.pipeline,
 )
 for _command in _COMMANDS:
     app.command()(_command)

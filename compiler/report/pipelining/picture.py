@@ -20,7 +20,7 @@ from ..units import format_bytes, format_seconds
 from .colours import COLOURS, HELD, REDUCE, chunks_of, shaded
 from .facts import PipelineFacts, Shown, facts_of, timed_of
 from .moves import Curve, Moves
-from .text import worth
+from .text import precise, worth
 
 __all__ = ["write_pipeline_png"]
 
@@ -76,7 +76,7 @@ def _prepare(axes: Axes, panel: _Panel, until: int) -> None:
     title = f"{facts.method or 'schedule'} of {facts.name}"
     heading = axes.set_title(f"{plain(title, 90)}\n", loc="left", fontsize=14, fontweight="bold", parse_math=False)
     heading.set_linespacing(1.6)
-    figures = f"makespan {format_seconds(facts.makespan_ns * 1e-9)}, bubble {100 * facts.bubble:.2f} %"
+    figures = f"makespan {precise(facts.makespan_ns)}, bubble {100 * facts.bubble:.2f} %"
     subtitle = f"{figures}, peak {format_bytes(facts.peak_bytes)}{'; ' * bool(worth(facts))}{worth(facts)}"
     below = axes.annotate(plain(subtitle, 170), (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
     below.set(fontsize=10.5, color="#555555", parse_math=False)

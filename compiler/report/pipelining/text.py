@@ -8,7 +8,7 @@ from ..text import PROVERS
 from ..units import format_bytes, format_count, format_percent, format_seconds, plural
 from .facts import PipelineFacts, RankFacts, Shown, facts_of
 
-__all__ = ["DIFFERENCES", "pipeline_text", "seconds_of", "worth"]
+__all__ = ["DIFFERENCES", "differences_text", "pipeline_text", "precise", "seconds_of", "worth"]
 
 _WIDTH = 13  # of the column of topics
 
@@ -33,14 +33,26 @@ def pipeline_text(shown: Shown, other: Shown | None = None) -> str:
     """
     facts = facts_of(shown)
     lines = [*_overall(facts), "", *_by_rank(facts.ranks)]
-    if other is not None:
-        lines += ["", *_differences(facts, facts_of(other))]
-    return "\n".join(_printable(line) for line in lines)
+    text = "\n".join(_printable(line) for line in lines)
+    return text if other is None else f"{text}\n\n{differences_text(shown, other)}"
+
+
+def differences_text(shown: Shown, other: Shown) -> str:
+    """A table of what differs, of each figure by how much of that of ``other``."""
+    return "\n".join(_printable(line) for line in _differences(facts_of(shown), facts_of(other)))
 
 
 def seconds_of(time: int) -> str:
     """A time of the problem, counted in nanoseconds, as people read it."""
     return format_seconds(time * 1e-9)
+
+
+def precise(time: int) -> str:
+    """The same to five digits: what is compared differs by little."""
+    for size, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "us")):
+        if time >= size:
+            return f"{time / size:.{max(0, 5 - len(str(time // size)))}f} {unit}"
+    return f"{time} ns"
 
 
 def worth(facts: PipelineFacts) -> str:
@@ -49,15 +61,15 @@ def worth(facts: PipelineFacts) -> str:
         return ""
     prover = PROVERS.get(facts.proved_by, facts.proved_by)
     quality = "optimal" if facts.gap == 0 else f"at most {format_percent(facts.gap)} could be saved"
-    return f"{quality}: {facts.objective} at least {seconds_of(facts.bound)} by {prover}"
+    return f"{quality}: {facts.objective} at least {precise(facts.bound)} by {prover}"
 
 
 def _overall(facts: PipelineFacts) -> Iterator[str]:
     counts = (plural(len(facts.ranks), "rank"), plural(facts.stages, "stage"), plural(facts.microbatches, "microbatch"))
     counted = ", ".join(counts).replace("microbatchs", "microbatches")
     yield _topic("schedule", f"{facts.method or 'without a name'} of {facts.name}: {counted}")
-    yield _topic("makespan", f"{seconds_of(facts.makespan_ns)}, bubble {_bubble(facts.bubble)}")
-    yield _topic("span", f"{seconds_of(facts.span_ns)}, bubble {_bubble(facts.span_bubble)}")
+    yield _topic("makespan", f"{precise(facts.makespan_ns)}, bubble {_bubble(facts.bubble)}")
+    yield _topic("span", f"{precise(facts.span_ns)}, bubble {_bubble(facts.span_bubble)}")
     if facts.gap is not None:
         yield _topic("proof", worth(facts))
     peak = max(facts.ranks, key=lambda rank: rank.peak_bytes)
@@ -67,7 +79,7 @@ def _overall(facts: PipelineFacts) -> Iterator[str]:
         yield _topic("", f"OVER THE LIMIT on {plural(len(over), 'rank')}: {', '.join(str(r.rank) for r in over)}")
     yield _topic("messages", f"{format_count(facts.sent)}, {format_bytes(facts.sent_bytes)}")
     for position, attempt in enumerate(facts.attempts):
-        value = "found nothing" if attempt.value is None else seconds_of(attempt.value)
+        value = "found nothing" if attempt.value is None else precise(attempt.value)
         taken = f"{attempt.method}: {value}, in {format_seconds(attempt.seconds)}"
         yield _topic("tried" if position == 0 else "", taken)
 
@@ -127,7 +139,7 @@ def _figure(value: float, kind: str) -> str:
     if kind == "share":
         return _bubble(value)
     whole = int(value)
-    return {"time": seconds_of, "bytes": format_bytes, "count": format_count}[kind](whole)
+    return {"time": precise, "bytes": format_bytes, "count": format_count}[kind](whole)
 
 
 def _change(value: float, base: float, kind: str) -> str:

@@ -16,15 +16,15 @@ function formatBubble(fraction) {
 function makeTiles() {
   const { facts } = schedules[0];
   const against = (field, form) => (schedules.length > 1 ? `; ${schedules[1].facts.method || "the other"}: ${form(schedules[1].facts[field])}` : "");
-  tile("makespan", formatTime(facts.makespan_ns), `until all is done, gradients reduced${against("makespan_ns", formatTime)}`);
+  tile("makespan", formatPrecise(facts.makespan_ns), `until all is done, gradients reduced${against("makespan_ns", formatPrecise)}`);
   tile("bubble", formatBubble(facts.bubble), `of the makespan, on the rank with most work${against("bubble", formatBubble)}`);
-  tile("span", formatTime(facts.span_ns), `bubble ${formatBubble(facts.span_bubble)}; what counts if no rank waits for others between steps${against("span_ns", formatTime)}`);
+  tile("span", formatPrecise(facts.span_ns), `bubble ${formatBubble(facts.span_bubble)}; what counts if no rank waits for others between steps${against("span_ns", formatPrecise)}`);
   const limit = facts.ranks.find((rank) => rank.limit_bytes !== null);
   const verdict = !limit ? "no limit was set" : facts.within ? "within the limit" : "over the limit";
   tile("highest peak", formatBytes(facts.peak_bytes), `${verdict}${against("peak_bytes", formatBytes)}`);
   if (facts.gap === null) return;
   const prover = data.provers[facts.proved_by] || facts.proved_by;
-  tile("proven gap", facts.gap === 0 ? "optimal" : formatPercent(facts.gap), `${facts.objective} at least ${formatTime(facts.bound)} by ${prover}`);
+  tile("proven gap", facts.gap === 0 ? "optimal" : formatPercent(facts.gap), `${facts.objective} at least ${formatPrecise(facts.bound)} by ${prover}`);
 }
 
 function makeLegend() {
@@ -42,7 +42,7 @@ function makeDiagrams() {
   for (const schedule of schedules) {
     const { facts } = schedule;
     const over = facts.ranks.filter((rank) => rank.limit_bytes !== null && rank.peak_bytes > rank.limit_bytes).length;
-    const caption = element("figcaption", {}, element("b", {}, titleOf(schedule)), element("span", { class: "quiet" }, `makespan ${formatTime(facts.makespan_ns)}, bubble ${formatBubble(facts.bubble)}, peak ${formatBytes(facts.peak_bytes)}`), over ? element("span", { class: "over" }, `over the limit on ${over} of ${facts.ranks.length} ranks`) : null);
+    const caption = element("figcaption", {}, element("b", {}, titleOf(schedule)), element("span", { class: "quiet" }, `makespan ${formatPrecise(facts.makespan_ns)}, bubble ${formatBubble(facts.bubble)}, peak ${formatBytes(facts.peak_bytes)}`), over ? element("span", { class: "over" }, `over the limit on ${over} of ${facts.ranks.length} ranks`) : null);
     const canvas = element("canvas", { tabindex: "0", role: "application", "aria-roledescription": "chart", "aria-describedby": "help", "aria-label": `Diagram of ${titleOf(schedule)}` });
     byId("diagrams").append(element("figure", {}, caption, canvas));
     listenTo(makeChart(schedule, canvas));
@@ -81,7 +81,7 @@ function makeDifferences() {
   if (schedules.length < 2) return;
   byId("differences-section").hidden = false;
   const [a, b] = schedules.map((schedule) => schedule.facts);
-  const forms = { time: formatTime, share: formatBubble, bytes: formatBytes, count: formatCount };
+  const forms = { time: formatPrecise, share: formatBubble, bytes: formatBytes, count: formatCount };
   const rows = data.differences.map(([name, field, kind]) => {
     const change = kind === "share" ? `${signed(100 * (a[field] - b[field]))} points` : b[field] ? `${signed(100 * (a[field] / b[field] - 1))} %` : a[field] ? "from none" : "";
     const judged = a[field] === b[field] ? "" : a[field] < b[field] ? " better" : " worse";
@@ -98,7 +98,7 @@ function signed(value) {
 function makeAttempts() {
   const tried = schedules.flatMap((schedule) => schedule.facts.attempts.map((attempt) => [schedule, attempt]));
   byId("attempts-section").hidden = !tried.length;
-  const rows = tried.map(([schedule, { method, value, seconds }]) => [titleOf(schedule), method, schedule.facts.objective, value === null ? "nothing found" : formatTime(value), formatSeconds(seconds)]);
+  const rows = tried.map(([schedule, { method, value, seconds }]) => [titleOf(schedule), method, schedule.facts.objective, value === null ? "nothing found" : formatPrecise(value), formatSeconds(seconds)]);
   byId("attempts").append(table(["schedule", "method", "objective", "reached", "took"], rows, (i) => i > 2));
 }
 
