@@ -9,11 +9,12 @@ from types import MappingProxyType
 import msgspec
 
 from ....compiler.pipelining.placement import placed, uniform
-from ....compiler.pipelining.problem import PipelineProblem, Route, Stage
+from ....compiler.pipelining.problem import PipelineProblem, Route, Stage, Vocabulary
 from ....compiler.pipelining.schedule import PipelineSchedule
+from ....compiler.pipelining.simulate import timed
 from ....errors import OptionError
 from ..solution import Objective
-from . import building_blocks, depth_first, two_ways, v_shaped, zero_bubble, zero_bubble_v
+from . import building_blocks, depth_first, v_shaped, vocabulary, waves, zero_bubble, zero_bubble_v
 from .layout import Layout, Orders, lay_out, opposed
 
 __all__ = ["NAMES", "NamedSchedule", "fitting", "named", "problem_for"]
@@ -39,6 +40,7 @@ class _Entry:
     make: Callable[..., Orders]  # of what _fitted returns, a layout or two that are opposed; and of the objective
     refuse: Callable[[Layout], str] = lambda layout: ""
     searches: bool = False  # whether it takes the objective
+    shards: bool = False  # whether it is for problems with vocabulary shards, and for no others
 
 
 _ENTRIES: Mapping[str, _Entry] = {
@@ -58,6 +60,16 @@ _ENTRIES: Mapping[str, _Entry] = {
     "breadth-first": _Entry(
         NamedSchedule("each chunk for all microbatches", "loop", None, "Lamy-Poirier, arXiv 2211.05953"),
         depth_first.breadth_first,
+    ),
+    "2bp": _Entry(
+        NamedSchedule("1F1B with every W at the end", "loop", 1, "Rae et al., arXiv 2405.18047"),
+        depth_first.two_stage_backward,
+    ),
+    "1f1b-vocabulary": _Entry(
+        NamedSchedule("1F1B with the output layer in shards on all ranks", "loop", 1, "Yeung et al., arXiv 2411.05288"),
+        vocabulary.sharded_vocabulary,
+        vocabulary.refuse_whole,
+        shards=True,
     ),
     "zb-h1": _Entry(
         NamedSchedule("1F1B, W put off; memory of 1F1B", "loop", 1, "Qi et al., arXiv 2401.10241"),
@@ -105,13 +117,23 @@ _ENTRIES: Mapping[str, _Entry] = {
     ),
     "dualpipe": _Entry(
         NamedSchedule("two directions, W put off at the ends", "both ways", 1, "DeepSeek-AI, arXiv 2412.19437"),
-        two_ways.dual_pipe,
-        two_ways.refuse_dual_pipe,
+        v_shaped.dual_pipe,
+        v_shaped.refuse_dual_pipe,
     ),
     "chimera": _Entry(
         NamedSchedule("1F1B in two directions, fitted together", "both ways", 1, "Li and Hoefler, arXiv 2107.06925"),
-        two_ways.chimera,
-        two_ways.refuse_odd,
+        waves.bidirectional,
+        waves.refuse_odd,
+    ),
+    "bitpipe": _Entry(
+        NamedSchedule("1F1B over a V in two directions", "both ways", 2, "Wu et al., arXiv 2410.19367"),
+        waves.bidirectional,
+        waves.refuse_odd,
+    ),
+    "hanayo": _Entry(
+        NamedSchedule("1F1B in waves, each there and back", "wave", None, "Liu et al., SC 2023"),
+        waves.waves,
+        waves.refuse_waves,
     ),
 }
 
@@ -124,7 +146,8 @@ _CHUNKS = 2  # on each rank, where a schedule takes any number and none was aske
 def named(name: str, problem: PipelineProblem, *, objective: Objective = "makespan") -> PipelineSchedule:
     """The schedule ``name`` of ``problem``. It may exceed the problem's memory limit: only some schedules heed one.
 
-    ``objective`` is what the schedules that try several ways choose by; their authors choose by the span.
+    ``objective`` is what the schedules that try several ways choose by; their authors choose by the span. Stages that
+    offload get their copies behind F and just before I; what is chosen by, or heeds a limit, does as if they did not.
 
     Raises:
         OptionError: there is no schedule of that name, or the problem is not one that it is for; says which. Or the
@@ -139,7 +162,16 @@ def named(name: str, problem: PipelineProblem, *, objective: Objective = "makesp
             hint="problem_for() makes a problem that a schedule fits, fitting() says which fit a problem",
         ) from error
     orders = entry.make(layout, objective) if entry.searches else entry.make(layout)
-    return PipelineSchedule(problem, orders, name)
+    if not any(stage.offloaded_bytes for stage in problem.stages):
+        return PipelineSchedule(problem, orders, name)
+    return _with_copies(problem, orders, name)
+
+
+def _with_copies(problem: PipelineProblem, orders: Orders, name: str) -> PipelineSchedule:
+    from .._copies import with_copies, without_copies
+
+    line = timed(PipelineSchedule(without_copies(problem), orders, name))
+    return msgspec.structs.replace(with_copies(line, problem), method=name)
 
 
 def fitting(problem: PipelineProblem) -> tuple[str, ...]:
@@ -155,11 +187,13 @@ def problem_for(
     memory_limit: int | None = None,
     *,
     chunks: int | None = None,
+    shards: Vocabulary | None = None,
 ) -> PipelineProblem:
     """A problem that schedule ``name`` fits, all of whose stages are like ``stage``, on ranks as the schedule has them.
 
     ``stage`` is a chunk: of a schedule with two chunks on a rank, the model is ``2 * ranks`` of it. ``chunks`` may be
     given where the schedule takes any number (2 if it is not). ``memory_limit`` is that of each rank, in bytes.
+    ``shards`` are those of an output layer that is cut over the ranks; only some schedules place them, these need them.
 
     Raises:
         OptionError: there is no such schedule, or it does not go with as many chunks, ranks or microbatches.
@@ -172,7 +206,8 @@ def problem_for(
         problem = _both_ways(stage, ranks, microbatches, number, memory_limit)
     else:
         problem = uniform(stage, placed(about.placement, ranks, number), microbatches, memory_limit=memory_limit)
-    problem = msgspec.structs.replace(problem, name=f"{name}, {ranks} ranks, {microbatches} microbatches")
+    name_of_problem = f"{name}, {ranks} ranks, {microbatches} microbatches"
+    problem = msgspec.structs.replace(problem, name=name_of_problem, vocabulary=shards)
     try:
         _fitted(_entry(name), problem)
     except OptionError as error:
@@ -201,6 +236,8 @@ def _entry(name: str) -> _Entry:
 
 def _fitted(entry: _Entry, problem: PipelineProblem) -> Layout | tuple[Layout, Layout]:
     chunks = entry.about.chunks
+    if problem.vocabulary is not None and not entry.shards:
+        raise OptionError("its output layer is cut into vocabulary shards; this schedule does not place them")
     if entry.about.placement == "both ways":
         pair = opposed(problem, "v" if chunks == 2 else "loop", chunks or 1)
         layout = pair[0]

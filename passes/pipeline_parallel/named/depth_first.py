@@ -17,6 +17,7 @@ __all__ = [
     "interleaved_zero_bubble",
     "one_forward_one_backward",
     "refuse_rounds",
+    "two_stage_backward",
     "zero_bubble_1",
     "zero_bubble_2",
 ]
@@ -72,6 +73,12 @@ def zero_bubble_2(layout: Layout) -> Orders:
     ranks = range(layout.ranks)
     warm_up = [2 * (layout.ranks - 1 - rank) for rank in ranks]
     return _depth_first(layout, warm_up=warm_up, put_off=[2 * rank for rank in ranks])
+
+
+def two_stage_backward(layout: Layout) -> Orders:
+    """2BP (Rae et al., arXiv 2405.18047) with 1F1B: its F and I, and every W behind the last I."""
+    warm_up = [layout.ranks - 1 - rank for rank in range(layout.ranks)]
+    return _depth_first(layout, warm_up=warm_up, put_off=[layout.microbatches] * layout.ranks)
 
 
 def refuse_rounds(layout: Layout) -> str:

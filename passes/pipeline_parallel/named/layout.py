@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ....compiler.pipelining.placement import placed
 from ....compiler.pipelining.problem import PipelineProblem
@@ -23,6 +24,12 @@ class Layout:
     microbatches: int
     first: int = 0  # the number of the route's first microbatch
 
+    @cached_property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """How many stages of the route are before each of ``stages``."""
+        place = {stage: index for route in self.problem.routes for index, stage in enumerate(route.stages)}
+        return tuple(tuple(place[stage] for stage in stages) for stages in self.stages)
+
     @property
     def ranks(self) -> int:
         """How many there are."""
@@ -41,6 +48,7 @@ class Order:
     """
 
     def __init__(self, rank: int, *layouts: Layout) -> None:
+        self._default = layouts[0].first  # of a vocabulary's shard, which is no stage
         self._first = {stage: layout.first for layout in layouts for stage in layout.stages[rank]}
         self._actions: list[Action] = []
         self._done: dict[tuple[int, ActionKind], int] = {}
@@ -48,7 +56,7 @@ class Order:
     def add(self, kind: ActionKind, stage: int) -> None:
         """Do ``kind`` of ``stage`` for the next microbatch; B counts as I and W."""
         number = self.done(kind, stage)
-        self._actions.append(Action(stage, kind, self._first[stage] + number))
+        self._actions.append(Action(stage, kind, self._first.get(stage, self._default) + number))
         self._done[stage, kind] = number + 1
         if kind is ActionKind.BACKWARD:
             self._done[stage, ActionKind.INPUT_GRADIENT] = number + 1
@@ -77,7 +85,6 @@ def lay_out(problem: PipelineProblem, placement: str, chunks: int | None = None)
     Raises:
         OptionError: the problem has another layout; says which.
     """
-    _check_plain(problem)
     if len(problem.routes) != 1:
         raise OptionError(f"it has {len(problem.routes)} routes; this schedule has one")
     route = problem.routes[0]
@@ -103,7 +110,6 @@ def opposed(problem: PipelineProblem, placement: str, chunks: int) -> tuple[Layo
     Raises:
         OptionError: the problem has other routes, or these in another layout; says which.
     """
-    _check_plain(problem)
     if len(problem.routes) != 2 or problem.routes[0].microbatches != problem.routes[1].microbatches:
         raise OptionError(
             f"it has routes of {[route.microbatches for route in problem.routes]} microbatches; "
@@ -123,13 +129,6 @@ def opposed(problem: PipelineProblem, placement: str, chunks: int) -> tuple[Layo
     if set(problem.routes[0].stages) & set(problem.routes[1].stages):
         raise OptionError("its two routes share stages; this schedule has a copy of the model for each")
     return layouts[0], layouts[1]
-
-
-def _check_plain(problem: PipelineProblem) -> None:
-    if problem.vocabulary is not None:
-        raise OptionError("its output layer is cut into vocabulary shards; this schedule does not place them")
-    if any(stage.offloaded_bytes for stage in problem.stages):
-        raise OptionError("it has stages that offload activations; this schedule does not place the copies")
 
 
 def _shortened(ranks: tuple[int, ...]) -> str:

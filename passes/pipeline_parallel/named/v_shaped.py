@@ -1,4 +1,4 @@
-"""Schedules over a V: each rank has one stage on the way down the ranks and one on the way back.
+"""Schedules over a V, each rank with a stage on the way down the ranks and one on the way back; DualPipe from its ends.
 
 The last stage is on the first rank, so a microbatch is soon back where it started, and all ranks hold about as much.
 """
@@ -10,7 +10,7 @@ from collections import deque
 from ....compiler.pipelining.schedule import ActionKind
 from .layout import Layout, Order, Orders
 
-__all__ = ["dual_pipe_v", "refuse_few", "write_dual_pipe", "zero_bubble_v"]
+__all__ = ["dual_pipe", "dual_pipe_v", "refuse_dual_pipe", "refuse_few", "zero_bubble_v"]
 
 _FORWARD, _BACKWARD = ActionKind.FORWARD, ActionKind.BACKWARD
 _INPUT, _WEIGHT = ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT
@@ -53,7 +53,7 @@ def dual_pipe_v(layout: Layout) -> Orders:
     orders = []
     for rank, (down, up) in enumerate(layout.stages):
         order = Order(rank, layout)
-        write_dual_pipe(order, down, up, rank, layout.ranks, layout.microbatches)
+        _write_dual_pipe(order, down, up, rank, layout.ranks, layout.microbatches)
         orders.append(order.actions())
     return tuple(orders)
 
@@ -64,7 +64,32 @@ def refuse_few(layout: Layout) -> str:
     return "" if layout.microbatches >= least else f"it has {layout.microbatches} microbatches; the least is {least}"
 
 
-def write_dual_pipe(order: Order, down: int, up: int, rank: int, ranks: int, microbatches: int) -> None:
+def dual_pipe(pair: tuple[Layout, Layout]) -> Orders:
+    """DualPipe (DeepSeek-AI, arXiv 2412.19437, section 3.2.1), what it does at once one after the other.
+
+    From either end, a rank and the directions that come to it first and second look like a V of half the ranks.
+    """
+    ranks = pair[0].ranks
+    orders = []
+    for rank in range(ranks):
+        near, far = pair if rank < ranks // 2 else reversed(pair)
+        order = Order(rank, *pair)
+        place = min(rank, ranks - 1 - rank)
+        _write_dual_pipe(order, near.stages[rank][0], far.stages[rank][0], place, ranks // 2, near.microbatches)
+        orders.append(order.actions())
+    return tuple(orders)
+
+
+def refuse_dual_pipe(layout: Layout) -> str:
+    """Why DualPipe does not go with so many ranks or microbatches; or nothing."""
+    if layout.ranks % 2:
+        return f"it has {layout.ranks} ranks; this schedule needs an even number"
+    if layout.microbatches >= layout.ranks:
+        return ""
+    return f"it has {layout.microbatches} microbatches in each direction; the least is {layout.ranks}"
+
+
+def _write_dual_pipe(order: Order, down: int, up: int, rank: int, ranks: int, microbatches: int) -> None:
     """DualPipe's eight phases on one rank of a V, or of what looks like one from its outer end.
 
     In the second half of the last backwards W is put off; the rest of the time it follows at once.
