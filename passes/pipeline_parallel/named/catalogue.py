@@ -153,6 +153,8 @@ def named(name: str, problem: PipelineProblem, *, objective: Objective = "makesp
         OptionError: there is no schedule of that name, or the problem is not one that it is for; says which. Or the
             schedule heeds the memory limit, and cannot keep this one.
     """
+    if any(stage.offloaded_bytes for stage in problem.stages):
+        return _with_copies(name, problem, objective)
     entry = _entry(name)
     try:
         layout = _fitted(entry, problem)
@@ -162,15 +164,13 @@ def named(name: str, problem: PipelineProblem, *, objective: Objective = "makesp
             hint="problem_for() makes a problem that a schedule fits, fitting() says which fit a problem",
         ) from error
     orders = entry.make(layout, objective) if entry.searches else entry.make(layout)
-    if not any(stage.offloaded_bytes for stage in problem.stages):
-        return PipelineSchedule(problem, orders, name)
-    return _with_copies(problem, orders, name)
+    return PipelineSchedule(problem, orders, name)
 
 
-def _with_copies(problem: PipelineProblem, orders: Orders, name: str) -> PipelineSchedule:
+def _with_copies(name: str, problem: PipelineProblem, objective: Objective) -> PipelineSchedule:
     from .._copies import with_copies, without_copies
 
-    line = timed(PipelineSchedule(without_copies(problem), orders, name))
+    line = timed(named(name, without_copies(problem), objective=objective))
     return msgspec.structs.replace(with_copies(line, problem), method=name)
 
 
