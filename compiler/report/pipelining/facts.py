@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ...pipelining.schedule import TimedSchedule
 from .moves import Moves
 
-__all__ = ["Attempted", "PipelineFacts", "Proved", "RankFacts", "Shown", "Solved", "facts_of", "timed_of"]
+__all__ = ["Attempted", "PipelineFacts", "Proved", "RankFacts", "Shown", "Solved", "facts_of", "timed_of", "title_of"]
 
 
 class Proved(Protocol):
@@ -131,6 +131,11 @@ class PipelineFacts:
     attempts: tuple[AttemptFacts, ...] = ()
 
     @property
+    def title(self) -> str:
+        """What it is, and of what, where that has a name of its own."""
+        return title_of(self.method, self.name)
+
+    @property
     def peak_bytes(self) -> int:
         """The highest peak of all ranks."""
         return max(rank.peak_bytes for rank in self.ranks)
@@ -161,9 +166,14 @@ class PipelineFacts:
         return sum(rank.idle_ns for rank in self.ranks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, numbers and strings, with the sums over ranks."""
-        sums = ("peak_bytes", "within", "sent", "sent_bytes", "wait_ns", "idle_ns")
-        return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+        """Plain dictionaries, lists, numbers and strings, with its title and the sums over ranks."""
+        names = ("title", "peak_bytes", "within", "sent", "sent_bytes", "wait_ns", "idle_ns")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+def title_of(method: str, name: str) -> str:
+    """``"zbv of 70B"``; the name that a problem has by default says nothing."""
+    return (method or "schedule") if name == "pipeline" else f"{method or 'schedule'} of {name}"
 
 
 def timed_of(shown: Shown) -> TimedSchedule:

@@ -73,8 +73,9 @@ def write_pipeline_png(shown: Shown, path: str | Path, other: Shown | None = Non
 
 def _prepare(axes: Axes, panel: _Panel, until: int) -> None:
     facts = panel.facts
-    title = f"{facts.method or 'schedule'} of {facts.name}"
-    heading = axes.set_title(f"{plain(title, 90)}\n", loc="left", fontsize=14, fontweight="bold", parse_math=False)
+    heading = axes.set_title(
+        f"{plain(facts.title, 90)}\n", loc="left", fontsize=14, fontweight="bold", parse_math=False
+    )
     heading.set_linespacing(1.6)
     figures = f"makespan {precise(facts.makespan_ns)}, bubble {100 * facts.bubble:.2f} %"
     subtitle = f"{figures}, peak {format_bytes(facts.peak_bytes)}{'; ' * bool(worth(facts))}{worth(facts)}"

@@ -75,13 +75,12 @@ def _pairs(shown: Shown, other: Shown | None) -> list[tuple[Moves, PipelineFacts
 def _page(pairs: Sequence[tuple[Moves, PipelineFacts]], summary: str) -> str:
     own = resources.files(__package__).joinpath("page")
     shared = resources.files(report).joinpath("page")
-    titles = [f"{facts.method or 'schedule'} of {facts.name}" for _, facts in pairs]
     scripts = [f for f in (*shared.iterdir(), *own.iterdir()) if f.name.endswith(".js")]
     return assembled(
         own.joinpath("pipeline.html").read_text(encoding="utf-8"),
         [shared.joinpath("page.css"), own.joinpath("pipeline.css")],
         [file for file in scripts if file.name.startswith(("0_", "p"))],
-        title=" and ".join(titles),
+        title=" and ".join(facts.title for _, facts in pairs),
         summary=summary,
         data=pipeline_payload(pairs).decode(),
     )

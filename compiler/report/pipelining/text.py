@@ -11,6 +11,7 @@ from .facts import PipelineFacts, RankFacts, Shown, facts_of
 __all__ = ["DIFFERENCES", "differences_text", "pipeline_text", "precise", "seconds_of", "worth"]
 
 _WIDTH = 13  # of the column of topics
+_MOST_ATTEMPTS = 8
 
 #: What a comparison lists: name, field of ``PipelineFacts``, and the kind of figure.
 DIFFERENCES = (
@@ -67,7 +68,7 @@ def worth(facts: PipelineFacts) -> str:
 def _overall(facts: PipelineFacts) -> Iterator[str]:
     counts = (plural(len(facts.ranks), "rank"), plural(facts.stages, "stage"), plural(facts.microbatches, "microbatch"))
     counted = ", ".join(counts).replace("microbatchs", "microbatches")
-    yield _topic("schedule", f"{facts.method or 'without a name'} of {facts.name}: {counted}")
+    yield _topic("schedule", f"{facts.title}: {counted}")
     yield _topic("makespan", f"{precise(facts.makespan_ns)}, bubble {_bubble(facts.bubble)}")
     yield _topic("span", f"{precise(facts.span_ns)}, bubble {_bubble(facts.span_bubble)}")
     if facts.gap is not None:
@@ -78,10 +79,13 @@ def _overall(facts: PipelineFacts) -> Iterator[str]:
     if over:
         yield _topic("", f"OVER THE LIMIT on {plural(len(over), 'rank')}: {', '.join(str(r.rank) for r in over)}")
     yield _topic("messages", f"{format_count(facts.sent)}, {format_bytes(facts.sent_bytes)}")
-    for position, attempt in enumerate(facts.attempts):
+    best = sorted(facts.attempts, key=lambda a: (a.value is None, a.value))[:_MOST_ATTEMPTS]
+    for position, attempt in enumerate(best):
         value = "found nothing" if attempt.value is None else precise(attempt.value)
         taken = f"{attempt.method}: {value}, in {format_seconds(attempt.seconds)}"
         yield _topic("tried" if position == 0 else "", taken)
+    if len(facts.attempts) > len(best):
+        yield _topic("", f"and {len(facts.attempts) - len(best)} that reached less")
 
 
 def _bubble(fraction: float) -> str:

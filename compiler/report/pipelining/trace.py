@@ -12,6 +12,7 @@ import msgspec
 
 from ...pipelining.schedule import ActionKind
 from ..trace import microseconds
+from .facts import title_of
 from .moves import Message, Moves
 
 __all__ = ["WORDS", "pipeline_trace"]
@@ -34,13 +35,13 @@ WORDS = {
 def pipeline_trace(shown: Sequence[Moves]) -> bytes:
     """The trace of one schedule, or of several, as JSON; a unit of the problem's time counts as a nanosecond."""
     events = [event for number, moves in enumerate(shown, 1) for event in _events(number, moves)]
-    names = [moves.timed.schedule.method or moves.timed.schedule.problem.name for moves in shown]
+    names = [title_of(moves.timed.schedule.method, moves.timed.schedule.problem.name) for moves in shown]
     return msgspec.json.encode({"displayTimeUnit": "ns", "otherData": {"schedules": names}, "traceEvents": events})
 
 
 def _events(process: int, moves: Moves) -> Iterator[_Event]:
     schedule = moves.timed.schedule
-    title = f"{schedule.method or 'schedule'} of {schedule.problem.name}"
+    title = title_of(schedule.method, schedule.problem.name)
     yield {"ph": "M", "pid": process, "tid": 0, "name": "process_name", "args": {"name": title}}
     yield {"ph": "M", "pid": process, "tid": 0, "name": "process_sort_index", "args": {"sort_index": process}}
     for rank in range(schedule.problem.ranks):

@@ -46,7 +46,7 @@ function follow(microbatch) {
       ["worked on", formatTime(busy)],
       ["actions", actions.map((place) => nameAt(schedule, place)).slice(0, 64).join(" ") + (actions.length > 64 ? ` and ${actions.length - 64} more` : "")],
     ];
-    details.append(element("b", {}, titleOf(schedule)), factList(facts));
+    details.append(element("b", {}, schedule.facts.title), factList(facts));
   }
 }
 
@@ -70,8 +70,4 @@ function followNext(step) {
   const most = Math.max(...schedules.map((schedule) => schedule.facts.microbatches));
   const next = followed.microbatch === null ? 0 : followed.microbatch + step;
   follow(Math.min(Math.max(next, 0), most - 1));
-}
-
-function titleOf(schedule) {
-  return `${schedule.facts.method || "schedule"} of ${schedule.facts.name}`;
 }

@@ -152,7 +152,7 @@ function drawBoxes(chart, rank, lane, seen) {
     const width = snapped(chart, toX(chart, finish[index])) - x;
     const colour = colourOf(schedule, kind[index], stage[index]);
     if (colour !== current) context.fillStyle = current = colour;
-    context.fillRect(x, top, width > 6 ? width - 1 : Math.max(width, 0.5), height);
+    context.fillRect(x, top, width > 3.5 ? width - 1 / chart.ratio : Math.max(width, 0.5), height);
     seen.kinds[kind[index]]++;
     seen.checksum = (seen.checksum * 31 + rank * 7 + kind[index] * 5 + stage[index] * 3 + microbatch[index] + (start[index] % 65521)) % 2147483647;
     const text = String(microbatch[index]);

@@ -1,6 +1,6 @@
 // Fills the page, draws it, and checks that what was drawn is what the schedules say.
 function makeHeader() {
-  byId("title").textContent = schedules.map((schedule) => titleOf(schedule)).join(" and ");
+  byId("title").textContent = schedules.map((schedule) => schedule.facts.title).join(" and ");
   const { facts, rows } = schedules[0];
   byId("subtitle").textContent = `${formatCount(rows.length)} ranks, ${formatCount(facts.stages)} stages, ${formatCount(facts.microbatches)} microbatches, ${formatCount(facts.actions)} actions`;
 }
@@ -42,8 +42,8 @@ function makeDiagrams() {
   for (const schedule of schedules) {
     const { facts } = schedule;
     const over = facts.ranks.filter((rank) => rank.limit_bytes !== null && rank.peak_bytes > rank.limit_bytes).length;
-    const caption = element("figcaption", {}, element("b", {}, titleOf(schedule)), element("span", { class: "quiet" }, `makespan ${formatPrecise(facts.makespan_ns)}, bubble ${formatBubble(facts.bubble)}, peak ${formatBytes(facts.peak_bytes)}`), over ? element("span", { class: "over" }, `over the limit on ${over} of ${facts.ranks.length} ranks`) : null);
-    const canvas = element("canvas", { tabindex: "0", role: "application", "aria-roledescription": "chart", "aria-describedby": "help", "aria-label": `Diagram of ${titleOf(schedule)}` });
+    const caption = element("figcaption", {}, element("b", {}, schedule.facts.title), element("span", { class: "quiet" }, `makespan ${formatPrecise(facts.makespan_ns)}, bubble ${formatBubble(facts.bubble)}, peak ${formatBytes(facts.peak_bytes)}`), over ? element("span", { class: "over" }, `over the limit on ${over} of ${facts.ranks.length} ranks`) : null);
+    const canvas = element("canvas", { tabindex: "0", role: "application", "aria-roledescription": "chart", "aria-describedby": "help", "aria-label": `Diagram of ${schedule.facts.title}` });
     byId("diagrams").append(element("figure", {}, caption, canvas));
     listenTo(makeChart(schedule, canvas));
   }
@@ -72,7 +72,7 @@ function makeRanks() {
     ["bytes sent", (r) => formatBytes(r.sent_bytes)],
   ];
   for (const schedule of schedules) {
-    if (schedules.length > 1) byId("ranks").append(element("h3", {}, titleOf(schedule)));
+    if (schedules.length > 1) byId("ranks").append(element("h3", {}, schedule.facts.title));
     byId("ranks").append(table(columns.map(([name]) => name), schedule.facts.ranks.map((rank) => columns.map(([, cell]) => cell(rank))), (i) => i !== 1));
   }
 }
@@ -87,7 +87,7 @@ function makeDifferences() {
     const judged = a[field] === b[field] ? "" : a[field] < b[field] ? " better" : " worse";
     return [name, forms[kind](a[field]), forms[kind](b[field]), element("td", { class: `number${judged}` }, change)];
   });
-  byId("differences").append(table(["", ...schedules.map((schedule) => titleOf(schedule)), "difference"], rows, (i) => i > 0));
+  byId("differences").append(table(["", ...schedules.map((schedule) => schedule.facts.title), "difference"], rows, (i) => i > 0));
   drawn.differences = rows.length;
 }
 
@@ -98,7 +98,7 @@ function signed(value) {
 function makeAttempts() {
   const tried = schedules.flatMap((schedule) => schedule.facts.attempts.map((attempt) => [schedule, attempt]));
   byId("attempts-section").hidden = !tried.length;
-  const rows = tried.map(([schedule, { method, value, seconds }]) => [titleOf(schedule), method, schedule.facts.objective, value === null ? "nothing found" : formatPrecise(value), formatSeconds(seconds)]);
+  const rows = tried.map(([schedule, { method, value, seconds }]) => [schedule.facts.title, method, schedule.facts.objective, value === null ? "nothing found" : formatPrecise(value), formatSeconds(seconds)]);
   byId("attempts").append(table(["schedule", "method", "objective", "reached", "took"], rows, (i) => i > 2));
 }
 
