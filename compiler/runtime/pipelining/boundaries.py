@@ -7,6 +7,7 @@ count a microbatch too many, and modules that keep something for their W keep to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 import torch
@@ -44,7 +45,8 @@ class TensorFacts(msgspec.Struct, frozen=True):
     def nbytes(self) -> int:
         """What one takes."""
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return (span if 0 not in self.shape else 0) * getattr(torch, self.dtype).itemsize
+        size: int = getattr(torch, self.dtype).itemsize
+        return 0 if 0 in self.shape else span * size
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
@@ -116,13 +118,16 @@ def _plain(value: object) -> bool:
 
 
 def buffer_bytes(boundaries: Sequence[Boundary], ranks: Sequence[int], microbatches: int, number: int) -> list[int]:
-    """What torch's receive buffers take on each of ``number`` ranks: one a microbatch for each stage's inputs from
-    another rank, and for the gradients of its outputs, held all the time.
+    """What torch's runtime holds of messages on each of ``number`` ranks at the end of a step.
+
+    For every microbatch, and for what passes a boundary between ranks, that is on either side a buffer to receive into,
+    made before the first step and kept, and what was sent, kept until all of the step is done. What passes between two
+    stages of a rank is held once, until the next step replaces it.
     """
     held = [0] * number
-    for stage, rank in enumerate(ranks):
-        if stage > 0 and ranks[stage - 1] != rank:
-            held[rank] += microbatches * sum(facts.nbytes for facts in boundaries[stage])
-        if stage < len(ranks) - 1 and ranks[stage + 1] != rank:
-            held[rank] += microbatches * sum(f.nbytes for f in boundaries[stage + 1] if f.requires_grad)
+    for stage, (before, behind) in enumerate(pairwise(ranks), 1):
+        there = sum(facts.nbytes for facts in boundaries[stage])
+        back = sum(facts.nbytes for facts in boundaries[stage] if facts.requires_grad)
+        for rank in {before, behind}:
+            held[rank] += microbatches * (there + back)
     return held

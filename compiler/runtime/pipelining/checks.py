@@ -28,16 +28,14 @@ def check_lowered(
     lowered: Mapping[int, Sequence[str]],
     schedule: PipelineSchedule,
     *,
-    buffer_bytes: Sequence[int] | None = None,
     as_plans: bool = True,
 ) -> None:
     """Prove of ``lowered``, torch's lists by rank, that they do ``schedule``, once, and come to an end.
 
     Proved are: the schedule's actions, each once, on the rank of its stage, in the schedule's order; on the last stage
     F in the order of microbatches; sends behind what they send and receives before what needs them, one of each for
-    every message; between two ranks both sides post all messages in one order; nobody waits for ever; gradients of each
-    stage reduced once, behind its last W or B, and stages gathered while they compute. ``buffer_bytes`` is what the
-    runtime holds on each rank beside what the schedule counts; with it no rank exceeds the problem's memory limit.
+    every message; between two ranks both sides post all messages in one order; nobody waits for ever; gradients of
+    each stage reduced once, behind its last W or B, and stages gathered while they compute; memory limits are kept.
 
     With ``as_plans`` the lists are written down as plans too, and the verifier of all plans judges each rank's, and
     all together; it shares nothing with what else is proved here, and takes some ten times as long.
@@ -46,10 +44,9 @@ def check_lowered(
         VerificationError: something of this is not so; the first that is found is named.
     """
     lists = parsed(lowered)
-    buffers = tuple(buffer_bytes or (0,) * schedule.problem.ranks)
     for finding in _findings(lists, schedule):
         raise VerificationError(finding, hint="nothing has run")
-    _check_memory(schedule, buffers)
+    _check_memory(schedule)
     if as_plans:
         _check_plans(lists, schedule)
 
@@ -236,15 +233,12 @@ def _waits(lists: _Lists) -> Iterator[str]:
         yield f"ranks would wait for each other for ever: {', '.join(stuck)}"
 
 
-def _check_memory(schedule: PipelineSchedule, buffer_bytes: Sequence[int]) -> None:
+def _check_memory(schedule: PipelineSchedule) -> None:
     limits = schedule.problem.memory_limit
-    if limits is None:
-        return
-    for rank, (peak, buffers, limit) in enumerate(zip(timed(schedule).peak_bytes, buffer_bytes, limits, strict=True)):
-        if peak + buffers > limit:
-            holds = f"{peak} bytes" + (f" and {buffers} of receive buffers" if buffers else "")
+    for rank, (peak, limit) in enumerate(zip(timed(schedule).peak_bytes, limits or (), strict=limits is not None)):
+        if peak > limit:
             raise VerificationError(
-                f"rank {rank} would hold {holds} at once; its limit is {limit}",
+                f"rank {rank} would hold {peak} bytes at once; its limit is {limit}",
                 hint="solve again with the limit, or raise it; nothing has run",
             )
 

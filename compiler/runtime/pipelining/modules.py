@@ -20,7 +20,7 @@ __all__ = ["Seams", "can_split", "check_kinds", "check_ties", "forward", "is_com
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module``, or a part of it, runs through ``torch.compile``."""
-    compiled = torch._dynamo.OptimizedModule  # type: ignore[attr-defined] # torch does not say it exports it
+    compiled = torch._dynamo.OptimizedModule
     return any(
         isinstance(part, compiled) or getattr(part, "_compiled_call_impl", None) is not None
         for part in module.modules()
@@ -85,7 +85,7 @@ def forward(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 @contextmanager
 def left_as_it_was(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back afterwards what running ``module`` changes: buffers, gradients, FSDP's gathered weights, random state."""
+    """Put back afterwards what running ``module`` changes: buffers, gradients, gathered weights, random numbers."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     for parameter, _ in gradients:
@@ -113,7 +113,7 @@ class _Owned(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -125,7 +125,7 @@ class _Packed(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 
@@ -159,5 +159,6 @@ def _own(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     if not tensor._is_view() or not tensor.requires_grad:
         return tensor
-    owned: Tensor = _Owned.apply(tensor)  # type: ignore[no-untyped-call] # as torch's Function.apply is
+    apply: Any = _Owned.apply
+    owned: Tensor = apply(tensor)
     return owned
