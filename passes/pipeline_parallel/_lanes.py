@@ -205,7 +205,7 @@ def _turns(problem: PipelineProblem) -> tuple[Integers, Integers]:
 def schedule_of(
     problem: PipelineProblem, lanes: Lanes, symbols: Integers, begin: Integers, method: str
 ) -> PipelineSchedule:
-    """The schedule whose rank r does ``symbols[begin[r]:begin[r + 1]]``."""
+    """The schedule whose rank r does ``symbols[begin[r]:begin[r + 1]]``, those below 0 left out."""
     width = len(lanes.lane)
     done = [0] * width
     waiting: dict[int, deque[int]] = {}
@@ -215,6 +215,8 @@ def schedule_of(
     for rank in range(problem.ranks):
         order = []
         for symbol in symbols[begin[rank] : begin[rank + 1]].tolist():
+            if symbol < 0:
+                continue
             lane = symbol % width
             kind = KINDS[kinds[lane]]
             if kind is ActionKind.WEIGHT_GRADIENT:
@@ -232,7 +234,10 @@ def schedule_of(
 
 
 def sequences_of(lanes: Lanes, schedule: PipelineSchedule) -> tuple[Integers, Integers]:
-    """``symbols`` and ``begin`` of a schedule; microbatches of a route get the order in which lanes come."""
+    """``symbols`` and ``begin`` of a schedule, with a place for each task: behind B is one for nothing, -1.
+
+    Microbatches of a route get the order in which lanes come.
+    """
     width = len(lanes.lane)
     lane_of = {(line["route"], line["stage"], KINDS[line["kind"]]): k for k, line in enumerate(lanes.lane)}
     routes = schedule.problem.route_of
@@ -243,5 +248,6 @@ def sequences_of(lanes: Lanes, schedule: PipelineSchedule) -> tuple[Integers, In
             whole = action.kind is ActionKind.BACKWARD
             kind = ActionKind.INPUT_GRADIENT if whole else action.kind
             symbols.append(lane_of[routes[action.microbatch], action.stage, kind] + (width if whole else 0))
+            symbols += [-1] * whole
         begin.append(len(symbols))
     return _integers(symbols), _integers(begin)

@@ -244,7 +244,10 @@ def _next_start(lanes: Lanes, room: Room, symbol: int, index: int) -> Any:
 
 @bare
 def play(lanes: Lanes, room: Room, symbols: Integers, begin: Integers) -> Any:
-    """Do the orders as early as can be; the most bytes above a limit, 0 or less if all keep it, or ``STUCK``."""
+    """Do the orders as early as can be, places for nothing (-1) left out.
+
+    Returns the most bytes above a limit, 0 or less if all keep it, or ``STUCK``.
+    """
     clear(room)
     ranks = len(lanes.limit)
     done = 0
@@ -257,6 +260,10 @@ def play(lanes: Lanes, room: Room, symbols: Integers, begin: Integers) -> Any:
             place = room.rank[rank].place
             while place < begin[rank + 1]:
                 symbol = symbols[place]
+                if symbol < 0:  # a place for nothing
+                    place += 1
+                    done += 1
+                    continue
                 index = index_of(lanes, room, symbol % len(lanes.lane))
                 start = -1 if index < 0 else _next_start(lanes, room, symbol, index)
                 if start < 0:

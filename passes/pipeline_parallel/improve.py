@@ -9,47 +9,44 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._climb import climb, walk_for
 from ._lanes import Floats, Integers, schedule_of, sequences_of
-from ._play import objective_of, play
 from ._progress import Search
-from .list_schedule import Rule, Workshop, filled, list_scheduled
+from .list_schedule import Workshop
 
 __all__ = ["improve"]
 
-ROUNDS = 400  # in deterministic mode, where no clock may end it
+ROUNDS = 200  # in deterministic mode, where no clock may end it
+MOVES = 4_000_000  # places gone over in one walk, all its moves together
+HOT, COLD = (0.02, 0.1, 0.4), 0.003  # temperatures, in units of a mean task
 
 
 def improve(search: Search, shop: Workshop) -> None:
-    """Disturb and schedule again until ``search`` is done, and offer it what is better."""
-    if search.best is None:
-        return
-    span = search.objective == "span"
-    random = np.random.default_rng(search.budget.seed)
-    lanes, room = shop.lanes, shop.room
-    play(lanes, room, *sequences_of(lanes, search.best.schedule))
-    value = int(objective_of(lanes, room, span))
-    starts, mode = _genes(shop)
-    rules = filled(shop, Rule("steady"))
-    patience = int(lanes.lane["duration"].max())
+    """Walk from the best schedule again and again until ``search`` is done, and offer it what is better."""
+    lanes = shop.lanes
+    walk = walk_for(lanes, search.budget.seed)
+    mean = float((lanes.lane["duration"] * lanes.lane["microbatches"]).sum() / lanes.nodes)
+    moves = max(50, MOVES // lanes.nodes)
     rounds = 0
     while not search.done() and (not search.budget.deterministic or rounds < ROUNDS):
-        rounds += 1
-        wait = int(random.choice((0.0, 0.5, 1.0)) * patience)
-        tried_mode = _flipped(shop, random, mode)
-        symbols, begin = list_scheduled(
-            shop,
-            rules._replace(
-                priority=_disturbed(shop, random, starts, value),
-                patience=np.where(lanes.lane["copies"] > 0, 0, wait),
-                mode=tried_mode,
-            ),
+        assert search.best is not None
+        order, begin = sequences_of(lanes, search.best.schedule)
+        walk.order[:] = order
+        found = climb(
+            lanes,
+            shop.room,
+            walk,
+            begin,
+            moves,
+            HOT[rounds % len(HOT)] * mean,
+            COLD * mean,
+            search.objective == "span",
+            bool(lanes.lane["useful"].any()),
+            bool(lanes.lane["copies"].any()),
         )
-        found = int(objective_of(lanes, room, span))
-        if found <= value:
-            starts, mode = _genes(shop)
-            if found < value:
-                value = found
-                search.offer(schedule_of(shop.problem, lanes, symbols, begin, f"local search, round {rounds}"))
+        rounds += 1
+        if found <= search.value:
+            search.offer(schedule_of(shop.problem, lanes, walk.best, begin, f"annealing, walk {rounds}"))
 
 
 def _genes(shop: Workshop) -> tuple[Floats, Integers]:
