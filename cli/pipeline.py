@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -144,18 +144,17 @@ def _write(
 
 
 def _tell(made: list[Shown], files: dict[str, str], as_json: bool) -> None:
-    from ..compiler.report.pipelining import pipeline_text
     from ..compiler.report.pipelining.facts import facts_of
-    from ..compiler.report.pipelining.text import differences_text
+    from ..compiler.report.pipelining.text import differences_text, facts_text
+
+    first, *others = map(facts_of, made)
 
     if as_json:
-        shown, *others = (facts_of(each).to_dict() for each in made)
-        facts: dict[str, Any] = {"schedule": shown, "compared": others, "files": files}
-        print_json(facts)
+        print_json({"schedule": first.to_dict(), "compared": [each.to_dict() for each in others], "files": files})
         return
-    say(pipeline_text(made[0]))
-    for other in made[1:]:
-        say(f"\n{differences_text(made[0], other)}")
+    say(facts_text(first))
+    for other in others:
+        say(f"\n{differences_text(first, other)}")
     if files:
         say("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
 

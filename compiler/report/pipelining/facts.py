@@ -9,7 +9,18 @@ from typing import Any, Protocol
 from ...pipelining.schedule import TimedSchedule
 from .moves import Moves
 
-__all__ = ["Attempted", "PipelineFacts", "Proved", "RankFacts", "Shown", "Solved", "facts_of", "timed_of", "title_of"]
+__all__ = [
+    "Attempted",
+    "PipelineFacts",
+    "Proved",
+    "RankFacts",
+    "Shown",
+    "Solved",
+    "facts_of",
+    "pairs_of",
+    "timed_of",
+    "title_of",
+]
 
 
 class Proved(Protocol):
@@ -203,6 +214,16 @@ def facts_of(shown: Shown, moves: Moves | None = None) -> PipelineFacts:
     proof = (shown.objective, shown.bound.value, shown.bound.proved_by, shown.gap, shown.seconds, attempts)
     names = ("objective", "bound", "proved_by", "gap", "seconds", "attempts")
     return PipelineFacts(**{**vars(facts), **dict(zip(names, proof, strict=True))})
+
+
+def pairs_of(*shown: Shown | None) -> tuple[tuple[Moves, PipelineFacts], ...]:
+    """All that is known of each schedule that is there, counted once for whatever shows it."""
+    pairs = []
+    for each in shown:
+        if each is not None:
+            moves = Moves(timed_of(each))
+            pairs.append((moves, facts_of(each, moves)))
+    return tuple(pairs)
 
 
 def _ranks(timed: TimedSchedule, moves: Moves) -> tuple[RankFacts, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from ..figure import PIXELS_WIDE, Rectangle, legend, plain, save
 from ..palette import CAPACITY_COLOUR
 from ..units import format_bytes, format_seconds
 from .colours import COLOURS, HELD, REDUCE, chunks_of, shaded
-from .facts import PipelineFacts, Shown, facts_of, timed_of
+from .facts import PipelineFacts, Shown, pairs_of
 from .moves import Curve, Moves
 from .text import precise, worth
 
-__all__ = ["write_pipeline_png"]
+__all__ = ["draw_pairs", "write_pipeline_png"]
 
 _DPI = 100
 _HIGHEST = 6000  # pixels; beyond it rows get lower
@@ -51,11 +51,12 @@ class _Panel:
 
 def write_pipeline_png(shown: Shown, path: str | Path, other: Shown | None = None) -> None:
     """Draw the schedule, and below it ``other`` over the same time; creates the folder."""
-    panels = []
-    for each in (shown, other):
-        if each is not None:
-            moves = Moves(timed_of(each))
-            panels.append(_Panel(moves, facts_of(each, moves)))
+    draw_pairs(pairs_of(shown, other), Path(path))
+
+
+def draw_pairs(pairs: Sequence[tuple[Moves, PipelineFacts]], path: Path) -> None:
+    """The same of what has been counted already."""
+    panels = [_Panel(moves, facts) for moves, facts in pairs]
     ranks = [len(panel.facts.ranks) for panel in panels]
     pixels = min(_HIGHEST, sum(150 + max(34, 66 - number // 2) * number for number in ranks))
     figure = Figure(figsize=(PIXELS_WIDE / _DPI, pixels / _DPI), dpi=_DPI, layout="constrained")
@@ -68,7 +69,7 @@ def write_pipeline_png(shown: Shown, path: str | Path, other: Shown | None = Non
     figure.draw_without_rendering()  # settles where axes lie, on which it depends what has room for a number
     for (axes,), panel in zip(rows, panels, strict=True):
         _draw(axes, panel)
-    save(figure, Path(path))
+    save(figure, path)
 
 
 def _prepare(axes: Axes, panel: _Panel, until: int) -> None:

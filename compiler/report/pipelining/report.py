@@ -10,11 +10,11 @@ from ....errors import ExecutionError, OptionError
 from ...runtime.pipelining.emit import csv_of, renumbered
 from .. import __name__ as report
 from ..assemble import assembled
-from .facts import PipelineFacts, Shown, facts_of, timed_of
+from .facts import PipelineFacts, Shown, pairs_of
 from .files import schedule_json
 from .moves import Moves
 from .payload import pipeline_payload
-from .text import pipeline_text
+from .text import facts_text
 from .trace import pipeline_trace
 
 __all__ = ["pipeline_page", "write_pipeline_report"]
@@ -42,18 +42,18 @@ def write_pipeline_report(shown: Shown, folder: str | Path, other: Shown | None 
 
 def pipeline_page(shown: Shown, other: Shown | None = None) -> str:
     """The self-contained HTML page."""
-    return _page(_pairs(shown, other), pipeline_text(shown, other))
+    return _page(pairs_of(shown, other))
 
 
 def _write_all(shown: Shown, target: Path, other: Shown | None) -> dict[str, Path]:
-    from .picture import write_pipeline_png  # matplotlib takes a while to import
+    from .picture import draw_pairs  # matplotlib takes a while to import
 
     names = ("index.html", "pipeline.png", "schedule.json", "schedule.csv", "trace.json")
     paths = {name: target / name for name in names}
-    pairs = _pairs(shown, other)
-    schedule = timed_of(shown).schedule
-    paths["index.html"].write_bytes(_page(pairs, pipeline_text(shown, other)).encode())
-    write_pipeline_png(shown, paths["pipeline.png"], other)
+    pairs = pairs_of(shown, other)
+    schedule = pairs[0][0].timed.schedule
+    paths["index.html"].write_bytes(_page(pairs).encode())
+    draw_pairs(pairs, paths["pipeline.png"])
     paths["schedule.json"].write_bytes(schedule_json(schedule))
     paths["trace.json"].write_bytes(pipeline_trace([moves for moves, _ in pairs]))
     try:
@@ -63,16 +63,7 @@ def _write_all(shown: Shown, target: Path, other: Shown | None) -> dict[str, Pat
     return paths
 
 
-def _pairs(shown: Shown, other: Shown | None) -> list[tuple[Moves, PipelineFacts]]:
-    pairs = []
-    for each in (shown, other):
-        if each is not None:
-            moves = Moves(timed_of(each))
-            pairs.append((moves, facts_of(each, moves)))
-    return pairs
-
-
-def _page(pairs: Sequence[tuple[Moves, PipelineFacts]], summary: str) -> str:
+def _page(pairs: Sequence[tuple[Moves, PipelineFacts]]) -> str:
     own = resources.files(__package__).joinpath("page")
     shared = resources.files(report).joinpath("page")
     scripts = [f for f in (*shared.iterdir(), *own.iterdir()) if f.name.endswith(".js")]
@@ -81,6 +72,6 @@ def _page(pairs: Sequence[tuple[Moves, PipelineFacts]], summary: str) -> str:
         [shared.joinpath("page.css"), own.joinpath("pipeline.css")],
         [file for file in scripts if file.name.startswith(("0_", "p"))],
         title=" and ".join(facts.title for _, facts in pairs),
-        summary=summary,
+        summary=facts_text(*(facts for _, facts in pairs)),
         data=pipeline_payload(pairs).decode(),
     )

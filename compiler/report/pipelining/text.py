@@ -8,7 +8,7 @@ from ..text import PROVERS
 from ..units import format_bytes, format_count, format_percent, format_seconds, plural
 from .facts import PipelineFacts, RankFacts, Shown, facts_of
 
-__all__ = ["DIFFERENCES", "differences_text", "pipeline_text", "precise", "seconds_of", "worth"]
+__all__ = ["DIFFERENCES", "differences_text", "facts_text", "pipeline_text", "precise", "seconds_of", "worth"]
 
 _WIDTH = 13  # of the column of topics
 _MOST_ATTEMPTS = 8
@@ -32,15 +32,18 @@ def pipeline_text(shown: Shown, other: Shown | None = None) -> str:
 
     Times are printed as nanoseconds in their largest fitting unit, which holds where the problem's unit is that.
     """
-    facts = facts_of(shown)
-    lines = [*_overall(facts), "", *_by_rank(facts.ranks)]
-    text = "\n".join(_printable(line) for line in lines)
-    return text if other is None else f"{text}\n\n{differences_text(shown, other)}"
+    return facts_text(facts_of(shown), None if other is None else facts_of(other))
 
 
-def differences_text(shown: Shown, other: Shown) -> str:
+def facts_text(facts: PipelineFacts, other: PipelineFacts | None = None) -> str:
+    """The same of what has been counted already."""
+    text = "\n".join(_printable(line) for line in (*_overall(facts), "", *_by_rank(facts.ranks)))
+    return text if other is None else f"{text}\n\n{differences_text(facts, other)}"
+
+
+def differences_text(facts: PipelineFacts, other: PipelineFacts) -> str:
     """A table of what differs, of each figure by how much of that of ``other``."""
-    return "\n".join(_printable(line) for line in _differences(facts_of(shown), facts_of(other)))
+    return "\n".join(_printable(line) for line in _differences(facts, other))
 
 
 def seconds_of(time: int) -> str:

@@ -147,7 +147,7 @@ function drawBoxes(chart, rank, lane, seen) {
   const height = lane === "computes" ? chart.layout.box : BESIDE - 2;
   const top = rowOf(chart, rank)[lane];
   let current = null;
-  for (let index = firstAfter(finish, view.x0); index < kind.length && start[index] <= view.x1; index++) {
+  for (let index = firstAfter(finish, view.x0 - 1); index < kind.length && start[index] <= view.x1; index++) {
     const x = snapped(chart, toX(chart, start[index]));
     const width = snapped(chart, toX(chart, finish[index])) - x;
     const colour = colourOf(schedule, kind[index], stage[index]);
