@@ -75,7 +75,7 @@ def workshop_for(problem: PipelineProblem) -> Workshop:
         for edge in lanes.edges[lane["before"] : lane["before_end"]]:
             sender = edge["lane"]
             early[k] = max(early[k], early[sender] + lanes.lane[sender]["duration"] + edge["lag"])
-    period = max(problem.work_ns) / problem.microbatches
+    period = max(1, *problem.work_ns) / problem.microbatches  # also where nothing takes any time
     return Workshop(problem, lanes, room_for(lanes), desk_for(lanes), early, period, _least(lanes))
 
 
