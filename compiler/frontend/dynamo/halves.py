@@ -43,6 +43,9 @@ class StageGraphs:
     returns gradients of the inputs in ``input_gradients``, by index among the tensors, and is ``None`` where there are
     none; ``weight_gradient`` those of the parameters in ``parameter_gradients``.
 
+    ``differentiable`` are the outputs, by index, that have a gradient; ``output_gradients`` are like these, and
+    ``examples`` like the outputs, but fake tensors.
+
     ``held`` says where each value that passes the end of F comes from (a place, or ``None`` for what F gives), and
     ``kept`` likewise of what passes the end of I. ``result``, ``constants`` and ``is_tensor`` are the joint graph's.
     """
@@ -58,6 +61,7 @@ class StageGraphs:
     parameter_gradients: tuple[str, ...]
     differentiable: frozenset[int]
     output_gradients: Mapping[int, torch.Tensor]
+    examples: tuple[torch.Tensor, ...]
     result: pytree.TreeSpec
     constants: tuple[Any, ...]
     is_tensor: tuple[bool, ...]
@@ -119,6 +123,7 @@ class _Writer:
             tuple(joint.parameter_gradients),
             joint.differentiable,
             {p.index: n.meta["val"] for n, p in joint.places.items() if p.kind is PlaceKind.OUTPUT_GRADIENT},
+            tuple(node.meta["val"] for node in joint.outputs),
             joint.result,
             joint.constants,
             joint.is_tensor,

@@ -5,7 +5,7 @@ until W, and beside it the gradients where it stopped. A ``SplitStage`` runs thr
 runtime through ``dw_builder``::
 
     stage = SplitStage(block, (x,))  # x as the stage will get it: shape, dtype, requires_grad
-    pipe = stage.pipeline_stage(index, stages, device)  # a PipelineStage with dw_builder and static metadata
+    pipe = SplitPipelineStage(stage, index, stages, device)  # a PipelineStage with dw_builder and static metadata
     schedule = _PipelineScheduleRuntime([pipe], microbatches, loss_fn=...)
 """
 
@@ -19,8 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from ....errors import ExecutionError
-from ...frontend.dynamo.halves import split
+from ....errors import ExecutionError, OptionError
+from ...frontend.dynamo.halves import StageGraphs, split
 from .halves_microbatch import Deferred, Microbatch, Program
 from .halves_run import Compile, decompositions, eager, inductor
 
@@ -63,12 +63,13 @@ class SplitStage(nn.Module):
         self._is_compiled = bool(compile)
         self._programs: dict[Any, Program] = {}
         self._deferred: Deferred | None = None
-        self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._example: tuple[tuple[torch.Tensor, ...], StageGraphs] | None = None
         if example_inputs is not None:
             args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-            self._example = (args, dict(example_kwargs or {}))
             with torch.enable_grad():
-                self._program(*self._example)
+                program = self._program(args, dict(example_kwargs or {}))
+            given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self._example = (tuple(_without_values(tensor, tensor.requires_grad) for tensor in given), program.graphs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``module`` returns; behind it the backward is split."""
@@ -100,13 +101,25 @@ class SplitStage(nn.Module):
             hint="run the backward of the stage's outputs first; each backward has one W",
         )
 
+    def boundary(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Tensors without values, on ``meta``, like the example's positional inputs and what is returned for them.
+
+        Raises:
+            OptionError: the stage was made without an example.
+        """
+        if self._example is None:
+            raise OptionError(f"{self._name} has no example inputs", hint="SplitStage(module, example_inputs)")
+        inputs, graphs = self._example
+        made = enumerate(graphs.examples)
+        return inputs, tuple(_without_values(tensor, index in graphs.differentiable) for index, tensor in made)
+
     def _take(self, deferred: Deferred) -> None:
         """Keep what W needs until ``dw_builder`` takes it."""
         if self._deferred is not None:
             raise ExecutionError(
                 f"a backward of {self._name} ran, and nobody took its W before the next one",
                 hint="give PipelineStage dw_builder=stage.dw_builder, and input_args and output_args: without them it "
-                "runs a backward of its own to infer shapes; stage.pipeline_stage(...) does so",
+                "runs a backward of its own to infer shapes; SplitPipelineStage does so",
             )
         self._deferred = deferred
 
@@ -132,6 +145,11 @@ class SplitStage(nn.Module):
         devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)})
         casts = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices)
         return call, given, own, modes, casts
+
+
+def _without_values(tensor: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return made.requires_grad_(requires_grad)
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 from ....errors import ExecutionError
 from ...frontend.dynamo.halves import Half, StageGraphs
 from ...frontend.dynamo.halves_joint import Place, PlaceKind
-from .halves_run import Boxed, Compile
+from .halves_run import Boxed, Compile, without_autocast
 
 __all__ = ["Deferred", "Microbatch", "Program"]
 
@@ -166,8 +166,3 @@ def _as_expected(gradient: torch.Tensor | None, expected: torch.Tensor) -> torch
         return gradient.detach()
     made = torch.empty_strided(shape, expected.stride(), dtype=dtype, device=device)
     return made.zero_() if gradient is None else made.copy_(gradient)
-
-
-def without_autocast() -> Any:
-    """Graphs have their casts as operators."""
-    return torch._C._DisableAutocast()

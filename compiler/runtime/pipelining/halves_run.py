@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from ...frontend.dynamo.halves_joint import Decompositions
 
-__all__ = ["Boxed", "Compile", "Freeing", "decompositions", "eager", "inductor"]
+__all__ = ["Boxed", "Compile", "Freeing", "decompositions", "eager", "inductor", "without_autocast"]
 
 #: Runs a graph; takes its arguments out of the list.
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -102,8 +103,16 @@ def inductor(module: fx.GraphModule, phase: str) -> Boxed:
 
     from ...frontend.dynamo.traced import copied
 
-    examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    changed = copied(module)
+    examples = [node.meta["val"] for node in changed.graph.find_nodes(op="placeholder")]
     mode = next((value.fake_mode for value in examples if hasattr(value, "fake_mode")), None)
-    with config.patch(fallback_random=True), tracing(TracingContext(mode)):
-        run: Boxed = compile_fx_inner(copied(module), examples, is_backward=phase != "forward")
+    output = changed.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]  # strides stay
+    with config.patch(fallback_random=True), tracing(TracingContext(mode)), without_autocast():
+        run: Boxed = compile_fx_inner(changed, examples, is_backward=phase != "forward")
     return run
+
+
+def without_autocast() -> Any:
+    """A context for graphs: they have their casts as operators."""
+    return torch._C._DisableAutocast()
