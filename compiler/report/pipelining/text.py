@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..text import PROVERS
 from ..units import format_bytes, format_count, format_percent, format_seconds, plural
-from .facts import PipelineFacts, RankFacts, Shown, facts_of
+from .facts import AttemptFacts, PipelineFacts, RankFacts, Shown, facts_of
 
 __all__ = ["DIFFERENCES", "differences_text", "facts_text", "pipeline_text", "precise", "seconds_of", "worth"]
 
@@ -82,13 +82,21 @@ def _overall(facts: PipelineFacts) -> Iterator[str]:
     if over:
         yield _topic("", f"OVER THE LIMIT on {plural(len(over), 'rank')}: {', '.join(str(r.rank) for r in over)}")
     yield _topic("messages", f"{format_count(facts.sent)}, {format_bytes(facts.sent_bytes)}")
-    best = sorted(facts.attempts, key=lambda a: (a.value is None, a.value))[:_MOST_ATTEMPTS]
-    for position, attempt in enumerate(best):
-        value = "found nothing" if attempt.value is None else precise(attempt.value)
-        taken = f"{attempt.method}: {value}, in {format_seconds(attempt.seconds)}"
+    records = _records(facts)
+    for position, attempt in enumerate(records):
+        taken = f"{attempt.method}: {precise(attempt.value or 0)}, in {format_seconds(attempt.seconds)}"
         yield _topic("tried" if position == 0 else "", taken)
-    if len(facts.attempts) > len(best):
-        yield _topic("", f"and {len(facts.attempts) - len(best)} that reached less")
+    if len(facts.attempts) > len(records):
+        yield _topic("" if records else "tried", f"and {plural(len(facts.attempts) - len(records), 'other')}")
+
+
+def _records(facts: PipelineFacts) -> list[AttemptFacts]:
+    """Attempts that were better than all before them; the last few."""
+    records: list[AttemptFacts] = []
+    for attempt in facts.attempts:
+        if attempt.value is not None and (not records or attempt.value < (records[-1].value or 0)):
+            records.append(attempt)
+    return records[-_MOST_ATTEMPTS:]
 
 
 def _bubble(fraction: float) -> str:

@@ -63,11 +63,14 @@ def test_columns_stand_below_each_other(name: str) -> None:
 
 def test_a_proof_is_told_with_what_was_tried() -> None:
     schedule = pipelines.plain()
-    attempts = (Row("gpipe", 400), Row("exact", None))
+    attempts = (Row("gpipe", 400), Row("exact", None), Row("2bp", 390), Row("list", 395))
     text = pipeline_text(Solution(schedule, "makespan", Proof(296), attempts))
     assert "at most 20.0 % could be saved: makespan at least 296 ns by an analytic argument" in text
     assert "gpipe: 400 ns, in 250 ms" in text
-    assert "exact: found nothing" in text
+    assert [line.strip() for line in text.splitlines() if "2bp" in line or "other" in line] == [
+        "2bp: 390 ns, in 250 ms",
+        "and 2 others",
+    ]
     assert "optimal: makespan" in pipeline_text(Solution(schedule, "makespan", Proof(370)))
 
 
