@@ -7,7 +7,9 @@ count a microbatch too many, and modules that keep something for their W keep to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -15,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ....errors import ExecutionError
-from .modules import forward, left_as_it_was
+from ....errors import ExecutionError, OpweaveError
+from .modules import forward, left_as_it_was, why_whole
 from .together import Group, together
 
-__all__ = ["TensorFacts", "boundaries_of", "buffer_bytes"]
+__all__ = ["Boundary", "Chain", "TensorFacts", "buffer_bytes", "chain_of"]
+
+_T = TypeVar("_T")
 
 
 class TensorFacts(msgspec.Struct, frozen=True):
@@ -55,14 +59,26 @@ class TensorFacts(msgspec.Struct, frozen=True):
 Boundary = tuple[TensorFacts, ...]
 
 
-def boundaries_of(
+@dataclass(frozen=True)
+class Chain:
+    """What is known of all stages on every rank.
+
+    ``boundaries`` are the inputs of each stage, and at the end the outputs of the last, for one microbatch. ``whole``
+    are the stages whose backward cannot be split into I and W, with the reason.
+    """
+
+    boundaries: tuple[Boundary, ...]
+    whole: Mapping[int, str]
+
+
+def chain_of(
     modules: Mapping[int, nn.Module],
     inputs: Sequence[Tensor] | None,
     ranks: Sequence[int],
     device: torch.device,
     group: Group = None,
-) -> tuple[Boundary, ...]:
-    """The inputs of each stage, and at the end the outputs of the last, for one microbatch; the same on every rank.
+) -> Chain:
+    """What passes between the stages, found on their ranks and told to all.
 
     ``modules`` are this rank's stages, ``ranks`` the rank of every stage, ``inputs`` one microbatch's for stage 0,
     needed on its rank. Each stage runs forward once; what that changes is put back.
@@ -71,32 +87,42 @@ def boundaries_of(
         ExecutionError: on every rank: a stage fails, or hands on something that cannot be sent.
     """
     here = dist.get_rank(group)
-    chain: list[Boundary] = []
-    box: list[Boundary | None] = [None]
-    if here == ranks[0]:
-        box[0] = together(lambda: tuple(TensorFacts.of(tensor) for tensor in inputs or ()), group)
-    else:
-        together(lambda: None, group)
-    dist.broadcast_object_list(box, group=group, group_src=ranks[0])
-    chain.append(box[0] or ())
+    given = together(lambda: tuple(map(TensorFacts.of, inputs or ())) if here == ranks[0] else (), group)
+    chain: list[Boundary] = [_told(given, ranks[0], group)]
+    whole: dict[int, str] = {}
     for stage, rank in enumerate(ranks):
-        given = inputs if stage == 0 else [facts.zeros(device) for facts in chain[-1]]
-        last = stage == len(ranks) - 1
 
-        def found(stage: int = stage, given: Sequence[Tensor] = given or (), last: bool = last) -> Boundary | None:
-            return _outputs(stage, modules[stage], given, device, last) if ranks[stage] == here else None
+        def found(stage: int = stage, rank: int = rank) -> tuple[Boundary, str]:
+            if rank != here:
+                return (), ""
+            values = inputs if stage == 0 else [facts.zeros(device) for facts in chain[-1]]
+            return _outputs(stage, modules[stage], values or (), device, stage == len(ranks) - 1)
 
-        box = [together(found, group)]
-        dist.broadcast_object_list(box, group=group, group_src=rank)
-        chain.append(box[0] or ())
-    return tuple(chain)
+        boundary, reason = _told(together(found, group), rank, group)
+        chain.append(boundary)
+        if reason:
+            whole[stage] = reason
+    return Chain(tuple(chain), whole)
 
 
-def _outputs(stage: int, module: nn.Module, inputs: Sequence[Tensor], device: torch.device, last: bool) -> Boundary:
+def _told(value: _T, rank: int, group: Group) -> _T:
+    """The value that ``rank`` has."""
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=rank)
+    return box[0]
+
+
+def _outputs(
+    stage: int, module: nn.Module, inputs: Sequence[Tensor], device: torch.device, last: bool
+) -> tuple[Boundary, str]:
     try:
         with left_as_it_was(module, device), torch.enable_grad():
             outputs = forward(module, inputs)
             found = tuple(TensorFacts.of(out) if _plain(out) else out for out in outputs)
+            tensors = [out for out in outputs if isinstance(out, Tensor)]
+            reason = why_whole(module, stage, inputs, tensors)
+    except OpweaveError:
+        raise
     except Exception as error:
         shapes = ", ".join(str(TensorFacts.of(tensor)) for tensor in inputs)
         raise ExecutionError(
@@ -110,7 +136,7 @@ def _outputs(stage: int, module: nn.Module, inputs: Sequence[Tensor], device: to
                 f"stage {stage} returns {what}; stages hand on plain tensors",
                 hint="return a tensor or a tuple of tensors; gather DTensors at the end of the stage (`to_local`)",
             )
-    return tuple(out for out in found if isinstance(out, TensorFacts))
+    return tuple(out for out in found if isinstance(out, TensorFacts)), reason
 
 
 def _plain(value: object) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ...pipelining.problem import PipelineProblem, Route, Stage
 from ...pipelining.schedule import Action, ActionKind, PipelineSchedule
-from .boundaries import Boundary, buffer_bytes
+from .boundaries import Chain, buffer_bytes
 from .execute import Loss, Runner
 from .memory import held_by
-from .modules import can_split, left_as_it_was
+from .modules import left_as_it_was
 from .profile import Stopwatch, measured_problem, measured_sends
 from .together import Group, gathered, together
 
@@ -52,7 +52,7 @@ def one_after_the_other(problem: PipelineProblem, whole: Collection[int]) -> Pip
 
 def calibrated(
     modules: Mapping[int, nn.Module],
-    boundaries: Sequence[Boundary],
+    chain: Chain,
     inputs: Sequence[Tensor],
     target: Tensor | None,
     loss: Loss,
@@ -74,10 +74,10 @@ def calibrated(
         ExecutionError: a stage fails, on every rank.
     """
     number = dist.get_world_size(group)
-    whole = {stage for own in gathered([s for s, m in modules.items() if not can_split(m)], group) for stage in own}
+    boundaries = chain.boundaries
     blank = tuple(Stage(rank, 1, 1, 1) for rank in ranks)
     few = PipelineProblem(number, blank, (Route(tuple(range(len(ranks))), MICROBATCHES),), name="calibration")
-    runner = Runner(modules, one_after_the_other(few, whole), boundaries, loss, device=device, group=group)
+    runner = Runner(modules, one_after_the_other(few, chain.whole), chain, loss, device=device, group=group)
     watch = Stopwatch(runner)
     with ExitStack() as stack:
         for module in modules.values():
@@ -91,9 +91,9 @@ def calibrated(
             dist.barrier(group)
             with watch.running():
                 runner.step(batch, targets)
-    timed = measured_problem(few, watch.seconds, group, whole=whole)
+    timed = measured_problem(few, watch.seconds, group, whole=chain.whole)
     sends = measured_sends(boundaries, ranks, device, group)
-    held = together(lambda: _held(modules, boundaries, inputs, target, loss, device, resident), group)
+    held = together(lambda: _held(modules, chain, inputs, target, loss, device, resident), group)
     bytes_of = {stage: facts for own in gathered(held, group) for stage, facts in own.items()}
     stages = [
         msgspec.structs.replace(stage, **bytes_of[index], forward_send_ns=ahead, backward_send_ns=back)
@@ -109,7 +109,7 @@ def calibrated(
 
 def _held(
     modules: Mapping[int, nn.Module],
-    boundaries: Sequence[Boundary],
+    chain: Chain,
     inputs: Sequence[Tensor],
     target: Tensor | None,
     loss: Loss,
@@ -117,11 +117,12 @@ def _held(
     resident: Callable[[nn.Module], int],
 ) -> dict[int, dict[str, Any]]:
     """The fields of `Stage` that are bytes, by stage."""
+    boundaries = chain.boundaries
     found: dict[int, dict[str, Any]] = {}
     for stage, module in modules.items():
         is_last = stage == len(boundaries) - 2
         given = inputs if stage == 0 else [facts.zeros(device) for facts in boundaries[stage]]
-        held = held_by(module, given, loss if is_last else None, target, first=stage == 0)
+        held = held_by(module, given, loss if is_last else None, target, first=stage == 0, whole=stage in chain.whole)
         ahead = 0 if is_last else sum(facts.nbytes for facts in boundaries[stage + 1])
         back = sum(facts.nbytes for facts in boundaries[stage] if facts.requires_grad)
         found[stage] = {

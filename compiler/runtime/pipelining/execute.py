@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from ....errors import ExecutionError, OptionError
 from ...pipelining.schedule import PipelineSchedule
-from .boundaries import Boundary, TensorFacts
+from .boundaries import Boundary, Chain, TensorFacts
 from .checks import check_lowered
 from .emit import check_emittable
 from .lowering import load, runtime_class
@@ -34,7 +34,7 @@ _FORWARD_KINDS = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 
 
 class Runner:
-    """``schedule`` on this rank: ``modules`` are its stages, ``boundaries`` what `boundaries_of` found.
+    """``schedule`` on this rank: ``modules`` are its stages, ``chain`` what `chain_of` found.
 
     ``losses`` are those of the last step's microbatches, in order, on the last stage's rank; empty elsewhere.
 
@@ -47,13 +47,13 @@ class Runner:
         self,
         modules: Mapping[int, nn.Module],
         schedule: PipelineSchedule,
-        boundaries: Sequence[Boundary],
+        chain: Chain,
         loss: Loss,
         *,
         device: torch.device,
         group: Group = None,
     ) -> None:
-        self.schedule, self.boundaries = schedule, tuple(boundaries)
+        self.schedule, self.chain = schedule, chain
         self.modules = dict(sorted(modules.items()))
         self.device, self.group = device, group
         self.losses: list[Tensor] = []
@@ -105,7 +105,7 @@ class Runner:
                 f"rank {self.here} has modules of stages {list(self.modules)}; the schedule gives it {list(own)}"
             )
         check_emittable(self.schedule)
-        check_kinds(self.modules, self.schedule)
+        check_kinds(self.chain.whole, self.schedule)
 
     def _load(self) -> dict[int, tuple[str, ...]]:
         lowered = load(self.runtime, self.schedule)
@@ -119,8 +119,8 @@ class Runner:
                 stage,
                 len(self.ranks),
                 self.device,
-                input_args=self._samples(self.boundaries[stage]),
-                output_args=self._samples(self.boundaries[stage + 1]),
+                input_args=self._samples(self.chain.boundaries[stage]),
+                output_args=self._samples(self.chain.boundaries[stage + 1]),
                 group=self.group,
                 dw_builder=splitter(module),
             )
@@ -151,7 +151,7 @@ class Runner:
     def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
         if 0 not in self.modules:
             return
-        wanted = self.boundaries[0]
+        wanted = self.chain.boundaries[0]
         if len(inputs) != len(wanted):
             raise OptionError(f"the pipeline takes {len(wanted)} inputs, not {len(inputs)}")
         for number, (given, facts) in enumerate(zip(inputs, wanted, strict=True)):

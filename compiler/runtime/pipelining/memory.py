@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .execute import Loss
-from .modules import can_split, forward, left_as_it_was, splitter
+from .modules import forward, left_as_it_was, splitter
 
 __all__ = ["Held", "held_by", "saved_by"]
 
@@ -31,11 +31,13 @@ class Held:
     between_gradients_bytes: int
 
 
-def held_by(module: nn.Module, inputs: Sequence[Tensor], loss: Loss | None, target: Any, *, first: bool) -> Held:
+def held_by(
+    module: nn.Module, inputs: Sequence[Tensor], loss: Loss | None, target: Any, *, first: bool, whole: bool
+) -> Held:
     """What ``module`` holds for a microbatch of ``inputs``; of the last stage with its ``loss`` of ``target``.
 
     A split backward in eager mode frees nothing at I, and adds the gradients at which its W begins, but on the first
-    stage, where I does nothing. A compiled stage, whose backward is whole, holds all until I. A stage that splits its
+    stage, where I does nothing. A stage whose backward is ``whole`` holds all until I. A stage that splits its
     backward itself says what it holds in ``held_bytes``: until I, until W, between.
     """
     told = getattr(module, "held_bytes", None)
@@ -52,7 +54,7 @@ def held_by(module: nn.Module, inputs: Sequence[Tensor], loss: Loss | None, targ
         known |= _storages(outputs if loss is None else ())
         saved = {key: size for key, size in saved_by(ends).items() if key not in known}
         total = sum(saved.values())
-        if not can_split(module):
+        if whole:
             return Held(total, 0, 0)
         if first:
             return Held(0, total, 0)

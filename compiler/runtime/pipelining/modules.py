@@ -7,18 +7,64 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from ....errors import ExecutionError, ModelError
 from ...pipelining.schedule import ActionKind, PipelineSchedule
 
-__all__ = ["Seams", "can_split", "check_kinds", "check_ties", "forward", "is_compiled", "left_as_it_was", "splitter"]
+__all__ = ["Seams", "check_kinds", "check_ties", "forward", "left_as_it_was", "splitter", "why_whole"]
 
 
-def is_compiled(module: nn.Module) -> bool:
+def splitter(module: nn.Module) -> Callable[[], Callable[[], None]] | None:
+    """The module's own ``dw_builder``, for a stage that splits its backward itself; ``None`` if it does not.
+
+    Called right behind a backward that left the weights' gradients out, it returns what computes them.
+
+    Raises:
+        ModelError: a part of the module splits its backward, where torch would never ask for the other half.
+    """
+    found = getattr(module, "dw_builder", None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    inner = next((name for name, part in module.named_modules() if callable(getattr(part, "dw_builder", None))), None)
+    if inner is not None:
+        raise ModelError(
+            f"{inner!r} of a {type(module).__name__} splits its backward, and torch never computes the second half",
+            hint="a SplitStage is a stage itself: wrap what it wraps, or shard it with fully_shard",
+        )
+    return None
+
+
+def why_whole(module: nn.Module, stage: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
+    """Why the backward of ``module`` must not be split into I and W by torch; empty if it may be.
+
+    ``outputs`` are of one forward from ``inputs``. The first stage's I does nothing, and its W everything.
+    """
+    if splitter(module) is not None:
+        return ""
+    if _is_compiled(module):
+        return "torch.compile makes one graph of its backward, which would run whole for I, and again for W"
+    if stage == 0:
+        return ""
+    if (
+        isinstance(module, DistributedDataParallel | FullyShardedDataParallel)
+        and dist.get_world_size(_group(module)) > 1
+    ):
+        return f"{type(module).__name__} reduces gradients in hooks of autograd, which W does not call"
+    for number, output in enumerate(outputs):
+        if output.requires_grad and not _depends(output, inputs):
+            return (
+                f"its output {number} does not depend on an input that needs a gradient, and what its weights get from "
+                "there would be lost in W"
+            )
+    return ""
+
+
+def _is_compiled(module: nn.Module) -> bool:
     """Whether ``module``, or a part of it, runs through ``torch.compile``."""
     compiled = torch._dynamo.OptimizedModule
     return any(
@@ -27,31 +73,36 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-def splitter(module: nn.Module) -> Callable[[], Callable[[], None]] | None:
-    """The module's own ``dw_builder``, for a stage that splits its backward itself; ``None`` if it does not.
-
-    Called right behind a backward that left the weights' gradients out, it returns what computes them.
-    """
-    found = getattr(module, "dw_builder", None)
-    return found if callable(found) else None
+def _group(module: nn.Module) -> Any:
+    return module.process_group
 
 
-def can_split(module: nn.Module) -> bool:
-    """Whether I and W are two computations: torch splits eager autograd, and a module may bring its own way."""
-    return splitter(module) is not None or not is_compiled(module)
+def _depends(output: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a backward from ``output`` reaches one of ``inputs``."""
+    wanted = {id(tensor) for tensor in inputs if tensor.requires_grad}
+    seen: set[Any] = set()
+    stack = [output.grad_fn]
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        stack += [behind for behind, _ in node.next_functions]
+    return False
 
 
-def check_kinds(modules: Mapping[int, nn.Module], schedule: PipelineSchedule) -> None:
-    """Raises ExecutionError if a stage's backward is split that cannot be: torch would run it twice, or fail."""
+def check_kinds(whole: Mapping[int, str], schedule: PipelineSchedule) -> None:
+    """Raises ExecutionError if ``schedule`` splits a backward that is ``whole``, by stage, for a reason."""
     split = (ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT)
     for order in schedule.orders:
         for action in order:
-            if action.stage in modules and action.kind in split and not can_split(modules[action.stage]):
+            if action.stage in whole and action.kind in split:
                 raise ExecutionError(
-                    f"the schedule has {action}, but stage {action.stage} is compiled: torch.compile makes one graph "
-                    "of its backward, which torch would run whole for I, and again for W",
-                    hint="give such stages whole backwards (see `whole_backwards`), or modules that are split "
-                    "before they are compiled (SplitStage)",
+                    f"the schedule has {action}, but the backward of stage {action.stage} cannot be split: "
+                    f"{whole[action.stage]}",
+                    hint="let this stage do B (see `whole_backwards`), or make a SplitStage of its module",
                 )
 
 
@@ -148,7 +199,8 @@ class Seams:
 
     @staticmethod
     def _enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_Packed.apply(i) if isinstance(i, Tensor) and i.requires_grad else i for i in inputs)
+        packed: Any = _Packed.apply
+        return tuple(packed(i) if isinstance(i, Tensor) and i.requires_grad else i for i in inputs)
 
     @staticmethod
     def _leave(module: nn.Module, inputs: Any, outputs: Any) -> Any:

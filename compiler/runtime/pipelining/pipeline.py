@@ -16,13 +16,13 @@ from ....errors import ExecutionError, OptionError
 from ...pipelining.problem import PipelineProblem
 from ...pipelining.schedule import PipelineSchedule, TimedSchedule
 from ...pipelining.simulate import timed
-from .boundaries import Boundary, boundaries_of
+from .boundaries import Chain, chain_of
 from .calibrate import calibrated, weights_and_gradients
 from .emit import renumbered, whole_backwards
 from .execute import Loss, Runner
-from .modules import Seams, can_split, check_ties
+from .modules import Seams, check_ties
 from .profile import Stopwatch, measured_problem
-from .together import Group, decided, gathered, together
+from .together import Group, decided, together
 
 __all__ = ["Pipeline", "Planned", "Planner"]
 
@@ -83,7 +83,8 @@ class Pipeline:
         self._seams = [Seams(module) for module in self.modules.values()]
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
         first = together(lambda: [self._first(tensor) for tensor in inputs], self.group)
-        self.boundaries: tuple[Boundary, ...] = boundaries_of(self.modules, first, self.ranks, self.device, self.group)
+        #: What passes between stages, and which of them cannot split their backward.
+        self.chain: Chain = chain_of(self.modules, first, self.ranks, self.device, self.group)
         #: What the planner said of the schedule, if it says more than that.
         self.solution: Any = None
         if schedule is None:
@@ -149,7 +150,7 @@ class Pipeline:
             ExecutionError: no step was measured.
         """
         seconds = self._watch.seconds if self._watch else {}
-        return measured_problem(self.problem, seconds, self.group, whole=self._unsplit())
+        return measured_problem(self.problem, seconds, self.group, whole=self.chain.whole)
 
     def replan(self, planner: Planner | None = None) -> PipelineSchedule:
         """Choose a schedule again, for the times of the measured steps; the next step executes it.
@@ -215,7 +216,7 @@ class Pipeline:
         limits = (memory_limit,) * number if isinstance(memory_limit, int) else memory_limit
         return calibrated(
             self.modules,
-            self.boundaries,
+            self.chain,
             inputs,
             target,
             self.loss,
@@ -227,11 +228,6 @@ class Pipeline:
             resident=resident,
         )
 
-    def _unsplit(self) -> set[int]:
-        """Stages, of all ranks, whose backward is whole whatever the schedule says."""
-        own = [stage for stage, module in self.modules.items() if not can_split(module)]
-        return {stage for stages in gathered(own, self.group) for stage in stages}
-
     def _planned(self, problem: PipelineProblem) -> PipelineSchedule:
         """What the planner chooses on the first rank of all, known to all."""
         planner = self._planner
@@ -239,12 +235,10 @@ class Pipeline:
         chosen = decided(lambda: planner(problem), self._everyone)
         self.solution = None if isinstance(chosen, PipelineSchedule) else chosen
         schedule = chosen if isinstance(chosen, PipelineSchedule) else chosen.timed.schedule
-        return renumbered(whole_backwards(schedule, self._unsplit()))
+        return renumbered(whole_backwards(schedule, self.chain.whole))
 
     def _run_by(self, schedule: PipelineSchedule) -> Runner:
-        return Runner(
-            self.modules, renumbered(schedule), self.boundaries, self.loss, device=self.device, group=self.group
-        )
+        return Runner(self.modules, renumbered(schedule), self.chain, self.loss, device=self.device, group=self.group)
 
 
 def _groups(mesh: DeviceMesh | None) -> tuple[Group, Group]:
