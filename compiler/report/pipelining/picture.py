@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ...pipelining.schedule import ActionKind
-from ..figure import PIXELS_WIDE, Rectangle, legend, plain, save
+from ..figure import PIXELS_WIDE, Rectangle, plain, save
 from ..palette import CAPACITY_COLOUR
 from ..units import format_bytes, format_seconds
 from .colours import COLOURS, HELD, REDUCE, chunks_of, shaded
@@ -32,6 +33,7 @@ _BESIDE = (0.51, 0.58)
 _HELD = (0.62, 0.94)
 _LEAST_LABEL = 9.0  # pixels that a microbatch's number needs, and 4 more for each further digit
 _MOST_LABELS = 6000
+_LEGEND: dict[str, Any] = {"bbox_to_anchor": (1, 1), "borderaxespad": 2.2, "frameon": False, "fontsize": 10}
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def _draw(axes: Axes, panel: _Panel) -> None:
     handles.append(Patch(facecolor=HELD, label="bytes held"))
     if panel.facts.ranks[0].limit_bytes is not None:
         handles.append(Patch(facecolor=CAPACITY_COLOUR, label="limit"))
-    legend(axes, handles)
+    # At the height of the title, since the line below it may be long.
+    axes.legend(handles=handles, loc="lower right", ncols=len(handles), **_LEGEND)
 
 
 def _boxes(panel: _Panel) -> Iterator[tuple[ActionKind, str, Rectangle]]:
