@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 import msgspec
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+import opweave
 from opweave.cli import app
 from opweave.cli.pipeline_problems import parse_time
 from opweave.compiler.pipelining.placement import placed, uniform
 from opweave.compiler.pipelining.problem import Stage
 from opweave.compiler.pipelining.simulate import timed
-from opweave.compiler.report.pipelining import load_schedule
+from opweave.compiler.report.pipelining import load_problem, load_schedule
 from opweave.errors import ExecutionError, Infeasible, OptionError, PlanError
 
 # The 6.2B row of Zero Bubble's table (arXiv 2401.10241), with 24 microbatches on 8 ranks.
@@ -178,3 +181,15 @@ def test_errors_reach_the_shell_as_documented() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == OptionError.exit_code
     assert done.stderr.startswith("error[option]: there is no schedule 'nothing'")
+
+
+def test_the_documented_options_exist_and_the_documented_problem_is_one(tmp_path: Path) -> None:
+    text = (Path(opweave.__file__).resolve().parent / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    (problem,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "p.toml").write_text(problem)
+    assert load_problem(tmp_path / "p.toml").ranks == 2
+    command = typer.main.get_command(app).commands["pipeline"]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in parameter.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named <= known
+    assert known - named <= {"--output"}  # as -o
