@@ -201,7 +201,7 @@ def problem_for(
     about = _entry(name).about
     if chunks is not None and about.chunks not in (None, chunks):
         raise OptionError(f"schedule {name!r} has {about.chunks} chunks on each rank, not {chunks}")
-    number = chunks or about.chunks or _CHUNKS
+    number = about.chunks or _CHUNKS if chunks is None else chunks
     if about.placement == "both ways":
         problem = _both_ways(stage, ranks, microbatches, number, memory_limit)
     else:

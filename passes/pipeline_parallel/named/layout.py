@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from ....compiler.pipelining.placement import placed
 from ....compiler.pipelining.problem import PipelineProblem
 from ....compiler.pipelining.schedule import Action, ActionKind
+from ....compiler.pipelining.tasks import tasks_of
 from ....errors import OptionError
 
 __all__ = ["Layout", "Order", "Orders", "lay_out", "opposed"]
@@ -29,6 +31,17 @@ class Layout:
         """How many stages of the route are before each of ``stages``."""
         place = {stage: index for route in self.problem.routes for index, stage in enumerate(route.stages)}
         return tuple(tuple(place[stage] for stage in stages) for stages in self.stages)
+
+    @cached_property
+    def lags(self) -> Mapping[tuple[ActionKind, int], int]:
+        """By kind, F or I, and stage: what passes before it and behind the same action of the neighbouring stage."""
+        tasks = tasks_of(self.problem, self.problem.route_of[self.first])
+        return {
+            (task.kind, task.stage): lag
+            for task in tasks
+            for index, lag in task.after
+            if tasks[index].kind is task.kind
+        }
 
     @property
     def ranks(self) -> int:

@@ -115,14 +115,13 @@ class _Play:
         """When the operand of the rank's next F or I from another rank is there; 0 if there is none."""
         number = self.done(rank, kind)
         if kind is _FORWARD and rank > 0:
-            return self.finish[rank - 1, kind, number] + self.lag(rank - 1, kind)
+            return self.finish[rank - 1, kind, number] + self.lag(rank, kind)
         if kind is _INPUT and rank + 1 < self.layout.ranks:
-            return self.finish[rank + 1, kind, number] + self.lag(rank + 1, kind)
+            return self.finish[rank + 1, kind, number] + self.lag(rank, kind)
         return 0
 
-    def lag(self, sender: int, kind: ActionKind) -> int:
-        stage = self.stages[sender]
-        return stage.forward_send_ns if kind is _FORWARD else stage.backward_send_ns
+    def lag(self, rank: int, kind: ActionKind) -> int:
+        return self.layout.lags[kind, self.layout.stages[rank][0]]
 
     def do(self, rank: int, kind: ActionKind) -> None:
         self.held[rank] += self.needs(rank, kind)
@@ -157,7 +156,7 @@ class _Play:
         more = [0] * self.layout.ranks
         back = self.free[-1] + self.costs[-1][_INPUT]
         for rank in reversed(self.ranks[:-1]):
-            back += self.lag(rank + 1, _INPUT)
+            back += self.lag(rank, _INPUT)
             free, held, cost = self.free[rank], self.held[rank], self.costs[rank][_FORWARD]
             while 1 + more[rank] < self.layout.microbatches:
                 held += self.needs(rank, _FORWARD)
@@ -168,8 +167,9 @@ class _Play:
                 more[rank] += 1
             back = max(free, back) + self.costs[rank][_INPUT]
         for rank in self.ranks[1:]:  # each rank fewer than the one before, lest it wait for a forward
-            while more[rank - 1] <= more[rank] and 0 < more[rank] < self.layout.microbatches - 1:
-                more[rank] -= 1
+            more[rank] = min(more[rank], more[rank - 1])
+            if more[rank] == more[rank - 1] < self.layout.microbatches - 1:
+                more[rank] = max(0, more[rank] - 1)
         return more
 
     def sweep(self, number: int) -> None:
@@ -195,7 +195,7 @@ class _Play:
             return False
         if self.done(rank, _FORWARD) < self.done(after, _FORWARD) + 2:
             return False
-        back = self.free[after] + self.costs[after][_FORWARD] + self.costs[after][_INPUT] + self.lag(after, _INPUT)
+        back = self.free[after] + self.costs[after][_FORWARD] + self.costs[after][_INPUT] + self.lag(rank, _INPUT)
         if self.free[rank] >= back:
             return True
         if self.free[rank] + self.costs[rank][_FORWARD] + self.freeing(rank) <= back:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Iterator
 
 from ....compiler.pipelining.problem import Stage
 from ....compiler.pipelining.schedule import ActionKind, PipelineSchedule
@@ -23,28 +24,44 @@ _DOWN, _UP = 0, 1  # the chunk of a rank that a microbatch meets first, and the 
 
 
 def zero_bubble_v_greedy(layout: Layout, objective: Objective) -> Orders:
-    """The best of all ways within the problem's memory limit, without one that of 1F1B; of equals the first.
+    """The best of all ways within the problem's memory limit; of equals the first.
+
+    Without a limit, within what as many microbatches as there are ranks hold, as in 1F1B, unless that is too little.
 
     Raises:
         OptionError: none of them keeps the limit.
     """
-    best: tuple[int, Orders] | None = None
+    limit = layout.problem.memory_limit
+    for limits in (_held_by_1f1b(layout), None) if limit is None else (limit,):
+        best = min(_ways(layout, limits, objective), key=lambda way: way[0], default=None)
+        if best is not None:
+            return best[1]
+    raise OptionError(f"no way of ZB-V keeps the memory limit of {limit} bytes")
+
+
+def _held_by_1f1b(layout: Layout) -> tuple[int, ...]:
+    limits = list(layout.problem.resident_bytes)
+    for rank, stages in enumerate(layout.stages):
+        for stage in stages:
+            costs = layout.problem.stages[stage]
+            later = costs.until_weight_gradient_bytes + costs.between_gradients_bytes
+            limits[rank] += layout.ranks * max(_forward_bytes(costs), later)
+    return tuple(limits)
+
+
+def _ways(layout: Layout, limits: tuple[int, ...] | None, objective: Objective) -> Iterator[tuple[int, Orders]]:
+    """What each way reaches; again with what it idled as long as that lessens the longest idle time."""
     for fill_input, fill_forward in itertools.product((True, False), repeat=2):
         idled: list[int] | None = None
         while True:
-            play = _Play(layout, fill_input, fill_forward, idled)
+            play = _Play(layout, limits, fill_input, fill_forward, idled)
             orders = play.orders()
             if orders is None:
                 break
-            value = value_of(timed(PipelineSchedule(layout.problem, orders)), objective)
-            if best is None or value < best[0]:
-                best = value, orders
+            yield value_of(timed(PipelineSchedule(layout.problem, orders)), objective), orders
             if idled is not None and max(play.idle) >= max(idled):
                 break
             idled = play.idle
-    if best is None:
-        raise OptionError(f"no way of ZB-V keeps the memory limit of {layout.problem.memory_limit} bytes")
-    return best[1]
 
 
 class _Full(Exception):
@@ -57,12 +74,19 @@ class _Play:
     ``idled`` are idle times by rank that another play had; up to the difference from the longest, a rank may idle.
     """
 
-    def __init__(self, layout: Layout, fill_input: bool, fill_forward: bool, idled: list[int] | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        limits: tuple[int, ...] | None,
+        fill_input: bool,
+        fill_forward: bool,
+        idled: list[int] | None,
+    ) -> None:
         self.layout, self.microbatches = layout, layout.microbatches
         self.fill_partly = {_INPUT: fill_input, _FORWARD: fill_forward}
         self.ranks = range(layout.ranks)
         self.stages = [[layout.problem.stages[stage] for stage in stages] for stages in layout.stages]
-        self.limits = layout.problem.memory_limit or self.held_by_1f1b()
+        self.limits = limits
         self.written = [Order(rank, layout) for rank in self.ranks]
         self.weights: list[deque[int]] = [deque() for _ in self.ranks]  # chunks of the W that could be done
         self.free = [0] * layout.ranks
@@ -70,13 +94,6 @@ class _Play:
         self.idle = [0] * layout.ranks
         self.allowed = [0] * layout.ranks if idled is None else [max(idled) - one for one in idled]
         self.finish: dict[tuple[int, int, ActionKind, int], int] = {}
-
-    def held_by_1f1b(self) -> tuple[int, ...]:
-        """As many microbatches as there are ranks, in both chunks."""
-        return tuple(
-            resident + len(self.ranks) * sum(_forward_bytes(stage) for stage in stages)
-            for resident, stages in zip(self.layout.problem.resident_bytes, self.stages, strict=True)
-        )
 
     def orders(self) -> Orders | None:
         """What every rank does, or ``None`` if the limit is not kept."""
@@ -97,7 +114,7 @@ class _Play:
         return self.written[rank].done(kind, self.layout.stages[rank][chunk])
 
     def fits(self, rank: int, more: int) -> bool:
-        return self.held[rank] + more <= self.limits[rank]
+        return self.limits is None or self.held[rank] + more <= self.limits[rank]
 
     def needs(self, rank: int, kind: ActionKind, chunk: int) -> int:
         """Bytes that F or I allocates."""
@@ -110,10 +127,7 @@ class _Play:
         if before not in self.ranks:
             return 0
         finish = self.finish.get((before, chunk, kind, self.done(rank, kind, chunk)))
-        if finish is None:
-            return None
-        sender = self.stages[before][chunk]
-        return finish + (sender.forward_send_ns if kind is _FORWARD else sender.backward_send_ns)
+        return None if finish is None else finish + self.layout.lags[kind, self.layout.stages[rank][chunk]]
 
     def do(self, rank: int, kind: ActionKind, chunk: int) -> None:
         """F or I of a chunk, when its operand is there."""
