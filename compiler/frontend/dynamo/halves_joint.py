@@ -139,7 +139,8 @@ def _traced(
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
             f"AOTAutograd cannot trace {name} with its backward: {lines[0].strip():.300}",
-            hint="run the module on the same inputs first; values may not decide shapes or control flow",
+            hint="run the module on the same inputs first; values may not decide shapes or control flow, and tensors "
+            "that modules hold must be parameters or buffers",
         ) from error
     traced: fx.GraphModule = made.graph_module
     return traced

@@ -11,6 +11,7 @@ runtime through ``dw_builder``::
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class SplitStage(nn.Module):
         self._is_compiled = bool(compile)
         self._programs: dict[Any, Program] = {}
         self._deferred: Deferred | None = None
+        self._flying: weakref.WeakSet[Microbatch | Deferred] = weakref.WeakSet()
         self._example: tuple[tuple[torch.Tensor, ...], StageGraphs] | None = None
         if example_inputs is not None:
             args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
@@ -79,6 +81,7 @@ class SplitStage(nn.Module):
         if not torch.is_grad_enabled() or not required:
             return self.module(*args, **kwargs)
         microbatch = Microbatch(self._program(args, kwargs), self._take)
+        self._flying.add(microbatch)
         anchor = torch.empty(0, requires_grad=True)  # weights are no operands: autograd would add to their gradients
         outputs = iter(_Split.apply(microbatch, anchor, *tensors))  # type: ignore[no-untyped-call]
         graphs = microbatch.program.graphs
@@ -107,11 +110,38 @@ class SplitStage(nn.Module):
         Raises:
             OptionError: the stage was made without an example.
         """
-        if self._example is None:
-            raise OptionError(f"{self._name} has no example inputs", hint="SplitStage(module, example_inputs)")
-        inputs, graphs = self._example
+        inputs, graphs = self._sample()
         made = enumerate(graphs.examples)
         return inputs, tuple(_without_values(tensor, index in graphs.differentiable) for index, tensor in made)
+
+    def graphs(self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> StageGraphs:
+        """The graphs for such arguments, or for the example.
+
+        Raises:
+            OptionError: the stage was made without an example, and no arguments are given.
+            ModelError: the module cannot be traced on these arguments, or its backward cannot be split.
+        """
+        if args is None:
+            return self._sample()[1]
+        with torch.enable_grad():
+            return self._program(tuple(args), dict(kwargs or {})).graphs
+
+    def held_bytes(self) -> int:
+        """Bytes that microbatches in flight hold between their F, I and W, beside weights; views count as their base.
+
+        Storages that several microbatches hold count once.
+        """
+        storages = {}
+        for part in self._flying:
+            for tensor in part.tensors():
+                storage = tensor.untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
+        return sum(storages.values())
+
+    def _sample(self) -> tuple[tuple[torch.Tensor, ...], StageGraphs]:
+        if self._example is None:
+            raise OptionError(f"{self._name} has no example inputs", hint="SplitStage(module, example_inputs)")
+        return self._example
 
     def _take(self, deferred: Deferred) -> None:
         """Keep what W needs until ``dw_builder`` takes it."""
@@ -122,6 +152,16 @@ class SplitStage(nn.Module):
                 "runs a backward of its own to infer shapes; SplitPipelineStage does so",
             )
         self._deferred = deferred
+        self._flying.add(deferred)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are captured again at their first call: graphs belong to this module."""
+        fresh: dict[str, Any] = {"_programs": {}, "_deferred": None, "_example": None, "_flying": None}
+        return {**self.__dict__, **fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._flying = weakref.WeakSet()
 
     @property
     def _name(self) -> str:
@@ -129,7 +169,13 @@ class SplitStage(nn.Module):
 
     def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         key = self._key(args, kwargs)
-        program = self._programs.get(key)
+        try:
+            program = self._programs.get(key)
+        except TypeError as error:
+            raise OptionError(
+                f"an argument of {self._name} is neither a tensor nor hashable: {error}",
+                hint="arguments are tensors, containers of them, and constants that a graph can be kept for",
+            ) from error
         if program is None:
             table = decompositions() if self._is_compiled else None
             program = Program(split(self.module, args, kwargs, decompositions=table), self.module, self._compile)
@@ -153,7 +199,7 @@ def _without_values(tensor: torch.Tensor, requires_grad: bool) -> torch.Tensor:
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class _Split(torch.autograd.Function):

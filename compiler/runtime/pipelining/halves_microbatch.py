@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ....errors import ExecutionError
 from ...frontend.dynamo.halves import Half, StageGraphs
@@ -36,6 +37,11 @@ class Program:
         """A parameter or buffer as it is now: it may be another tensor than it was, gathered by fully_shard."""
         path, _, name = place.name.rpartition(".")
         found: torch.Tensor = getattr(self.module.get_submodule(path), name)
+        if is_traceable_wrapper_subclass(found):
+            raise ExecutionError(
+                f"{place.name} of {type(self.module).__name__} is a {type(found).__name__} when a graph reads it",
+                hint="fully_shard must have gathered it: leave it so from F to W, set_reshard_after_backward(False)",
+            )
         return found
 
     def arguments(self, half: Half, given: Mapping[Any, torch.Tensor]) -> list[torch.Tensor]:
@@ -66,6 +72,10 @@ class Microbatch:
         self.take = take
         self.versions: tuple[int, ...] = ()
         self.held: dict[str, tuple[torch.Tensor, int]] | None = None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is held for I and W."""
+        return (tensor for tensor, _ in (self.held or {}).values())
 
     def forward(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run F on the tensors among the arguments; the outputs, and nothing else of it, are visible outside."""
@@ -123,6 +133,10 @@ class Deferred:
         self.versions = versions
         self.kept: dict[str, tuple[torch.Tensor, int]] | None = {n: (t, t._version) for n, t in kept.items()}
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is held for W."""
+        return (tensor for tensor, _ in (self.kept or {}).values())
+
     def __call__(self) -> None:
         """Run W."""
         program, graphs = self.program, self.program.graphs
@@ -137,7 +151,8 @@ class Deferred:
         arguments = program.arguments(graphs.weight_gradient, given)
         given.clear()
         with without_autocast(), torch.no_grad():
-            gradients = list(program.run_weight_gradient(arguments))
+            taken = {_key(argument) for argument in arguments}
+            gradients = [_owned(gradient, taken) for gradient in program.run_weight_gradient(arguments)]
         weights = [program.own(Place(PlaceKind.PARAMETER, name)) for name in graphs.parameter_gradients]
         with torch.enable_grad():
             total: torch.Tensor = _Accumulate.apply(gradients, *weights)  # type: ignore[no-untyped-call]
@@ -157,6 +172,18 @@ class _Accumulate(torch.autograd.Function):
         gradients = tuple(ctx.gradients)
         ctx.gradients.clear()
         return (None, *gradients)
+
+
+def _owned(gradient: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """``gradient`` in a storage of its own: autograd makes what it gets ``.grad``, which must not be a message."""
+    storage = gradient.untyped_storage()
+    is_shared = _key(gradient) in taken or storage.nbytes() > gradient.numel() * gradient.element_size()
+    taken.add(_key(gradient))
+    return gradient.clone() if is_shared else gradient
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _as_expected(gradient: torch.Tensor | None, expected: torch.Tensor) -> torch.Tensor:
