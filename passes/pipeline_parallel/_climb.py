@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._bare import bare
-from ._lanes import Integers, Lanes
+from ._lanes import Floats, Integers, Lanes
 from ._play import Room, objective_of, play
 
 __all__ = ["NOTHING", "Walk", "climb", "walk_for"]
@@ -27,30 +27,41 @@ class Walk(NamedTuple):
     """Where ``climb`` works: the ``order`` now and the ``best``, with a copy to go ``back`` to.
 
     ``place`` is, by node, where it is done; ``path`` lists the places on the critical path, ``counts`` their number.
-    ``index`` has the microbatch of each place; ``done`` is room for counting lanes, ``seed`` the state of the random
-    numbers.
+    ``microbatch`` is, by place, the number in its route; ``done`` room for counting lanes, ``seed`` the state of the
+    random numbers, ``least`` the energy of the best.
     """
 
     order: Integers
     best: Integers
     back: Integers
-    index: Integers
+    microbatch: Integers
     place: Integers
     path: Integers
     counts: Integers
     done: Integers
     seed: Any
+    least: Floats
 
 
 def walk_for(lanes: Lanes, seed: int) -> Walk:
     """Room for walks over orders of the problem."""
     nodes = lanes.nodes
 
-    def zeros(number: int) -> Integers:
+    def zeros(number: int = nodes) -> Integers:
         return np.zeros(number, np.int64)
 
-    state = np.array([(seed * 0x9E3779B97F4A7C15 + 0x1234567) % (1 << 64) or 1], np.uint64)
-    return Walk(*(zeros(nodes) for _ in range(6)), zeros(1), zeros(2 * len(lanes.lane)), state)
+    return Walk(
+        order=zeros(),
+        best=zeros(),
+        back=zeros(),
+        microbatch=zeros(),
+        place=zeros(),
+        path=zeros(),
+        counts=zeros(1),
+        done=zeros(2 * len(lanes.lane)),
+        seed=np.array([(seed * 0x9E3779B97F4A7C15 + 0x1234567) % (1 << 64) or 1], np.uint64),
+        least=np.full(1, np.inf),
+    )
 
 
 @bare
@@ -194,7 +205,7 @@ def _note_place(lanes: Lanes, room: Room, walk: Walk, place: int) -> None:
     if lane.whole < 0:
         index = room.node[lane.first + index].queue
     walk.place[lane.first + index] = place
-    walk.index[place] = index
+    walk.microbatch[place] = index
     if symbol >= width:
         walk.place[lanes.lane[lane.half].first + index] = place
 
@@ -202,7 +213,7 @@ def _note_place(lanes: Lanes, room: Room, walk: Walk, place: int) -> None:
 @bare
 def _cause(lanes: Lanes, room: Room, walk: Walk, begin: Integers, place: int, width: int) -> Any:
     """The place of what the action at ``place`` started right behind; -1 at the start of the step."""
-    symbol, index, start = walk.order[place], walk.index[place], room.start[place]
+    symbol, index, start = walk.order[place], walk.microbatch[place], room.start[place]
     if start == 0:
         return -1
     for half in range(2):
@@ -247,24 +258,22 @@ def climb(
     walk: Walk,
     begin: Integers,
     moves: int,
-    hot: float,
-    cold: float,
+    temperature: float,
+    cooling: float,
     span: bool,
     useful: bool,
     copies: bool,
 ) -> Any:
-    """Anneal ``walk.order`` by ``moves`` moves, from temperature ``hot`` to ``cold``; returns the best objective.
+    """Go on annealing ``walk.order`` by ``moves`` moves, each ``cooling`` times as hot as the one before it.
 
-    The order is one that keeps the limit. The best goes to ``walk.best``.
+    The order is one that keeps the limit. The best goes to ``walk.best``, its energy to ``walk.least``, which is
+    infinite for a new walk. Returns the temperature.
     """
     play(lanes, room, walk.order, begin)
     energy = _energy(lanes, room, span)
-    best, best_energy = objective_of(lanes, room, span), energy
-    _copy(walk.order, walk.best, 0, len(walk.order))
+    _note_best(walk, energy)
     _copy(walk.order, walk.back, 0, len(walk.order))
     _note_path(lanes, room, walk, begin)
-    cooling = (cold / hot) ** (1.0 / max(1, moves - 1))
-    temperature = hot
     for _ in range(moves):
         temperature *= cooling
         rank = _move(lanes, walk, begin, useful)
@@ -280,7 +289,12 @@ def climb(
         energy = tried
         _copy(walk.order, walk.back, first, end)
         _note_path(lanes, room, walk, begin)
-        if energy < best_energy:
-            best, best_energy = objective_of(lanes, room, span), energy
-            _copy(walk.order, walk.best, 0, len(walk.order))
-    return best
+        _note_best(walk, energy)
+    return temperature
+
+
+@bare
+def _note_best(walk: Walk, energy: float) -> None:
+    if energy < walk.least[0]:
+        walk.least[0] = energy
+        _copy(walk.order, walk.best, 0, len(walk.order))

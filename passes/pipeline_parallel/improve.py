@@ -1,81 +1,87 @@
-"""Local search from the best schedule so far: its starts, disturbed, are the priorities of the next list schedule.
+"""Local search from the best schedule so far: simulated annealing, in walks that get longer.
 
-Only what starts within a window of time is disturbed, a window that moves over the whole step. That is iterative
-flattening's idea with a list scheduler in place of a constraint solver; a schedule that takes as long is accepted, so
-that the search drifts over plateaus.
+A walk starts at the best schedule known, hot enough to leave it, and cools down. Walks of a round start at different
+temperatures, side by side where there are workers.
 """
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
-from ._climb import climb, walk_for
-from ._lanes import Floats, Integers, schedule_of, sequences_of
+from ._climb import Walk, climb, walk_for
+from ._lanes import Integers, schedule_of, sequences_of
+from ._play import Room, objective_of, play, room_for
 from ._progress import Search
 from .list_schedule import Workshop
 
 __all__ = ["improve"]
 
-ROUNDS = 200  # in deterministic mode, where no clock may end it
-MOVES = 4_000_000  # places gone over in one walk, all its moves together
-HOT, COLD = (0.02, 0.1, 0.4), 0.003  # temperatures, in units of a mean task
+HOT = (0.05, 0.2, 0.5)  # temperatures that walks start at, in units of a mean task
+COLD = 0.01  # and that they end at
+FIRST_MOVES = 20_000  # of a walk of the first round; each round has twice as many
+ROUNDS = 3  # in deterministic mode, where no clock may end it
+CHUNK_S = 0.1  # between two looks at the clock
+SIDE_BY_SIDE = 2
+SLOWEST = 0.3  # share of the time left that one walk may take,
+SHORTEST = 0.1  # or of the time that there was
 
 
 def improve(search: Search, shop: Workshop) -> None:
-    """Walk from the best schedule again and again until ``search`` is done, and offer it what is better."""
-    lanes = shop.lanes
-    walk = walk_for(lanes, search.budget.seed)
-    mean = float((lanes.lane["duration"] * lanes.lane["microbatches"]).sum() / lanes.nodes)
-    moves = max(50, MOVES // lanes.nodes)
-    rounds = 0
-    while not search.done() and (not search.budget.deterministic or rounds < ROUNDS):
-        assert search.best is not None
-        order, begin = sequences_of(lanes, search.best.schedule)
-        walk.order[:] = order
-        found = climb(
-            lanes,
-            shop.room,
-            walk,
-            begin,
-            moves,
-            HOT[rounds % len(HOT)] * mean,
-            COLD * mean,
-            search.objective == "span",
-            bool(lanes.lane["useful"].any()),
-            bool(lanes.lane["copies"].any()),
-        )
-        rounds += 1
-        if found <= search.value:
-            search.offer(schedule_of(shop.problem, lanes, walk.best, begin, f"annealing, walk {rounds}"))
+    """Walk again and again until ``search`` is done, and offer it what is better."""
+    walkers = [_Walker(search, shop, room_for(shop.lanes)) for _ in range(SIDE_BY_SIDE)]
+    threads = min(SIDE_BY_SIDE, 1 if search.budget.deterministic else search.budget.workers)
+    number = 0
+    with ThreadPoolExecutor(threads) as pool:
+        while not search.done() and (not search.budget.deterministic or number < ROUNDS * len(HOT) * SIDE_BY_SIDE):
+            assert search.best is not None
+            order, begin = sequences_of(shop.lanes, search.best.schedule)
+            walks = []
+            for walker in walkers:
+                moves = FIRST_MOVES << min(12, number // (len(HOT) * SIDE_BY_SIDE))
+                walks.append(pool.submit(walker.walk, order, begin, moves, HOT[number % len(HOT)], number + 1))
+                number += 1
+            found = min((walk.result() for walk in walks), key=lambda pair: pair[0])
+            if found[0] < (search.value or 0):
+                search.offer(schedule_of(shop.problem, shop.lanes, found[1], begin, f"annealing, walk {number}"))
+            else:
+                search.note(f"annealing, walk {number}", found[0])
 
 
-def _genes(shop: Workshop) -> tuple[Floats, Integers]:
-    """What would make the schedule in the room again: starts by node, and which backwards are whole."""
-    lanes, room = shop.lanes, shop.room
-    finish = room.node["finish"]
-    starts = finish.astype(np.float64)
-    mode = np.zeros(lanes.nodes, np.int64)
-    for lane in lanes.lane:
-        nodes = slice(int(lane["first"]), int(lane["first"] + lane["microbatches"]))
-        starts[nodes] -= lane["duration"]
-        if lane["half"] >= 0 and lane["whole"] >= 0:
-            first = int(lanes.lane[lane["half"]]["first"])
-            whole = finish[nodes] == finish[first : first + int(lane["microbatches"])]
-            mode[nodes] = whole
-            starts[nodes] -= np.where(whole, lane["whole"] - lane["duration"], 0)
-    return starts, mode
+class _Walker:
+    """Someone who walks, in a room of their own."""
 
+    def __init__(self, search: Search, shop: Workshop, room: Room) -> None:
+        self.search, self.shop, self.room = search, shop, room
+        lane = shop.lanes.lane
+        self.span = search.objective == "span"
+        self.flags = (self.span, bool(lane["useful"].any()), bool(lane["copies"].any()))
+        self.mean = max(1.0, float((lane["duration"] * lane["microbatches"]).sum() / shop.lanes.nodes))
+        self.seconds = search.budget.remaining_s
+        self.speed = 1e7 / shop.lanes.nodes  # moves per second
 
-def _disturbed(shop: Workshop, random: np.random.Generator, starts: Floats, value: int) -> Floats:
-    length = value * float(random.choice((0.05, 0.1, 0.3, 1.0)))
-    begin = random.uniform(-length / 2, value - length / 2)
-    inside = (starts >= begin) & (starts <= begin + length) & (random.random(len(starts)) < random.choice((0.1, 0.5)))
-    noise = random.normal(0.0, float(random.choice((0.5, 2.0, 6.0))) * shop.period / 3, len(starts))
-    return np.where(inside, starts + noise, starts)
+    def walk(self, order: Integers, begin: Integers, moves: int, hot: float, seed: int) -> tuple[int, Integers]:
+        """The objective reached, and the order."""
+        budget = self.search.budget
+        walk = walk_for(self.shop.lanes, budget.seed * 1_000_003 + seed)
+        walk.order[:] = walk.best[:] = order
+        if not budget.deterministic:
+            seconds = min(budget.remaining_s, max(SLOWEST * budget.remaining_s, SHORTEST * self.seconds))
+            moves = max(1, min(moves, int(self.speed * seconds)))
+        self._anneal(walk, begin, moves, hot)
+        play(self.shop.lanes, self.room, walk.best, begin)
+        return int(objective_of(self.shop.lanes, self.room, self.span)), walk.best
 
-
-def _flipped(shop: Workshop, random: np.random.Generator, mode: Integers) -> Integers:
-    if not shop.lanes.lane["useful"].any():
-        return mode
-    flip = random.random(len(mode)) < random.choice((0.0, 0.01, 0.05))
-    return np.where(flip, 1 - mode, mode).astype(np.int64)
+    def _anneal(self, walk: Walk, begin: Integers, moves: int, hot: float) -> None:
+        temperature, cooling = hot * self.mean, float((COLD / hot) ** (1.0 / moves))
+        while moves > 0 and not self.search.budget.halted():
+            chunk = max(1, min(moves, int(self.speed * CHUNK_S)))
+            before = time.monotonic()
+            temperature = climb(self.shop.lanes, self.room, walk, begin, chunk, temperature, cooling, *self.flags)
+            if not self.search.budget.deterministic:
+                self.speed = chunk / max(1e-6, time.monotonic() - before)
+            moves -= chunk
+            if np.isfinite(walk.least[0]) and walk.least[0] < self.search.bound.value + 1:
+                return
