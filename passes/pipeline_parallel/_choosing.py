@@ -38,6 +38,7 @@ class _Rated:
     bound: Bound
     best: TimedSchedule | None = None
     seconds: float = 0.0
+    tried: bool = False
     impossible: Infeasible | None = None
 
 
@@ -67,7 +68,7 @@ def best_choice(
     All are bounded, rated by list schedules in the order of their bounds, and the ``most_solved`` best of them solved;
     a choice whose bound reaches the best schedule known is left alone, unless ``all_valued``, which is for comparing
     them. ``others`` bounds choices that are not listed.
-    The solution's bound holds for every choice, and its attempts have one line for each of them.
+    The solution's bound holds for every choice; its attempts have one line for each that was looked at, by value.
 
     Raises:
         Infeasible: the memory limit can be kept with none of them.
@@ -85,8 +86,9 @@ def best_choice(
     bound = min(bounds, key=lambda one: one.value)
     if bound.value > value:
         bound = Bound(value, bound.proved_by)
+    tried = sorted((one for one in rated if one.tried), key=lambda one: _promise(one, objective))
     attempts = tuple(
-        Attempt(one.choice.name, value_of(one.best, objective) if one.best else None, one.seconds) for one in rated
+        Attempt(one.choice.name, value_of(one.best, objective) if one.best else None, one.seconds) for one in tried
     )
     return PipelineSolution(best, objective, bound, attempts, time.monotonic() - begin)
 
@@ -94,6 +96,10 @@ def best_choice(
 def _best(rated: Sequence[_Rated], objective: Objective) -> TimedSchedule | None:
     found = [one.best for one in rated if one.best is not None]
     return min(found, key=lambda line: value_of(line, objective), default=None)
+
+
+def _promise(one: _Rated, objective: Objective) -> tuple[float, int]:
+    return (value_of(one.best, objective) if one.best else float("inf"), one.bound.value)
 
 
 def _hopeless(one: _Rated, rated: Sequence[_Rated], objective: Objective) -> bool:
@@ -109,15 +115,13 @@ def _rate(rated: Sequence[_Rated], budget: Budget, objective: Objective, *, all_
         if wanted:
             line = quick(one.choice.problem, objective)
             known += [line] if line else []
+        one.tried = wanted or bool(known)
         one.best = min(known, key=lambda line: value_of(line, objective), default=None)
         one.seconds += time.monotonic() - begin
 
 
 def _solve(rated: Sequence[_Rated], budget: Budget, objective: Objective, most: int, *, all_valued: bool) -> None:
-    def promise(one: _Rated) -> tuple[float, int]:
-        return (value_of(one.best, objective) if one.best else float("inf"), one.bound.value)
-
-    todo = sorted(rated, key=promise)
+    todo = sorted(rated, key=lambda one: _promise(one, objective))
     solved = 0
     for one in todo:
         found = _best(rated, objective) is not None
@@ -133,6 +137,7 @@ def _solve(rated: Sequence[_Rated], budget: Budget, objective: Objective, most: 
 
 def _solve_one(one: _Rated, budget: Budget, objective: Objective) -> None:
     begin = time.monotonic()
+    one.tried = True
     hints = (one.best.schedule,) if one.best else ()
     try:
         solution = solve(one.choice.problem, budget, objective=objective, hints=hints)
