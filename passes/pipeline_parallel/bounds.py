@@ -15,6 +15,7 @@ from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import ActionKind
 from ._heads import NEVER, Times, heads, mirrored, preemptive
 from ._lines import Lines, lines_of
+from ._phases import phases
 from .solution import Bound, Objective
 
 __all__ = ["behind_on", "lower_bound"]
@@ -62,7 +63,7 @@ def _machine(lines: Lines, starts: Times, behind: Times, rank: int) -> int:
             tail = np.concatenate([behind[index] for index in own])
             work = np.concatenate([np.full(lines.lines[i].count, lines.lines[i].duration, np.int64) for i in own])
             least = max(least, preemptive(head, work, tail))
-    return max(least, _reduced(lines, starts, rank))
+    return max(least, phases(lines, starts, behind, rank), _reduced(lines, starts, rank))
 
 
 def _reduced(lines: Lines, starts: Times, rank: int) -> int:

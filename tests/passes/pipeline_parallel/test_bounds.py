@@ -46,6 +46,32 @@ def test_bound_is_the_optimum_where_constraint_programming_found_it(
     assert lower_bound(problem, "span").value == span
 
 
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "limit", "makespan"), [(4, 8, 8, 51), (4, 8, 6, 53), (4, 8, 5, 56), (4, 8, 4, 59)]
+)
+def test_bound_is_the_optimum_of_a_v_under_any_limit(ranks: int, microbatches: int, limit: int, makespan: int) -> None:
+    """Two stages share each rank's memory: ZB-V, V-Half and V-Min are optimal where all times are 1."""
+    problem = uniform(UNIT, placed("v", ranks, 2), microbatches, memory_limit=limit)
+    assert lower_bound(problem).value == makespan
+
+
+def test_bound_counts_weight_gradients_that_hold_part_of_the_bytes() -> None:
+    """Measured times of a 6.2B model at the memory of 1F1B: Zero Bubble's first schedule, bubble 0.1323, is optimal."""
+    hidden, heads = 4096, 32
+    stage = Stage(
+        0,
+        29718,
+        29444,
+        19927,
+        until_input_gradient_bytes=2 * hidden + 5 * heads * 1024,
+        until_weight_gradient_bytes=32 * hidden,
+        forward_send_ns=527,
+        backward_send_ns=527,
+    )
+    problem = uniform(stage, placed("loop", 8), 24, memory_limit=8 * (34 * hidden + 5 * heads * 1024))
+    assert round(1 - max(problem.work_ns) / lower_bound(problem).value, 4) == 0.1323
+
+
 def test_bound_follows_round_trips_under_a_small_limit() -> None:
     """Four in flight where the round trip takes 17 and four take 12: ranks starve all along, not at the ends only."""
     problem = uniform(UNIT, placed("loop", 8), 24, memory_limit=4)
