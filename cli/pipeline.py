@@ -72,10 +72,14 @@ def pipeline(
     from ..compiler.pipeline import Budget
 
     with watched() as (listen, stop):
-        made = []
-        for number, name in enumerate((schedule, *(compare or ()))):
+        found: dict[int, Shown] = {}
+        names = (schedule, *(compare or ()))
+        # What takes long comes last: no time is spent before it is known that all others can be made.
+        for number in sorted(range(len(names)), key=lambda number: names[number] == OPTIMAL):
             budget = Budget.of_seconds(time_limit, listen=listen, stop=stop, deterministic=deterministic)
-            made.append(_made(name, source, aim, budget, fixed=number == 0 or name == OPTIMAL))
+            fixed = number == 0 or names[number] == OPTIMAL
+            found[number] = _made(names[number], source, aim, budget, fixed=fixed)
+    made = [found[number] for number in range(len(names))]
     files = _write(made[0], made[1] if compare else None, output=output, csv=csv, report=report)
     _tell(made, files, as_json)
     return INTERRUPTED if stop.is_set() else 0
@@ -135,6 +139,7 @@ def _write(
         files["schedule"] = str(output)
     if csv is not None:
         try:
+            csv.parent.mkdir(parents=True, exist_ok=True)
             files["csv"] = str(write_csv(renumbered(schedule), csv))
         except OSError as error:
             raise OptionError(f"cannot write {str(csv)!r}: {error.strerror}") from error

@@ -27,7 +27,8 @@ _FACTOR = re.compile(r"\s*(\d{1,6}(?:\.\d{1,9})?)\s*x\s*")
 _COUNTED = 1 << 20  # bytes that a microbatch's activations count where no sizes are given: 1 MiB a microbatch
 _TIMES_GIVEN = ("forward", "input_gradient", "weight_gradient", "backward", "send", "reduce")
 _SIZES_GIVEN = ("until_input_gradient", "until_weight_gradient", "between_gradients", "message", "resident")
-_MOST = 4096  # ranks, and chunks, beyond which a number is a mistake
+_MOST = 4096  # ranks, microbatches or chunks, beyond which a number is a mistake
+_MOST_ACTIONS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ def source_of(given: dict[str, Any]) -> Source:
     for name, least in (("ranks", 1), ("microbatches", 1), ("chunks", 1)):
         if own[name] is not None and not least <= own[name] <= _MOST:
             raise OptionError(f"--{name} is {own[name]}; it is {least} to {_MOST}")
+    actions = own["ranks"] * own["microbatches"] * (own["chunks"] or 1)
+    if actions > _MOST_ACTIONS:
+        raise OptionError(f"every kind of action would be done {actions:,} times; at most {_MOST_ACTIONS:,} are taken")
     part = _part(own)
     return Source(None, part, own["ranks"], own["microbatches"], own["placement"], own["chunks"], given["memory_limit"])
 
@@ -126,7 +130,7 @@ def _part(own: dict[str, Any]) -> Stage:
     from ..compiler.pipelining.problem import Stage
 
     times = {n: None if own[n] is None else parse_time(own[n], n.replace("_", "-")) for n in _TIMES_GIVEN}
-    sizes = {name: 0 if own[name] is None else parse_bytes(own[name]) for name in _SIZES_GIVEN}
+    sizes = {name: 0 if own[name] is None else _size(own[name], name) for name in _SIZES_GIVEN}
     held = sum(sizes[name] for name in ("until_input_gradient", "until_weight_gradient", "between_gradients"))
     return Stage(
         0,
@@ -158,7 +162,8 @@ def _limited(problem: PipelineProblem, limit: str | None) -> PipelineProblem:
         return problem
     factor = _FACTOR.fullmatch(limit)
     if factor is None:
-        limits = (_bytes(limit),) * problem.ranks
+        multiple = ", or a multiple of what activations need in 1F1B, such as 1.5x"
+        limits = (_size(limit, "memory_limit", multiple),) * problem.ranks
     else:
         room = int(Fraction(factor[1]) * _activations(problem))
         limits = tuple(resident + room for resident in problem.resident_bytes)
@@ -170,12 +175,12 @@ def _highest(base: PipelineProblem, limit: str | None) -> int | None:
     return None if limits is None else max(limits)
 
 
-def _bytes(limit: str) -> int:
+def _size(text: str, name: str, others: str = "") -> int:
     try:
-        return parse_bytes(limit)
+        return parse_bytes(text)
     except OptionError as error:
-        hint = "write a size such as 40GiB, or a multiple of what activations need in 1F1B, such as 1.5x"
-        raise OptionError(f"--memory-limit is {limit!r}, which is no size", hint=hint) from error
+        hint = f"write a size such as 40GiB{others}"
+        raise OptionError(f"--{name.replace('_', '-')} is {text!r}, which is no size", hint=hint) from error
 
 
 def _activations(problem: PipelineProblem) -> int:

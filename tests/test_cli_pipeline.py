@@ -131,6 +131,8 @@ def test_problem_and_schedule_from_files(capsys: pytest.CaptureFixture[str], tmp
         ((*SMALL, "--schedule", "zbv", "--chunks", "3"), "2 chunks on each rank, not 3"),
         ((*SMALL, "--placement", "spiral"), "no placement 'spiral'"),
         ((*SMALL, "--memory-limit", "lots"), "--memory-limit is 'lots'"),
+        ((*SMALL, "--until-weight-gradient", "lots"), "--until-weight-gradient is 'lots'"),
+        (("--ranks", "4096", "--microbatches", "4096", *COSTS), "16,777,216 times"),
         ((*SMALL, "--memory-limit", "-1x"), "--memory-limit is '-1x'"),
         ((*SMALL, "--objective", "speed"), "--objective is 'speed'"),
         ((*SMALL, "--send", "-1ms"), "--send is '-1ms'"),
@@ -153,6 +155,15 @@ def test_a_limit_below_one_microbatch() -> None:
     with pytest.raises(Infeasible) as refused:
         app(["pipeline", *SMALL, "--memory-limit", "0.4x"], standalone_mode=False)
     assert refused.value.required_bytes == 1 << 20
+
+
+def test_nothing_is_searched_for_before_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("searched")
+
+    monkeypatch.setattr("opweave.passes.pipeline_parallel.solve.solve", refuse)
+    with pytest.raises(OptionError, match="no schedule 'later'"):
+        app(["pipeline", *SMALL, "--compare", "later"], standalone_mode=False)
 
 
 def test_a_schedule_that_is_none(tmp_path: Path) -> None:
