@@ -59,6 +59,7 @@ def partition(
     objective: Objective = "makespan",
     slowness: Sequence[float] = (),
     vocabulary: Vocabulary | None = None,
+    input_gradient: bool = True,
     name: str = "pipeline",
 ) -> Partition:
     """Cut ``layers`` into ``ranks * chunks`` stages, and schedule them.
@@ -74,6 +75,8 @@ def partition(
         objective: makespan, or span.
         slowness: by rank, what multiplies the layers' times; none for ranks that are alike.
         vocabulary: the output layer in shards over all ranks, which then is none of the layers.
+        input_gradient: whether the model's inputs have a gradient; if not, all of the first stage's backward is W, as
+            torch and compiled stages run it. Published schedules take its I to be like any other's.
         name: of the problem.
 
     Raises:
@@ -95,6 +98,7 @@ def partition(
         None if limit is None else tuple(limit),
         tuple(slowness),
         vocabulary,
+        input_gradient,
         name,
     )
     cuts, solution, bound, tried = searched(line, objective, budget)

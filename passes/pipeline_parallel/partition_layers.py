@@ -67,7 +67,9 @@ class Line:
     """``layers`` in order, to be cut into one stage for each rank of ``placement``.
 
     ``slowness`` multiplies what each rank computes: 1.25 is a rank that takes a quarter longer. ``vocabulary`` is the
-    output layer in shards, which then is none of the layers.
+    output layer in shards, which then is none of the layers. Without ``input_gradient`` the model's inputs have no
+    gradient, as tokens have none: the first stage sends nothing back, all of its backward is W, and what it holds is
+    held until then, with the gradient of its results.
 
     Raises:
         OptionError: fewer layers than stages, no microbatch, a rank without a stage, or a slowness, limit or
@@ -80,6 +82,7 @@ class Line:
     memory_limit: tuple[int, ...] | None = None
     slowness: tuple[float, ...] = ()
     vocabulary: Vocabulary | None = None
+    input_gradient: bool = True
     name: str = "pipeline"
 
     def __post_init__(self) -> None:
@@ -157,7 +160,7 @@ class Line:
 
         own = self.layers[first:end]
         before, last = self.layers[first - 1] if first else None, own[-1] if end < len(self.layers) else None
-        return Stage(
+        stage = Stage(
             rank,
             time("forward_ns"),
             time("input_gradient_ns"),
@@ -173,6 +176,18 @@ class Line:
             reduce_ns=total("reduce_ns"),
             resident_bytes=total("parameter_bytes"),
         )
+        return stage if first or self.input_gradient else _without_input_gradient(stage, own[-1].backward_bytes)
+
+
+def _without_input_gradient(stage: Stage, gradient_bytes: int) -> Stage:
+    return msgspec.structs.replace(
+        stage,
+        input_gradient_ns=0,
+        weight_gradient_ns=stage.input_gradient_ns + stage.weight_gradient_ns,
+        until_input_gradient_bytes=0,
+        until_weight_gradient_bytes=stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes,
+        between_gradients_bytes=gradient_bytes,
+    )
 
 
 def scaled(time: NDArray[np.int64], slow: float) -> NDArray[np.int64]:

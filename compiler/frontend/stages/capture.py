@@ -120,6 +120,7 @@ def captured_program(
         for spec in exported.graph_signature.input_specs
         if spec.target is not None and spec.target not in model.state_dict(keep_vars=True)
     )
+    _name_ties(module, [path for path, _ in model.named_parameters()])
     return _program(module, name, exported.call_spec, temporary)
 
 
@@ -160,6 +161,16 @@ def _program(module: fx.GraphModule, name: str, call: Any, temporary: frozenset[
     if any(node.op in ("call_module", "call_method") for node in graph.nodes):
         raise ModelError(f"{name} exports to calls of modules, which cannot be cut")
     return Program(module, name, body, light, inputs, returned, call.in_spec, call.out_spec, temporary)
+
+
+def _name_ties(module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Read tied parameters under the one of their names that ``named_parameters`` gives."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    first = {id(own[name]): name for name in reversed(names) if name in own}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = attribute(module, node)
+        if isinstance(value, torch.nn.Parameter):
+            node.target = first.get(id(value), node.target)
 
 
 def _leaves(graph: fx.Graph) -> list[Any]:

@@ -92,18 +92,23 @@ def passed(program: Program, place: int) -> tuple[fx.Node, ...]:
 def ties(program: Program) -> tuple[Tie, ...]:
     """Parameters, and buffers that are updated, which several calls use; stages that share one are on one rank."""
     updated = {storage for node in program.module.graph.nodes for storage in updated_storages(node)}
-    names: dict[int, list[str]] = {}
+    module = program.module
+    names: dict[int, dict[str, None]] = {}
     places: dict[int, set[int]] = {}
-    for node in program.module.graph.find_nodes(op="get_attr"):
-        value = attribute(program.module, node)
-        if not isinstance(value, torch.Tensor):
-            continue
-        if isinstance(value, torch.nn.Parameter) or storages_of(node) & updated:
-            names.setdefault(id(value), []).append(str(node.target))
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = attribute(module, node)
+        if isinstance(value, torch.nn.Parameter) or (isinstance(value, torch.Tensor) and storages_of(node) & updated):
+            names.setdefault(id(value), {})[str(node.target)] = None
             places.setdefault(id(value), set()).update(_readers(program, node))
-    return tuple(
-        Tie(own[0], tuple(own[1:]), tuple(sorted(places[key]))) for key, own in names.items() if len(places[key]) > 1
-    )
+    for name, value in module.named_parameters(remove_duplicate=False):
+        if id(value) in names:
+            names[id(value)][name] = None
+    return tuple(Tie(*_first(own), tuple(sorted(places[key]))) for key, own in names.items() if len(places[key]) > 1)
+
+
+def _first(names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    first, *others = names
+    return first, tuple(others)
 
 
 def _readers(program: Program, node: fx.Node) -> Iterable[int]:

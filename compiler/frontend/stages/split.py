@@ -11,10 +11,10 @@ import torch
 from torch import fx
 
 from ....errors import ModelError, OptionError
-from .capture import Program, captured_program
+from .capture import Program, captured_program, tensor_of
 from .cuts import Cut, cut_before, passed, ties
 
-__all__ = ["StageModules", "split", "split_model"]
+__all__ = ["LayerModule", "StageModules", "layers_between", "split", "split_model"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,21 @@ class StageModules:
     program: Program
     modules: tuple[torch.nn.Module, ...]
     passes: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class LayerModule:
+    """``module`` computes ``body``, a part of a program, of ``given``, and returns ``wanted``: the program's nodes.
+
+    The first ``crossing`` of ``given`` pass the cut before it. The others are what light calls make, which a stage
+    makes once for all its layers.
+    """
+
+    module: fx.GraphModule
+    body: tuple[fx.Node, ...]
+    given: tuple[fx.Node, ...]
+    crossing: int
+    wanted: tuple[fx.Node, ...]
 
 
 def split_model(
@@ -73,6 +88,19 @@ def split(program: Program, cuts: Sequence[Cut], *, ranks: Sequence[int] | None 
     return StageModules(program, modules, tuple(tuple(node.name for node in values) for values in passes))
 
 
+def layers_between(program: Program, cuts: Sequence[Cut]) -> tuple[LayerModule, ...]:
+    """What is between every two of ``cuts``; layers may share parameters."""
+    places = [0, *(cut.place for cut in cuts), len(program.body)]
+    passes = [passed(program, place) for place in places[1:-1]]
+    found = []
+    for index, (start, end) in enumerate(pairwise(places)):
+        writer = _Writer(program, index, passes, light_given=True)
+        crossing = len(writer.given)
+        module = writer.written(start, end)
+        found.append(LayerModule(module, program.body[start:end], writer.given, crossing, writer.wanted))
+    return tuple(found)
+
+
 def _check_ties(program: Program, places: Sequence[int], ranks: Sequence[int] | None) -> None:
     for tie in ties(program):
         stages = sorted({sum(place >= start for start in places[1:-1]) for place in tie.places})
@@ -86,10 +114,12 @@ def _check_ties(program: Program, places: Sequence[int], ranks: Sequence[int] | 
 
 
 class _Writer:
-    """Writes the graph of one stage."""
+    """Writes the graph of one stage; with ``light_given`` light calls are not repeated but given, behind the rest."""
 
-    def __init__(self, program: Program, index: int, passes: Sequence[Sequence[fx.Node]]) -> None:
-        self.program, self.index = program, index
+    def __init__(
+        self, program: Program, index: int, passes: Sequence[Sequence[fx.Node]], *, light_given: bool = False
+    ) -> None:
+        self.program, self.index, self.light_given = program, index, light_given
         self.given = program.inputs if index == 0 else tuple(passes[index - 1])
         self.is_last = index == len(passes)
         self.wanted = program.returned if self.is_last else tuple(passes[index])
@@ -97,10 +127,14 @@ class _Writer:
         self.values: dict[fx.Node, fx.Node] = {}
 
     def written(self, start: int, end: int) -> fx.GraphModule:
+        body = self.program.body[start:end]
+        if self.light_given:
+            read = dict.fromkeys(read for node in (*body, *self.wanted) for read in (*node.all_input_nodes, node))
+            self.given += tuple(node for node in read if node in self.program.light and tensor_of(node) is not None)
         for node in self.given:
             self.values[node] = self.graph.placeholder(node.name)
             self.values[node].meta = dict(node.meta)
-        for node in self.program.body[start:end]:
+        for node in body:
             self.copy(node)
         results = [self.result(node) for node in self.wanted]
         self.graph.output(results[0] if len(results) == 1 else tuple(results))

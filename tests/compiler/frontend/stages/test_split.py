@@ -97,6 +97,7 @@ def test_tied_weights_are_refused_unless_on_one_rank() -> None:
     whole = copied(model)
     with pytest.raises(ModelError, match=r"embedding\.weight") as refused:
         split_model(model, (tokens(),), ["blocks.1", "head"])
+    assert "head.weight is the same" in refused.value.message
     assert "untie" in refused.value.hint
     with pytest.raises(ModelError):
         split_model(model, (tokens(),), ["blocks.1", "head"], ranks=[0, 0, 1])
