@@ -9,7 +9,7 @@ import typer
 
 from ..compiler.report.progress import watched
 from ..errors import OptionError
-from .pipeline_problems import OPTIMAL, Source, is_file, source_of
+from .pipeline_problems import ANY, OPTIMAL, Source, is_file, source_of
 from .shared import INTERRUPTED, AsJson, Deterministic, TimeLimit, make_folder, print_json, say
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def pipeline(
     resident: Annotated[
         str | None, typer.Option(help="Bytes that a rank holds all the time: weights and so on.")
     ] = None,
-    placement: Annotated[str | None, typer.Option(help="Of chunks, for 'optimal': loop, v or wave.")] = None,
+    placement: Annotated[str | None, typer.Option(help="Of chunks, for 'optimal': loop, v, wave, or any.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Chunks that a rank's part is divided into.")] = None,
     problem: Annotated[Path | None, typer.Option(help="Problem as .json or .toml, in place of the above.")] = None,
     memory_limit: Annotated[
@@ -102,9 +102,10 @@ def _made(name: str, source: Source, objective: Objective, budget: Budget, *, fi
         return _bounded(timed(load_schedule(name)), objective)
     problem = source.problem_of(name, fixed=fixed)
     if name == OPTIMAL:
+        from ..passes.pipeline_parallel.placing import choose_placement
         from ..passes.pipeline_parallel.solve import solve
 
-        return solve(problem, budget, objective=objective)
+        return (choose_placement if source.placement == ANY else solve)(problem, budget, objective=objective)
     return _bounded(timed(named(name, problem, objective=objective)), objective)
 
 

@@ -17,9 +17,10 @@ from .shared import refuse
 if TYPE_CHECKING:
     from ..compiler.pipelining.problem import PipelineProblem, Stage
 
-__all__ = ["OPTIMAL", "Source", "is_file", "parse_time", "source_of"]
+__all__ = ["ANY", "OPTIMAL", "Source", "is_file", "parse_time", "source_of"]
 
 OPTIMAL = "optimal"
+ANY = "any"  # placement
 
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "": 1}
 _TIME = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(ns|us|ms|s|)\s*")
@@ -59,13 +60,13 @@ class Source:
             raise OptionError("there is no problem to solve", hint=hint)
         chunks, limit = self.chunks if fixed else None, _highest(self._base(), self.limit)
         if schedule == OPTIMAL:
-            return self._placed((self.placement or "loop") if fixed else "loop", chunks, limit)
+            return self._placed(self.placement or "loop", chunks, limit)
         from ..passes.pipeline_parallel.named import NAMES, problem_for
 
         if schedule not in NAMES:
             raise OptionError(f"there is no schedule {schedule!r}", hint="`opweave pipeline --list` names them")
         about = NAMES[schedule]
-        if fixed and self.placement not in (None, about.placement):
+        if fixed and self.placement not in (None, ANY, about.placement):
             raise OptionError(f"schedule {schedule!r} places stages as {about.placement!r}, not {self.placement!r}")
         number = chunks or about.chunks or 2
         problem = problem_for(
@@ -82,7 +83,7 @@ class Source:
 
         assert self.part is not None
         number = chunks or (1 if placement == "loop" else 2)
-        on = placed(placement, self.ranks, number)
+        on = placed("loop" if placement == ANY else placement, self.ranks, number)
         return uniform(_divided(self.part, number), on, self.microbatches, memory_limit=limit)
 
 
@@ -98,9 +99,12 @@ def source_of(given: dict[str, Any]) -> Source:
     if path is not None or is_file(given["schedule"]):
         from ..compiler.report.pipelining import load_problem, load_schedule
 
-        refuse("the problem comes from a file", **own)
+        refuse(
+            "the problem comes from a file",
+            **{**own, "placement": None if own["placement"] == ANY else own["placement"]},
+        )
         known = load_problem(path) if path is not None else load_schedule(given["schedule"]).problem
-        return Source(known, limit=given["memory_limit"])
+        return Source(known, placement=own["placement"], limit=given["memory_limit"])
     if all(value is None for value in own.values()):
         return Source()
     needed = ("ranks", "microbatches", "forward", "input_gradient", "weight_gradient")

@@ -93,6 +93,19 @@ def test_optimal_keeps_the_limit_and_beats_what_it_is_compared_with(
     assert set(found["files"]) >= {"schedule", "csv", "index.html", "pipeline.png", "trace.json"}
 
 
+def test_any_placement_is_no_worse_than_a_loop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of costs, and of a file; the loop of two chunks counts among the placements."""
+    options = (*SMALL, "--chunks", "2", "--memory-limit", "1x", "--time-limit", "2", "--deterministic")
+    found = facts_of(capsys, *options, "--placement", "any", "-o", tmp_path / "any.json")
+    loop = facts_of(capsys, *options, "--placement", "loop", "-o", tmp_path / "loop.json")
+    assert found["schedule"]["makespan_ns"] <= loop["schedule"]["makespan_ns"]
+    assert found["schedule"]["bound"] <= loop["schedule"]["makespan_ns"]
+    problem = load_schedule(tmp_path / "loop.json").problem
+    (tmp_path / "p.json").write_bytes(msgspec.json.encode(problem))
+    again = facts_of(capsys, "--problem", tmp_path / "p.json", "--placement", "any", "--time-limit", "2")
+    assert again["schedule"]["makespan_ns"] <= loop["schedule"]["makespan_ns"]
+
+
 def test_text_has_a_table_of_ranks_and_one_of_differences(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, *SMALL, "--schedule", "gpipe", "--compare", "1f1b")
     assert "gpipe: 2 ranks, 2 stages, 3 microbatches" in text

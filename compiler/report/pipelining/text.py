@@ -12,6 +12,7 @@ __all__ = ["DIFFERENCES", "differences_text", "facts_text", "pipeline_text", "pr
 
 _WIDTH = 13  # of the column of topics
 _MOST_ATTEMPTS = 8
+_LONGEST = 24  # name of a column
 
 #: What a comparison lists: name, field of ``PipelineFacts``, and the kind of figure.
 DIFFERENCES = (
@@ -143,11 +144,15 @@ def _differences(facts: PipelineFacts, other: PipelineFacts) -> list[str]:
     return _table(
         [
             ("", [f"{name:<32}" for name, *_ in rows]),
-            (facts.method or "this", [_figure(a, kind) for _, a, _, kind in rows]),
-            (other.method or "other", [_figure(b, kind) for _, _, b, kind in rows]),
+            (_short(facts.method or "this"), [_figure(a, kind) for _, a, _, kind in rows]),
+            (_short(other.method or "other"), [_figure(b, kind) for _, _, b, kind in rows]),
             ("difference", [_change(a, b, kind) for _, a, b, kind in rows]),
         ]
     )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
 
 
 def _figure(value: float, kind: str) -> str:
