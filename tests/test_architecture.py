@@ -22,6 +22,7 @@ FLOORS = {
     "kernels": 3,
     "fusing": 4,
     "torch_backend": 5,
+    "pipelining": 5,
     "api": 6,
     "cli": 7,
 }

@@ -24,7 +24,7 @@ from .modules import Seams, check_ties
 from .profile import Stopwatch, measured_problem
 from .together import Group, decided, together
 
-__all__ = ["Pipeline", "Planned", "Planner"]
+__all__ = ["Pipeline", "Planned", "Planner", "groups_of"]
 
 
 class Planned(Protocol):
@@ -74,7 +74,7 @@ class Pipeline:
     ) -> None:
         if (schedule is None) == (planner is None):
             raise OptionError("a pipeline needs a schedule, or a planner that chooses one, and not both")
-        self.group, self._everyone = _groups(mesh)
+        self.group, self._everyone = groups_of(mesh)
         self.ranks, self.microbatches, self.loss = tuple(ranks), microbatches, loss
         self.here = dist.get_rank(self.group)
         self.modules = together(lambda: self._own(stages), self.group)
@@ -241,7 +241,7 @@ class Pipeline:
         return Runner(self.modules, renumbered(schedule), self.chain, self.loss, device=self.device, group=self.group)
 
 
-def _groups(mesh: DeviceMesh | None) -> tuple[Group, Group]:
+def groups_of(mesh: DeviceMesh | None) -> tuple[Group, Group]:
     """The group of the pipeline, and that of all who must decide alike: of a mesh with replicas, all of its ranks."""
     if not dist.is_initialized():
         raise ExecutionError("there is no process group", hint="start with torchrun, and call init_process_group")

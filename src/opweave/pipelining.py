@@ -1,0 +1,1 @@
+../../pipelining.py
