@@ -189,7 +189,7 @@ class Seams:
     def __init__(self, module: nn.Module) -> None:
         self._handles = [
             module.register_forward_pre_hook(self._enter, prepend=True),
-            module.register_forward_hook(self._leave),
+            module.register_forward_hook(self._leave, prepend=True),
         ]
 
     def close(self) -> None:
