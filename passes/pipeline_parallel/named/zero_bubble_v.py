@@ -64,7 +64,7 @@ def _ways(layout: Layout, limits: tuple[int, ...] | None, objective: Objective) 
             idled = play.idle
 
 
-class _Full(Exception):
+class _Stuck(Exception):
     """No W is left that would free memory."""
 
 
@@ -100,10 +100,11 @@ class _Play:
         try:
             self.first_forwards()
             self.even_forwards()
-            for _ in range(2 * self.microbatches):
-                self.input_gradients()
-                self.forwards()
-        except _Full:
+            while any(self.done(rank, _INPUT, _DOWN) < self.microbatches for rank in self.ranks):
+                moved = self.input_gradients()
+                if not (self.forwards() or moved):
+                    return None
+        except _Stuck:
             return None
         for rank in self.ranks:
             while self.weights[rank]:
@@ -129,10 +130,20 @@ class _Play:
         finish = self.finish.get((before, chunk, kind, self.done(rank, kind, chunk)))
         return None if finish is None else finish + self.layout.lags[kind, self.layout.stages[rank][chunk]]
 
+    def can(self, rank: int, kind: ActionKind, chunk: int) -> bool:
+        """Whether a chunk has another F or I to do, and all that it needs has been done, on any rank."""
+        number = self.done(rank, kind, chunk)
+        if number >= self.microbatches or self.arrival(rank, kind, chunk) is None:
+            return False
+        if kind is _FORWARD and chunk == _DOWN:
+            return True
+        before = (_INPUT, _UP) if (kind, chunk) == (_INPUT, _DOWN) else (_FORWARD, _DOWN if kind is _FORWARD else _UP)
+        return self.done(rank, *before) > number
+
     def do(self, rank: int, kind: ActionKind, chunk: int) -> None:
         """F or I of a chunk, when its operand is there."""
         if not self.fits(rank, self.needs(rank, kind, chunk)):
-            raise _Full
+            raise _Stuck
         stage = self.stages[rank][chunk]
         start = max(self.free[rank], self.arrival(rank, kind, chunk) or 0)
         if self.done(rank, _FORWARD, _DOWN):
@@ -148,7 +159,7 @@ class _Play:
     def weight(self, rank: int) -> None:
         """The W that has been possible for the longest time."""
         if not self.weights[rank]:
-            raise _Full
+            raise _Stuck
         chunk = self.weights[rank].popleft()
         stage = self.stages[rank][chunk]
         self.free[rank] += stage.weight_gradient_ns
@@ -178,10 +189,13 @@ class _Play:
         """More, of one chunk and the other in turn, until no rank has done fewer than the one before it."""
         chunk = _DOWN
         for rank in self.ranks[1:]:
-            while self.lags_behind(rank):
+            vain = 0
+            while self.lags_behind(rank) and vain < 2:
+                vain += 1
                 for other in reversed(self.ranks[rank:]):
-                    if self.done(other, _FORWARD, chunk) < self.microbatches:
+                    if self.can(other, _FORWARD, chunk):
                         self.do(other, _FORWARD, chunk)
+                        vain = 0
                 chunk = _UP if chunk == _DOWN else _DOWN
 
     def lags_behind(self, rank: int) -> bool:
@@ -189,29 +203,30 @@ class _Play:
         before = [self.done(rank - 1, _FORWARD, chunk) for chunk in (_DOWN, _UP)]
         return sum(own) < sum(before) or own[_UP] <= before[_UP] < self.microbatches
 
-    def input_gradients(self) -> None:
+    def input_gradients(self) -> bool:
         """I on every rank: on the way back up the ranks where one has come that far, else on the way down."""
         backs = [rank for rank in self.ranks if self.goes_on_back(rank)]
+        moved = False
         for rank in reversed(backs):
-            self.fill(rank, _INPUT, _DOWN, always=True)
-            self.do(rank, _INPUT, _DOWN)
+            moved |= self.fill_and_do(rank, _INPUT, _DOWN, always=True)
         for rank in self.ranks:
             if rank not in backs:
-                self.fill(rank, _INPUT, _UP)
-                self.do(rank, _INPUT, _UP)
+                moved |= self.fill_and_do(rank, _INPUT, _UP)
+        return moved
 
     def goes_on_back(self, rank: int) -> bool:
         if self.done(rank, _INPUT, _DOWN) >= self.done(rank, _INPUT, _UP):
             return False
         return self.arrival(rank, _INPUT, _DOWN) is not None or self.done(rank, _INPUT, _UP) >= self.microbatches
 
-    def forwards(self) -> None:
+    def forwards(self) -> bool:
         """F on every rank that has one to do, on the way back before one on the way down."""
+        moved = False
         for rank in self.ranks:
             chunk = self.next_forward(rank)
             if chunk is not None:
-                self.fill(rank, _FORWARD, chunk)
-                self.do(rank, _FORWARD, chunk)
+                moved |= self.fill_and_do(rank, _FORWARD, chunk)
+        return moved
 
     def next_forward(self, rank: int) -> int | None:
         down, up = (self.done(rank, _FORWARD, chunk) for chunk in (_DOWN, _UP))
@@ -225,11 +240,13 @@ class _Play:
             return _DOWN
         return None
 
-    def fill(self, rank: int, kind: ActionKind, chunk: int, *, always: bool = False) -> None:
-        """W before the next action: those that free memory it needs, and those that end before its operand is there.
+    def fill_and_do(self, rank: int, kind: ActionKind, chunk: int, *, always: bool = False) -> bool:
+        """F or I if it can be done, behind W that free memory it needs or end before its operand is there.
 
-        One more if the time that is left would be idle, that matters, and the way asks for it.
+        One W more if the time that is left would be idle, that matters, and the way asks for it.
         """
+        if not self.can(rank, kind, chunk):
+            return False
         while not self.fits(rank, self.needs(rank, kind, chunk)):
             self.weight(rank)
         ready = self.arrival(rank, kind, chunk) or 0
@@ -238,6 +255,8 @@ class _Play:
         harmless = max(max(self.idle), self.allowed[rank]) - self.idle[rank]
         if self.weights[rank] and ready - self.free[rank] > harmless and (always or self.fill_partly[kind]):
             self.weight(rank)
+        self.do(rank, kind, chunk)
+        return True
 
     def weight_ns(self, rank: int) -> int:
         return self.stages[rank][self.weights[rank][0]].weight_gradient_ns
