@@ -112,10 +112,18 @@ class Chain:
         if line.memory_limit is None:
             return work
         room = line.memory_limit[rank] - self._sum("parameter_bytes")
-        held = self._sum("until_input_gradient_bytes") + self._sum("until_weight_gradient_bytes")
+        until_input = self._sum("until_input_gradient_bytes")
+        held = until_input + self._sum("until_weight_gradient_bytes")
+        back = np.minimum(self._time("input_gradient_ns", rank), whole)
+        turn = forward + self._way_back(stage)[None, :]
         if self._is_alone and line.vocabulary is None:
             ahead = np.where(held > 0, np.minimum(many, room // np.maximum(held, 1)), many)
-            work = work + np.maximum(0, forward + self._way_back(stage)[None, :] - ahead * forward)
+            work = work + np.maximum(0, turn - ahead * forward)
+        until = until_input * (turn + back) + (held - until_input) * (turn + np.minimum(halves, whole))
+        kept = -(-many * until // np.maximum(room, 1)) + self._sum("reduce_ns")
+        if self.objective == "makespan":
+            kept = kept + self._before(stage)[:, None]
+        work = np.maximum(work, kept)
         possible: Table = np.where(room < held, NEVER, work)
         return possible
 

@@ -10,18 +10,20 @@ from itertools import islice
 import numpy as np
 
 from ...compiler.pipeline import Budget, Progress
+from ...compiler.pipelining.simulate import timed
 from ...errors import Infeasible, OptionError
+from ._lanes import schedule_of
 from ._play import objective_of
 from .bounds import lower_bound
-from .list_schedule import filled, list_scheduled, rules_for, workshop_for
+from .list_schedule import Rule, filled, list_scheduled, rules_for, workshop_for
 from .partition_bounds import NEVER, Chain
 from .partition_layers import Cuts, Line
-from .solution import Bound, Objective, PipelineSolution
+from .solution import Attempt, Bound, Objective, PipelineSolution, value_of, within_limit
 from .solve import solve
 
 __all__ = ["searched"]
 
-RULES = 4  # list schedules by which cuts are rated
+RULES = 6  # list schedules by which cuts are rated
 MOST_RATED = 120  # cuts, where clocks may not decide
 MOST_SOLVED = 3
 Tried = tuple[tuple[Cuts, int | None], ...]
@@ -52,6 +54,7 @@ class _Search:
     objective: Objective
     budget: Budget
     rated: dict[Cuts, int | None] = field(default_factory=dict)
+    rules: dict[Cuts, Rule] = field(default_factory=dict)
     bounds: dict[Cuts, int] = field(default_factory=dict)
     best: int = NEVER
     least: int = 0  # no cuts undercut it
@@ -90,7 +93,7 @@ class _Search:
     def _around_best(self, budget: Budget) -> None:
         """Move cuts of the best so far until no move helps."""
         improved = True
-        while improved and self.best < NEVER:
+        while improved and self.least < self.best < NEVER:
             improved = False
             best = min((value, cuts) for cuts, value in self.rated.items() if value is not None)[1]
             for cuts in _neighbours(self.line, best):
@@ -116,13 +119,14 @@ class _Search:
             if any(need > limit for need, limit in zip(needed, problem.memory_limit, strict=True)):
                 self.bounds[cuts] = NEVER  # there is no schedule
                 return False
-        found = []
+        found: list[tuple[int, int, Rule]] = []
         for rule in islice(rules_for(shop), RULES):
             list_scheduled(shop, filled(shop, rule))
-            found.append(int(objective_of(shop.lanes, shop.room, self.objective == "span")))
-        self.rated[cuts] = min(found)
-        improves = min(found) < self.best
-        self.best = min(self.best, *found)
+            found.append((int(objective_of(shop.lanes, shop.room, self.objective == "span")), len(found), rule))
+        value, _, self.rules[cuts] = min(found)
+        self.rated[cuts] = value
+        improves = value < self.best
+        self.best = min(self.best, value)
         self.budget.listen(
             Progress("pipeline_parallel/partition", time.monotonic() - self.begin, self.best, self.least)
         )
@@ -140,11 +144,26 @@ class _Search:
                 continue
             share = self.budget.share(1 / (MOST_SOLVED - len(solved)))
             try:
-                solved[cuts] = solve(self.line.problem(cuts), share, objective=self.objective)
+                solved[cuts] = self._solved(cuts, share)
             except Infeasible as error:
                 if self.failure is None or error.required_bytes < self.failure.required_bytes:
                     self.failure = error
         return solved
+
+    def _solved(self, cuts: Cuts, budget: Budget) -> PipelineSolution:
+        """The solution of ``cuts``, no worse than what they were rated by; that itself where it is proved best."""
+        begin, problem = time.monotonic(), self.line.problem(cuts)
+        if cuts not in self.rules:
+            return solve(problem, budget, objective=self.objective)
+        shop, rule = workshop_for(problem), self.rules[cuts]
+        schedule = schedule_of(problem, shop.lanes, *list_scheduled(shop, filled(shop, rule)), str(rule))
+        judged = timed(schedule)
+        value = value_of(judged, self.objective)
+        if value > max(self.bounds[cuts], self.least) or not within_limit(judged):
+            return solve(problem, budget, objective=self.objective, hints=(schedule,))
+        seconds = time.monotonic() - begin
+        bound = Bound(max(self.bounds[cuts], self.least), "analytic")
+        return PipelineSolution(judged, self.objective, bound, (Attempt(str(rule), value, seconds),), seconds)
 
     def proven(self, solved: dict[Cuts, PipelineSolution]) -> Bound:
         """What no cuts undercut: those that have no bound of their own, and all that have."""
