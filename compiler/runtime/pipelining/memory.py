@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .execute import Loss
-from .modules import forward, left_as_it_was, splitter
+from .halves import SplitStage
+from .halves_bytes import measured_bytes
+from .modules import forward, left_as_it_was
 
 __all__ = ["Held", "held_by", "saved_by"]
 
@@ -37,14 +40,10 @@ def held_by(
     """What ``module`` holds for a microbatch of ``inputs``; of the last stage with its ``loss`` of ``target``.
 
     A split backward in eager mode frees nothing at I, and adds the gradients at which its W begins, but on the first
-    stage, where I does nothing. A stage whose backward is ``whole`` holds all until I. A stage that splits its
-    backward itself says what it holds in ``held_bytes``: until I, until W, between.
+    stage, where I does nothing. A stage whose backward is ``whole`` holds all until I. Of a `SplitStage` the graphs
+    tell what passes the ends of F and I, and its loss's share is free behind I.
     """
-    told = getattr(module, "held_bytes", None)
-    if splitter(module) is not None and told is not None:
-        return Held(*told)
-    device = inputs[0].device
-    with left_as_it_was(module, device), torch.enable_grad():
+    with left_as_it_was(module, inputs[0].device), torch.enable_grad():
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         outputs: Sequence[Tensor] = forward(module, inputs)
         ends = outputs
@@ -54,11 +53,26 @@ def held_by(
         known |= _storages(outputs if loss is None else ())
         saved = {key: size for key, size in saved_by(ends).items() if key not in known}
         total = sum(saved.values())
+        split = split_stage(module)
+        if split is not None:
+            passes_forward, passes_input_gradient = _handed_over(split, inputs)
+            later = min(passes_forward, passes_input_gradient)
+            return Held(total + passes_forward - later, later, passes_input_gradient - later)
         if whole:
             return Held(total, 0, 0)
         if first:
             return Held(0, total, 0)
         return Held(0, total, _kept_by_split(module, inputs, ends, {*known, *saved}))
+
+
+def _handed_over(stage: SplitStage, inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Bytes that F, and that I, leave for later; what stages or the runtime hold anyway is none of them."""
+    graphs = stage.graphs(inputs)
+    halves = [half for half in (graphs.forward, graphs.input_gradient) if half is not None]
+    nodes = [node for half in halves for node in half.module.graph.nodes]
+    sizes = {node.name: node.meta["val"].nbytes for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+    held, kept = (sum(sizes[n] for n, place in of.items() if place is None) for of in (graphs.held, graphs.kept))
+    return held, kept
 
 
 def saved_by(ends: Iterable[Tensor]) -> _Storages:
