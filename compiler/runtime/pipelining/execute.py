@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
+from torch.nn.parallel import DistributedDataParallel
 
 from ....errors import ExecutionError, OptionError
 from ...pipelining.schedule import PipelineSchedule
@@ -114,7 +115,7 @@ class Runner:
 
     def _stages(self) -> list[PipelineStage]:
         return [
-            PipelineStage(
+            _Stage(
                 module,
                 stage,
                 len(self.ranks),
@@ -162,3 +163,13 @@ class Runner:
                     f"input {number} is {found}; the pipeline was made for {self.microbatches} microbatches of {facts}",
                     hint="pipelines are made for one batch size: drop the last, smaller batch, or pad it",
                 )
+
+
+class _Stage(PipelineStage):
+    """A PipelineStage whose last W DDP hears of: torch tells it of the last B alone."""
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        wrapped: Any = self.submod
+        if isinstance(wrapped, DistributedDataParallel) and last_backward and self.dw_builder is not None:
+            wrapped.reducer.prepare_for_backward([])
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)

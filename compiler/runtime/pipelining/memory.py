@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .execute import Loss
 from .halves import SplitStage
-from .halves_bytes import measured_bytes
-from .modules import forward, left_as_it_was
+from .modules import forward, left_as_it_was, split_stage
 
 __all__ = ["Held", "held_by", "saved_by"]
 

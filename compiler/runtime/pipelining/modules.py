@@ -15,28 +15,44 @@ from torch.utils._pytree import tree_map_only
 
 from ....errors import ExecutionError, ModelError
 from ...pipelining.schedule import ActionKind, PipelineSchedule
+from .halves import SplitStage
 
-__all__ = ["Seams", "check_kinds", "check_ties", "forward", "left_as_it_was", "splitter", "why_whole"]
+__all__ = ["Seams", "check_kinds", "check_ties", "forward", "left_as_it_was", "split_stage", "splitter", "why_whole"]
+
+
+def split_stage(module: nn.Module) -> SplitStage | None:
+    """The SplitStage that ``module`` is, also under fully_shard or inside of DDP; ``None`` if torch splits it.
+
+    Raises:
+        ModelError: a part of the module splits its backward, where torch would never ask for the other half; or DDP
+            looks for unused parameters, which it does in the graph of a backward that has no weights.
+    """
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    if isinstance(inner, SplitStage):
+        if isinstance(module, DistributedDataParallel) and module.find_unused_parameters:
+            raise ModelError(
+                "DDP looks for unused parameters in a backward that has no weights",
+                hint="leave out find_unused_parameters, or do not split the stage",
+            )
+        return inner
+    name = next((name for name, part in module.named_modules() if isinstance(part, SplitStage)), None)
+    if name is not None:
+        raise ModelError(
+            f"{name!r} of a {type(module).__name__} is a SplitStage, whose W torch would never ask for",
+            hint="a SplitStage is a stage itself: wrap the whole stage's module, then shard or replicate it",
+        )
+    return None
 
 
 def splitter(module: nn.Module) -> Callable[[], Callable[[], None]] | None:
-    """The module's own ``dw_builder``, for a stage that splits its backward itself; ``None`` if it does not.
-
-    Called right behind a backward that left the weights' gradients out, it returns what computes them.
-
-    Raises:
-        ModelError: a part of the module splits its backward, where torch would never ask for the other half.
+    """What torch calls ``dw_builder``: right behind a backward that left out the weights' gradients, it returns what
+    computes them. ``None`` if the stage has none of its own. Raises ModelError, as `split_stage`.
     """
+    split = split_stage(module)
+    if split is not None:
+        return split.dw_builder
     found = getattr(module, "dw_builder", None)
-    if callable(found):
-        return found  # type: ignore[no-any-return]
-    inner = next((name for name, part in module.named_modules() if callable(getattr(part, "dw_builder", None))), None)
-    if inner is not None:
-        raise ModelError(
-            f"{inner!r} of a {type(module).__name__} splits its backward, and torch never computes the second half",
-            hint="a SplitStage is a stage itself: wrap what it wraps, or shard it with fully_shard",
-        )
-    return None
+    return found if callable(found) else None
 
 
 def why_whole(module: nn.Module, stage: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
