@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from ....compiler.pipelining.schedule import Action, ActionKind
 from .layout import Layout, Order, Orders
 
-__all__ = ["v_half", "v_min"]
+__all__ = ["PERIOD", "half_block", "least_block", "v_half", "v_min"]
 
-_PERIOD = 6
+#: Slots from one microbatch to the next.
+PERIOD = 6
 _STEPS = 4  # F down, F up, I up, I down: a microbatch's way through a rank
 _WEIGHT = 4
 
@@ -26,26 +27,28 @@ _Places = list[list[int]]  # of a rank: by step, the slot of each microbatch; W 
 
 def v_min(layout: Layout) -> Orders:
     """Least memory over a V: about a third of 1F1B's. Idles much unless F, I and W take as long."""
-    return _built(layout, _min_block)
+    return _built(layout, least_block)
 
 
 def v_half(layout: Layout) -> Orders:
     """Half of 1F1B's memory, and about half of its bubble."""
-    return _built(layout, _half_block)
+    return _built(layout, half_block)
 
 
-def _min_block(rank: int, ranks: int) -> tuple[int, int, int, int]:
+def least_block(rank: int, ranks: int) -> tuple[int, int, int, int]:
+    """V-Min's slots of F down, F up, I up and I down of the first microbatch."""
     gap = 2 if ranks % 3 == 0 else 0  # else two actions would meet in one slot
     return rank, 2 * ranks - rank - 1, 2 * ranks + gap + rank, 4 * ranks + gap - rank - 1
 
 
-def _half_block(rank: int, ranks: int) -> tuple[int, int, int, int]:
+def half_block(rank: int, ranks: int) -> tuple[int, int, int, int]:
+    """V-Half's, likewise."""
     gap = 0 if ranks % 2 else 3
     return 2 * rank, 3 * ranks - rank - 2, 3 * ranks + gap + 2 * rank - 1, 6 * ranks + gap - rank - 2
 
 
 def _built(layout: Layout, block: Callable[[int, int], tuple[int, int, int, int]]) -> Orders:
-    starts = range(0, _PERIOD * layout.microbatches, _PERIOD)
+    starts = range(0, PERIOD * layout.microbatches, PERIOD)
     places = [[[offset + start for start in starts] for offset in block(r, layout.ranks)] for r in range(layout.ranks)]
     places = _squeezed(_pulled([[*rank, _holes(rank)] for rank in places]))
     places = _squeezed([[*rank, _holes(rank)] for rank in _pulled([rank[:_STEPS] for rank in places])])
