@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import opweave
 from opweave.cli import app
-from opweave.cli.pipeline_problems import parse_time
+from opweave.cli.pipeline_problems import Source, parse_time
 from opweave.compiler.pipelining.placement import placed, uniform
-from opweave.compiler.pipelining.problem import Stage
+from opweave.compiler.pipelining.problem import PipelineProblem, Route, Stage
 from opweave.compiler.pipelining.simulate import timed
 from opweave.compiler.report.pipelining import load_problem, load_schedule
 from opweave.errors import ExecutionError, Infeasible, OptionError, PlanError
@@ -66,6 +66,18 @@ def test_chunks_divide_a_ranks_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["schedule"]["within"]
     assert not found["compared"][1]["within"]
     assert found["compared"][1]["bound"] is None
+
+
+def test_a_chunk_has_its_share_of_the_work_and_messages_as_long_as_before() -> None:
+    """And the fullest rank of 1F1B, whichever it is, tells what a limit of 1x allows."""
+    part = Stage(0, 30, 31, 8, 9, 500, 70, 2, 3, 5, 7, 11, reduce_ns=4, resident_bytes=80)
+    chunk = Source(None, part, 3, 4, limit="2x").problem_of("zbv")
+    assert chunk.stages[4] == Stage(1, 15, 16, 4, 4, 250, 35, 1, 3, 5, 7, 11, reduce_ns=2, resident_bytes=40)
+    assert chunk.memory_limit == (80 + 2 * 3 * 570,) * 3
+    held = (100, 400, 100)
+    stages = tuple(Stage(rank, 1, 1, 1, until_weight_gradient_bytes=size) for rank, size in enumerate(held))
+    known = PipelineProblem(3, stages, (Route((0, 1, 2), 4),))
+    assert Source(known, limit="1x").problem_of("optimal").memory_limit == (800,) * 3
 
 
 def test_optimal_keeps_the_limit_and_beats_what_it_is_compared_with(

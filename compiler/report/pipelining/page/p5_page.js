@@ -124,9 +124,9 @@ function connect() {
 
 // --- the page's own check --------------------------------------------------------------------------------------------
 
-// Looks up what lies inside boxes that are large enough, by hit test and by the colour on the canvas.
+// Looks up what lies inside boxes that are large enough, by hit test; and which colour is at their left and right ends.
 function probe(chart) {
-  const result = { tested: 0, hits: 0, colours: 0, boxes: [], plot: chart.plot };
+  const result = { tested: 0, hits: 0, boxes: [], plot: chart.plot };
   const { width, height } = chart.canvas;
   const pixels = chart.context.getImageData(0, 0, width, height).data;
   chart.schedule.rows.forEach((row, rank) => {
@@ -135,12 +135,11 @@ function probe(chart) {
       const [x, y, w, h] = boxOf(chart, place);
       if (w < 5) continue;
       const hit = hitTest(chart, x + w / 2, y + 2.5);
-      const at = 4 * (Math.floor((y + 2.5) * chart.ratio) * width + Math.floor((x + w / 2) * chart.ratio));
-      const colour = colourOf(chart.schedule, row.computes.kind[index], row.computes.stage[index]);
+      const at = (px) => 4 * (Math.floor((y + 2.5) * chart.ratio) * width + Math.floor(px * chart.ratio));
+      const ends = [at(x + 1), at(x + w - 2.5)].map((pixel) => [...pixels.slice(pixel, pixel + 3)]);
       result.tested++;
       if (hit && hit.what === "action" && samePlace(hit.place, place)) result.hits++;
-      if ([1, 3, 5].every((digit, i) => Math.abs(parseInt(colour.slice(digit, digit + 2), 16) - pixels[at + i]) < 40)) result.colours++;
-      result.boxes.push([rank, index, x, y, w, h]);
+      result.boxes.push([rank, index, x, y, w, h, ends]);
     }
   });
   return result;

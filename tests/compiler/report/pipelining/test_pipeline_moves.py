@@ -86,6 +86,12 @@ def test_copies_and_all_reduces_are_counted() -> None:
     assert [rank.reduce_ns for rank in facts_of(pipelines.split()).ranks] == [17] * 4
 
 
+def test_messages_count_for_their_sender() -> None:
+    """The first rank sends activations only, the last one gradients only."""
+    ranks = facts_of(pipelines.plain(ranks=3, microbatches=8)).ranks
+    assert [(rank.sent, rank.sent_bytes) for rank in ranks] == [(8, 8 * 64), (16, 8 * 96), (8, 8 * 32)]
+
+
 def test_over_the_limit() -> None:
     facts = facts_of(pipelines.split())
     assert [rank.within for rank in facts.ranks] == [False, False, True, True]

@@ -45,6 +45,18 @@ def test_areas_are_times(name: str, tmp_path: Path) -> None:
     assert pixels_of(tmp_path / "p.png", CAPACITY_COLOUR) > 1000
 
 
+def test_boxes_reach_from_start_to_finish(tmp_path: Path) -> None:
+    """One rank never idles: all of the row through its boxes is F or B, but for numbers and edges."""
+    write_pipeline_png(pipelines.plain(ranks=1, microbatches=4), tmp_path / "p.png")
+    shown = image.imread(tmp_path / "p.png")[:, :, :3] * 255
+    wanted = [
+        [int(COLOURS[kind][at : at + 2], 16) for at in (1, 3, 5)] for kind in (ActionKind.FORWARD, ActionKind.BACKWARD)
+    ]
+    is_box = np.any([np.abs(shown - colour).max(axis=2) < 6 for colour in wanted], axis=0)
+    fullest = is_box.sum(axis=1).max()
+    assert fullest > 0.97 * (shown.shape[1] - 80)
+
+
 def test_the_second_schedule_is_below_the_first_over_the_same_time(tmp_path: Path) -> None:
     """Only one of them has S and T, in the lower half."""
     write_pipeline_png(pipelines.plain(), tmp_path / "p.png", pipelines.sharded())
