@@ -90,7 +90,7 @@ def pipeline(
         example_inputs: a batch, as ``step`` takes it; dim 0 is cut into microbatches.
         loss: of the last stage's output and the target, of a microbatch: its mean.
         microbatches: of each step.
-        example_target: a batch's target, to measure the last stage with its loss.
+        example_target: a batch's target, to measure the last stage with its loss; not needed for a given schedule.
         mesh: one with a dimension named ``"pp"``, or of one dimension.
         placement: of stages on ranks: ``"loop"``, ``"v"``, ``"wave"``, or the rank of each stage.
         chunks: stages on each rank, for a placement by name.
@@ -124,10 +124,9 @@ def pipeline(
     from .passes.pipeline_parallel.partition_costs import partition_model
     from .passes.pipeline_parallel.solve import solve
 
-    if split not in _SPLITS:
-        raise OptionError(f"split is {split!r}; allowed are {', '.join(map(repr, _SPLITS))}")
-    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     group, everyone = groups_of(mesh)
+    _check(split, schedule, example_target is not None)
+    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     size = dist.get_world_size(group)
     ranks = placed(placement, size, chunks) if isinstance(placement, str) else tuple(placement)
     inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
@@ -180,6 +179,20 @@ def pipeline(
         device=device,
         resident=partial(_resident, optimizer_bytes=optimizer_bytes),
     )
+
+
+def _check(split: str, schedule: object, has_target: bool) -> None:
+    """Refuse what is known to be wrong before ranks wait for one another."""
+    from .passes.pipeline_parallel.named import NAMES
+
+    if split not in _SPLITS:
+        raise OptionError(f"split is {split!r}; allowed are {', '.join(map(repr, _SPLITS))}")
+    if isinstance(schedule, str) and schedule != "optimal" and schedule not in NAMES:
+        hint = "'opweave pipeline --list' shows the schedules that have names; 'optimal' finds one"
+        raise OptionError(f"there is no schedule {schedule!r}", hint=hint)
+    if isinstance(schedule, str) and not has_target:
+        hint = "pass example_target, a batch's target as step takes it, or a schedule that is made already"
+        raise OptionError("stages are measured, the last one with its loss, which needs a target", hint=hint)
 
 
 def _cut(
