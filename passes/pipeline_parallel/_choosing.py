@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,11 +25,11 @@ _RULES = 6  # list schedules by which a choice is rated
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to choose, and the problem that it leaves; ``hints`` are schedules of it that are known."""
+    """One way to choose, and the problem that it leaves; ``hints`` makes schedules of it, if it is looked at."""
 
     name: str
     problem: PipelineProblem
-    hints: tuple[PipelineSchedule, ...] = ()
+    hints: Callable[[], Iterable[PipelineSchedule]] = tuple
 
 
 @dataclass
@@ -110,12 +110,13 @@ def _hopeless(one: _Rated, rated: Sequence[_Rated], objective: Objective) -> boo
 def _rate(rated: Sequence[_Rated], budget: Budget, objective: Objective, *, all_valued: bool) -> None:
     for one in rated:
         begin = time.monotonic()
-        known = [line for line in map(timed, one.choice.hints) if within_limit(line)]
         wanted = not budget.stop.is_set() if all_valued else not (budget.halted() or _hopeless(one, rated, objective))
+        known: list[TimedSchedule] = []
         if wanted:
+            known += filter(within_limit, map(timed, one.choice.hints()))
             line = quick(one.choice.problem, objective)
             known += [line] if line else []
-        one.tried = wanted or bool(known)
+        one.tried = wanted
         one.best = min(known, key=lambda line: value_of(line, objective), default=None)
         one.seconds += time.monotonic() - begin
 

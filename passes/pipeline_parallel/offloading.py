@@ -9,7 +9,7 @@ choice is which do, wholly or in part, judged by schedules in which copies have 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -72,33 +72,40 @@ def choose_offload(
     nothing = offloaded(problem, [0] * len(problem.stages))
     if problem.memory_limit is None or not any(stage.offloaded_bytes for stage in problem.stages):
         return solve(nothing, budget, objective=objective)
-    references = list(_references(problem, budget.share(0.4), objective))
-    tried = list(dict.fromkeys([*_candidates(problem, references, of)]))
+    references = list(_references(problem, budget.share(0.3), objective))
+    tried = list(dict.fromkeys(_candidates(problem, references, of, budget.share(0.3))))
     exhaustive = len(tried) == (of + 1) ** sum(bool(stage.offloaded_bytes) for stage in problem.stages)
     choices = []
     for parts in tried:
         chosen = offloaded(problem, parts, of)
-        hints = tuple(_hint(chosen, line) for line in references)
-        choices.append(Choice(f"parts {list(parts)} of {of}", chosen, hints))
+        choices.append(Choice(f"parts {list(parts)} of {of}", chosen, _hints(chosen, references)))
     others = None if exhaustive else lower_bound(away(problem), objective)
     solution = best_choice(choices, budget, objective=objective, others=others)
     return replace(solution, seconds=time.monotonic() - begin)
 
 
-def _candidates(problem: PipelineProblem, references: Sequence[TimedSchedule], of: int) -> Iterator[tuple[int, ...]]:
-    """Parts of each stage that are worth a look: all there are, if few; or what a schedule asks for, and one more."""
+def _candidates(
+    problem: PipelineProblem, references: Sequence[TimedSchedule], of: int, budget: Budget
+) -> Iterator[tuple[int, ...]]:
+    """Parts of each stage that are worth a look: all there are, if few.
+
+    Or: of none; of the first stages of the route, few to all; what a schedule asks for, and with a part more or less.
+    """
     movable = [bool(stage.offloaded_bytes) for stage in problem.stages]
     if (of + 1) ** sum(movable) <= _ALL:
         yield from product(*(range(of + 1) if moves else (0,) for moves in movable))
         return
-    yield (0,) * len(movable)
-    yield tuple(of * moves for moves in movable)
+    parts = [0] * len(movable)
+    yield tuple(parts)
+    for stage in dict.fromkeys(stage for route in problem.routes for stage in route.stages if movable[stage]):
+        parts[stage] = of
+        yield tuple(parts)
     for line in references:
-        parts = _least_parts(problem, line, of)
-        yield parts
-        for stage, part in enumerate(parts):
-            if movable[stage] and part < of:
-                yield (*parts[:stage], part + 1, *parts[stage + 1 :])
+        asked = _least_parts(problem, line, of, budget)
+        yield asked
+        for stage, change in product(range(len(asked)), (1, -1)):
+            if movable[stage] and 0 <= asked[stage] + change <= of:
+                yield (*asked[:stage], asked[stage] + change, *asked[stage + 1 :])
 
 
 def _references(problem: PipelineProblem, budget: Budget, objective: Objective) -> Iterator[TimedSchedule]:
@@ -110,6 +117,10 @@ def _references(problem: PipelineProblem, budget: Budget, objective: Objective) 
             yield solve(away(problem, parts), budget.share(0.5), objective=objective).timed
         except Infeasible:
             return
+
+
+def _hints(problem: PipelineProblem, references: Sequence[TimedSchedule]) -> Callable[[], Iterable[PipelineSchedule]]:
+    return lambda: (_hint(problem, line) for line in references)
 
 
 def _hint(problem: PipelineProblem, line: TimedSchedule) -> PipelineSchedule:
@@ -127,13 +138,16 @@ def _excess(line: TimedSchedule, rank: int | None = None) -> int:
     return max(over) if rank is None else over[rank]
 
 
-def _least_parts(problem: PipelineProblem, line: TimedSchedule, of: int) -> tuple[int, ...]:
+def _least_parts(problem: PipelineProblem, line: TimedSchedule, of: int, budget: Budget) -> tuple[int, ...]:
     """For each rank by itself, the parts that keep its limit in ``line`` at the least delay, and then the least bytes.
 
-    Copies of one rank delay others only where they delay its own actions, so ranks may choose one by one.
+    Copies of one rank delay others only where they delay its own actions, so ranks may choose one by one. Ranks for
+    which there is no time left offload all.
     """
-    parts = [0] * len(problem.stages)
+    parts = [of * bool(stage.offloaded_bytes) for stage in problem.stages]
     for rank, stages in enumerate(problem.stages_of):
+        if budget.halted():
+            break
         movable = [stage for stage in stages if problem.stages[stage].offloaded_bytes]
         best: tuple[tuple[int, int, int], dict[int, int]] | None = None
         for chosen in _ways(movable, line, of):

@@ -9,7 +9,7 @@ is a bound that holds for all placements.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -115,6 +115,9 @@ class _Search:
                 self.schedules[ranks] = line.schedule
         return self.values[ranks]
 
+    def hint(self, ranks: tuple[int, ...]) -> Callable[[], Iterable[PipelineSchedule]]:
+        return lambda: (self.schedules[ranks],)
+
 
 def _searched(
     problem: PipelineProblem, choices: Sequence[Choice], budget: Budget, objective: Objective
@@ -131,7 +134,7 @@ def _searched(
             best = _better(search, best, budget)
     found = sorted(search.schedules, key=search.value)
     kept = [ranks for ranks in found if ranks not in starts][:_KEPT]
-    choices = [Choice(_text(ranks), on_ranks(problem, ranks), (search.schedules[ranks],)) for ranks in kept]
+    choices = [Choice(_text(ranks), on_ranks(problem, ranks), search.hint(ranks)) for ranks in kept]
     return (search.value(found[0]) if found else float("inf")), choices
 
 
