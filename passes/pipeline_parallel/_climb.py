@@ -19,7 +19,7 @@ __all__ = ["NOTHING", "Walk", "climb", "walk_for"]
 NOTHING = -1
 ON_PATH = 0.7  # share of moves that begin on the critical path
 FLIPS = 0.15  # share of moves that split or join, where B is any use
-NEAR = 6.0  # mean distance of moves
+NEAR = 3.0  # mean distance of moves
 SPREAD = 0.05  # weight of the mean end of ranks beside the objective
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ...compiler.pipeline import Budget, Progress
 from ...compiler.pipelining.problem import PipelineProblem
@@ -37,6 +39,15 @@ class Search:
         return self.best is not None and (
             value_of(self.best, self.objective) <= self.bound.value or self.budget.halted()
         )
+
+    @contextmanager
+    def share(self, fraction: float) -> Iterator[None]:
+        """Let what is done within have ``fraction`` of the time that is left."""
+        whole, self.budget = self.budget, self.budget.share(fraction)
+        try:
+            yield
+        finally:
+            self.budget = whole
 
     def offer(self, schedule: PipelineSchedule) -> bool:
         """Judge a schedule, note the attempt, and keep it if it is within the limit and the best; whether it is."""

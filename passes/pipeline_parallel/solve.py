@@ -1,12 +1,14 @@
 """The best schedule of a pipeline problem within its memory limit, and how far from optimal it may be.
 
-A bound first, then a portfolio: the schedules that have names, list schedules by many rules, local search from the best
-of them. It ends as soon as a schedule meets the bound.
+A bound first, then a portfolio: the schedules that have names, list schedules by many rules, templates that repeat,
+local search from the best of them, and where that is small enough an exact model. It ends as soon as a schedule meets
+the bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from ...compiler.pipeline import Budget
 from ...compiler.pipelining.problem import PipelineProblem
@@ -16,7 +18,14 @@ from ._progress import Search
 from .named import fitting, named
 from .solution import Objective, PipelineSolution
 
+if TYPE_CHECKING:
+    from .list_schedule import Workshop
+
+    Method = Callable[[Search, Workshop], None]
+
 __all__ = ["solve"]
+
+EXACT_NODES = 1200  # the most tasks that the exact model is tried with
 
 
 def solve(
@@ -35,8 +44,7 @@ def solve(
         Infeasible: a rank cannot hold what a single microbatch needs there.
         OptionError: a hint is no schedule of this problem.
     """
-    from .improve import improve  # numba, which takes a second to load
-    from .list_schedule import construct, workshop_for
+    from .list_schedule import workshop_for  # numba, which takes a second to load
 
     search = Search(problem, budget, objective)
     shop = workshop_for(problem)
@@ -50,10 +58,37 @@ def solve(
             search.note(name, None)
         else:
             search.offer(schedule)
-    for method in (construct, improve):
+    for method, share in _plan(shop):
         if not search.done():
-            method(search, shop)
+            with search.share(share):
+                method(search, shop)
     return search.solution()
+
+
+def _plan(shop: Workshop) -> Iterator[tuple[Method, float]]:
+    """Methods in turn, each with its share of the time that is left."""
+    from .improve import improve
+    from .list_schedule import construct
+    from .templates import repeat
+
+    yield construct, 0.5
+    if shop.lanes.nodes <= EXACT_NODES:
+        yield improve, 0.3
+        yield prove, 0.5
+    yield repeat, 0.3
+    yield improve, 1.0
+
+
+def prove(search: Search, _: Workshop) -> None:
+    """Let CP-SAT find a better schedule, or a better bound, starting from the best so far."""
+    from .exact import solve_exact
+
+    found, bound = solve_exact(search.problem, search.objective, search.budget, hint=search.best, bound=search.bound)
+    search.raise_bound(bound)
+    if found is None:
+        search.note("cp", None)
+    else:
+        search.offer(found)
 
 
 def _check_limit(problem: PipelineProblem, least: list[int]) -> None:
