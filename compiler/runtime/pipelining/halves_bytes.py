@@ -100,20 +100,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operators have made since this was entered and that are still alive.
 
     It sees what goes through torch's dispatcher: eager code and its backward, not the insides of compiled graphs.
-    ``peak`` is the most there was behind any operator. ``aside`` are modules whose gradients do not count.
+    ``peak`` is the most there was behind any operator that made one. ``aside`` are modules whose gradients do not count.
     """
 
     def __init__(self, aside: Iterable[nn.Module] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.aside = tuple(aside)
+        self.aside = [parameter for module in aside for parameter in module.parameters()]
         self.peak = 0
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        if all(self._is_known(leaf) for leaf in results):
+            return made
         given = {_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in pytree.tree_leaves(made):
-            if isinstance(leaf, torch.Tensor) and _key(leaf) not in given:
+        for leaf in results:
+            if _key(leaf) not in given:
                 storage = leaf.untyped_storage()
                 self._seen[_key(leaf)] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.now())
@@ -122,8 +125,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def now(self) -> int:
         """What is alive now."""
         self._seen = {key: seen for key, seen in self._seen.items() if not _is_gone(seen[0])}
-        gradients = {_key(p.grad) for part in self.aside for p in part.parameters() if p.grad is not None}
+        gradients = {_key(parameter.grad) for parameter in self.aside if parameter.grad is not None}
         return sum(nbytes for key, (_, nbytes) in self._seen.items() if key not in gradients)
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        seen = self._seen.get(_key(tensor))
+        return seen is not None and not _is_gone(seen[0])
 
 
 def _key(tensor: torch.Tensor) -> int:
