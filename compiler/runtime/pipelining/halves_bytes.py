@@ -100,7 +100,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operators have made since this was entered and that are still alive.
 
     It sees what goes through torch's dispatcher: eager code and its backward, not the insides of compiled graphs.
-    ``peak`` is the most there was behind any operator that made one. ``aside`` are modules whose gradients do not count.
+    ``peak`` is the most there was behind an operator that made one. ``aside`` are modules whose gradients are left out.
     """
 
     def __init__(self, aside: Iterable[nn.Module] = ()) -> None:
