@@ -15,6 +15,7 @@ from opweave.compiler.pipelining.schedule import Action, ActionKind, TimedSchedu
 from opweave.compiler.report.pipelining.colours import COLOURS, chunks_of, shaded
 from opweave.compiler.report.pipelining.moves import Moves
 from opweave.compiler.report.pipelining.report import pipeline_page
+from opweave.compiler.report.pipelining.text import precise
 from tests.compiler.report.pipelining import pipelines
 from tests.compiler.report.test_browser import BROWSER, FLAGS, drawn_in, text_of
 
@@ -95,16 +96,41 @@ const fs = require("fs");
 const page = fs.readFileSync(process.argv[1], "utf8");
 const script = page.split("<script>").pop().split("</script>")[0];
 const data = page.split('<script id="plan" type="application/json">')[1].split("</script>")[0];
-const upTo = script.indexOf("// What part of the time");
+const upTo = script.indexOf("// The diagrams: a canvas a schedule");
 globalThis.document = { getElementById: () => ({ textContent: data }) };
 new Function(script.slice(script.indexOf("(() => {") + 8, upTo) + `
   const [shown] = schedules;
+  fit();
+  const ranges = [[view.x0, view.x1]];
+  const moves = [
+    () => zoom(0.1, 0.25), () => pan(0.5), () => pan(100), () => zoom(1e-12), () => pan(-1e15), () => zoom(1e15),
+    () => setRange(-50, 20), fit,
+  ];
+  for (const move of moves) {
+    move();
+    ranges.push([view.x0, view.x1]);
+  }
   console.log(JSON.stringify({
     messages: messagesOf(shown).map((m) => [nameAt(shown, m.from), nameAt(shown, m.to), m.leaves, m.arrives]),
     held: shown.curves.map((_, rank) => [0, 5, 10, 25, 1e9].map((time) => heldAt(shown, rank, time))),
+    ranges,
+    precise: [0, 999, 1000, 12345, 1234567, 999999999, 2187300000].map(formatPrecise),
     found: ["3F7", " 2 ", "0reload1", "8", "x", "-1", "F3"].map(microbatchIn),
   }));`)();
 """
+
+
+def moves_in_sight(ranges: list[list[float]], end: int) -> None:
+    """The range stays inside the schedule, and a zoom leaves the time under the pointer where it is."""
+    assert all(0 <= low < high <= end * (1 + 1e-9) for low, high in ranges)
+    whole, closer, right, last, closest, first, all_of_it, left, fitted = ranges
+    assert whole == all_of_it == fitted == [0, end]
+    assert closer == pytest.approx([0.25 * end - 0.025 * end, 0.25 * end + 0.075 * end])
+    assert right == pytest.approx([low + 0.05 * end for low in closer])
+    assert last[1] == pytest.approx(end)
+    assert 0 < closest[1] - closest[0] <= 1
+    assert first[0] == 0
+    assert left == [0, min(70, end)]
 
 
 @pytest.mark.skipif(NODE is None, reason="node is not on the path")
@@ -122,6 +148,8 @@ def test_the_script_counts_as_python_does(name: str, tmp_path: Path) -> None:
     for rank, curve in enumerate(moves.curves):
         expected = [[held for at, held in curve if at <= time][-1] for time in (0, 5, 10, 25, 10**9)]
         assert counted["held"][rank] == expected
+    assert counted["precise"] == [precise(t) for t in (0, 999, 1000, 12345, 1234567, 999999999, 2187300000)]
+    moves_in_sight(counted["ranges"], schedule.makespan_ns)
     total = schedule.schedule.problem.microbatches
     wanted = [7, 2, 1, 8, None, None, None]
     assert counted["found"] == [n if n is not None and n < total else None for n in wanted]
