@@ -74,7 +74,20 @@ def plan(network: Path) -> Path:
     return path
 
 
-COMMANDS = ("compile", "run", "explain", "verify", "fit", "view", "export", "bench", "hw", "passes")
+COMMANDS = (
+    "compile",
+    "run",
+    "explain",
+    "verify",
+    "fit",
+    "view",
+    "export",
+    "bench",
+    "hw",
+    "passes",
+    "experts",
+    "pipeline",
+)
 
 
 def test_help_lists_the_commands() -> None:
