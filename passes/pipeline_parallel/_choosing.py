@@ -25,11 +25,15 @@ _RULES = 6  # list schedules by which a choice is rated
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to choose, and the problem that it leaves; ``hints`` makes schedules of it, if it is looked at."""
+    """One way to choose, and the problem that it leaves; ``hints`` makes schedules of it, if it is looked at.
+
+    ``first`` says that it is solved before others are rated: list schedules alone would not do it justice.
+    """
 
     name: str
     problem: PipelineProblem
     hints: Callable[[], Iterable[PipelineSchedule]] = tuple
+    first: bool = False
 
 
 @dataclass
@@ -65,9 +69,9 @@ def best_choice(
 ) -> PipelineSolution:
     """The best schedule of any of the choices' problems; its problem says what was chosen.
 
-    All are bounded, rated by list schedules in the order of their bounds, and the ``most_solved`` best of them solved;
-    a choice whose bound reaches the best schedule known is left alone, unless ``all_valued``, which is for comparing
-    them. ``others`` bounds choices that are not listed.
+    All are bounded; those that are ``first`` are solved; then all are rated by list schedules, in the order of their
+    bounds, and the ``most_solved`` best of them solved. A choice whose bound reaches the best schedule known is left
+    alone, unless ``all_valued``, which is for comparing them. ``others`` bounds choices that are not listed.
     The solution's bound holds for every choice; its attempts have one line for each that was looked at, by value.
 
     Raises:
@@ -76,6 +80,7 @@ def best_choice(
     begin = time.monotonic()
     rated = [_Rated(choice, lower_bound(choice.problem, objective)) for choice in choices]
     rated.sort(key=lambda one: one.bound.value)
+    _solve_first([one for one in rated if one.choice.first], budget.share(0.4), objective)
     _rate(rated, budget.share(0.4), objective, all_valued=all_valued)
     _solve(rated, budget, objective, len(rated) if all_valued else most_solved, all_valued=all_valued)
     best = _best(rated, objective)
@@ -107,16 +112,22 @@ def _hopeless(one: _Rated, rated: Sequence[_Rated], objective: Objective) -> boo
     return best is not None and one.bound.value >= value_of(best, objective)
 
 
+def _solve_first(rated: Sequence[_Rated], budget: Budget, objective: Objective) -> None:
+    for place, one in enumerate(rated):
+        if not _hopeless(one, rated, objective):
+            _solve_one(one, budget.share(1 / (len(rated) - place)), objective)
+
+
 def _rate(rated: Sequence[_Rated], budget: Budget, objective: Objective, *, all_valued: bool) -> None:
     for one in rated:
         begin = time.monotonic()
         wanted = not budget.stop.is_set() if all_valued else not (budget.halted() or _hopeless(one, rated, objective))
-        known: list[TimedSchedule] = []
-        if wanted:
+        known = [one.best] if one.best else []
+        if wanted and not one.tried:
             known += filter(within_limit, map(timed, one.choice.hints()))
             line = quick(one.choice.problem, objective)
             known += [line] if line else []
-        one.tried = wanted
+        one.tried |= wanted
         one.best = min(known, key=lambda line: value_of(line, objective), default=None)
         one.seconds += time.monotonic() - begin
 

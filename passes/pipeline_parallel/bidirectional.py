@@ -61,7 +61,7 @@ def choose_directions(
     """
     route = one_route(problem)
     half = route.microbatches // 2
-    choices = [Choice("one way", problem)]
+    choices = [Choice("one way", problem, first=True)]
     choices += [
         Choice(f"{back} of {route.microbatches} back", both_ways(problem, back))
         for back in range(half, max(0, half - _SPLITS), -1)

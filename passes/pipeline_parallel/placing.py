@@ -66,9 +66,9 @@ def choose_placement(
     begin = time.monotonic()
     route = one_route(problem)
     known = named_placements(problem.ranks, len(problem.stages))
-    choices = [Choice(name, on_ranks(problem, ranks, name)) for name, ranks in known.items()]
+    choices = [Choice(name, on_ranks(problem, ranks, name), first=True) for name, ranks in known.items()]
     if _ranks(problem) not in known.values():
-        choices.insert(0, Choice("as given", problem))
+        choices.insert(0, Choice("as given", problem, first=True))
     best, found = _searched(problem, choices, budget.share(0.3), objective)
     taken = {_ranks(choice.problem) for choice in choices}
     choices += [choice for choice in found if _ranks(choice.problem) not in taken]
@@ -84,7 +84,7 @@ def choose_placement(
             Choice(f"{name}, both ways", both_ways(on_ranks(problem, ranks, name), route.microbatches // 2))
             for name, ranks in known.items()
         ]
-    solution = best_choice(choices, budget, objective=objective, others=bound)
+    solution = best_choice(choices, budget, objective=objective, most_solved=_KEPT, others=bound)
     return replace(solution, seconds=time.monotonic() - begin)
 
 
