@@ -20,7 +20,7 @@ from pathlib import Path
 from .pipeline_published import rows as published
 from .runner import Options, Row, run
 
-__all__ = ["measure"]
+__all__ = ["QUESTION", "SECTIONS", "add_arguments", "measure"]
 
 QUESTION = "Are published figures of pipeline schedules right here, and are our schedules better?"
 
@@ -34,9 +34,10 @@ def measure(options: Options) -> Iterator[Row]:
         yield from section(options)
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where measured times are."""
     parser.add_argument("--data", type=Path, help="folder with vocab_stage_times.csv; without it nothing is looked for")
 
 
 if __name__ == "__main__":
-    sys.exit(run("bench_pipeline", QUESTION, measure, add_arguments=_add_arguments))
+    sys.exit(run("bench_pipeline", QUESTION, measure, add_arguments=add_arguments))

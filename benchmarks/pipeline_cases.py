@@ -262,6 +262,8 @@ def measured_times(folder: Path) -> Iterator[Compared]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
+        if not lines:
+            raise ValueError("it has no rows")
         for line in lines:
             forward = [int(time) for time in line["forward_us_per_stage"].split()]
             backward = [int(time) for time in line["backward_us_per_stage"].split()]

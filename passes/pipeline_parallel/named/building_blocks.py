@@ -10,7 +10,7 @@ authors' implementation, understood and written anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ....compiler.pipelining.schedule import Action, ActionKind
 from .layout import Layout, Order, Orders
@@ -55,40 +55,68 @@ def _built(layout: Layout, block: Callable[[int, int], tuple[int, int, int, int]
     return tuple(_ordered(layout, rank, own[:_STEPS]) for rank, own in enumerate(places))
 
 
-def _walk(places: _Places) -> Iterator[tuple[int, int | None]]:
-    """Each slot with the step that a rank does there, ``None`` where it does none."""
-    steps = {slot: step for step, slots in enumerate(places) for slot in slots}
-    for slot in range(max(steps) + 1):
-        yield slot, steps.get(slot)
+def _by_slot(places: _Places) -> list[int | None]:
+    """The step of each slot, ``None`` where the rank does none."""
+    steps: list[int | None] = [None] * (1 + max(slots[-1] for slots in places))
+    for step, slots in enumerate(places):
+        for slot in slots:
+            steps[slot] = step
+    return steps
 
 
 def _holes(places: _Places) -> list[int]:
     """Slots of W: each in the first free slot behind an I."""
-    pending, slots, last = 0, [], 0
-    for last, step in _walk(places):
+    pending, slots = 0, []
+    steps = _by_slot(places)
+    for slot, step in enumerate(steps):
         if step is not None:
             pending += step >= 2
         elif pending:
-            slots.append(last)
+            slots.append(slot)
             pending -= 1
-    return slots + list(range(last + 1, last + 1 + pending))
+    return slots + list(range(len(steps), len(steps) + pending))
 
 
-def _peak(places: _Places) -> int:
-    """The most forwards whose W is still to come; W in the first free slots if they have no place."""
-    held = most = pending = 0
-    for _, step in _walk(places):
-        if step is not None and step < 2:
-            held += 1
-            most = max(most, held)
-        elif step == _WEIGHT:
-            held -= 1
-        elif step is not None:
-            pending += 1
-        elif len(places) == _STEPS and pending:
-            pending -= 1
-            held -= 1
-    return most
+class _Line:
+    """What a rank does in each slot, and how many forwards whose W is still to come it holds behind it.
+
+    W that have no place are in the first free slots behind their I; then ``pending`` are those still to come.
+    """
+
+    def __init__(self, places: _Places) -> None:
+        self.steps = _by_slot(places)
+        self.placed = len(places) > _STEPS
+        self.states: list[tuple[int, int]] = []
+        for slot in range(len(self.steps)):
+            self.states.append(self.behind(slot, self.states[-1] if slot else (0, 0)))
+
+    def behind(self, slot: int, state: tuple[int, int]) -> tuple[int, int]:
+        held, pending = state
+        step = self.steps[slot]
+        if step is None:
+            return (held - 1, pending - 1) if pending else state
+        if step == _WEIGHT:
+            return held - 1, pending
+        return (held + 1, pending) if step < 2 else (held, pending + (not self.placed))
+
+    @property
+    def peak(self) -> int:
+        return max(held for held, _ in self.states)
+
+    def move(self, slot: int, earlier: int, limit: int) -> bool:
+        """Move what is in ``slot`` to ``earlier``, which is free, unless more than ``limit`` would be held."""
+        self.steps[earlier], self.steps[slot] = self.steps[slot], None
+        state, changed = self.states[earlier - 1] if earlier else (0, 0), []
+        for index in range(earlier, len(self.steps)):
+            state = self.behind(index, state)
+            if state[0] > limit:
+                self.steps[slot], self.steps[earlier] = self.steps[earlier], None
+                return False
+            if index >= slot and state == self.states[index]:
+                break
+            changed.append(state)
+        self.states[earlier : earlier + len(changed)] = changed
+        return True
 
 
 def _in_order(places: list[_Places]) -> list[tuple[int, int, int, int]]:
@@ -122,30 +150,20 @@ def _pulled(places: list[_Places]) -> list[_Places]:
     The latter only if W have places: without, what they free could not be told yet.
     """
     places = [[list(slots) for slots in own] for own in places]
-    limit = max(map(_peak, places))
+    lines = [_Line(own) for own in places]
+    limit = max(line.peak for line in lines)
     last = len(places[0][0]) - 1
     phase = "warm-up"
-    taken: list[set[int]] = [set() for _ in places]
-    for _slot, rank, step, number in _in_order(places):
+    for slot, rank, step, number in _in_order(places):
         if phase == "warm-up" and rank == 0 and step == 3:
             phase = "steady"
-        if phase == "cool-down" or (phase == "warm-up" and len(places[0]) > _STEPS):
-            _move(places, rank, step, number, taken[rank], limit)
+        if phase == "cool-down" or (phase == "warm-up" and lines[0].placed):
+            earliest = _earliest(places, rank, step, number)
+            free = (at for at in range(earliest, slot) if lines[rank].steps[at] is None)
+            places[rank][step][number] = next((at for at in free if lines[rank].move(slot, at, limit)), slot)
         elif phase == "steady" and step == 0 and number == last:
             phase = "cool-down"
-        taken[rank].add(places[rank][step][number])
     return places
-
-
-def _move(places: list[_Places], rank: int, step: int, number: int, taken: set[int], limit: int) -> None:
-    slots = places[rank][step]
-    slot = slots[number]
-    for earlier in range(_earliest(places, rank, step, number), slot):
-        if earlier not in taken:
-            slots[number] = earlier
-            if _peak(places[rank]) <= limit:
-                return
-    slots[number] = slot
 
 
 def _squeezed(places: list[_Places]) -> list[_Places]:
@@ -166,7 +184,7 @@ def _ordered(layout: Layout, rank: int, places: _Places) -> tuple[Action, ...]:
     down, up = layout.stages[rank]
     order = Order(rank, layout)
     pending = {up: 0, down: 0}
-    for _, step in _walk(places):
+    for step in _by_slot(places):
         if step is None:
             stage = next((stage for stage, count in pending.items() if count), None)
             if stage is not None:

@@ -15,7 +15,7 @@ from ....errors import OptionError
 from ..solution import Objective, value_of
 from .layout import Layout, Order, Orders
 
-__all__ = ["zero_bubble_greedy"]
+__all__ = ["played", "zero_bubble_greedy"]
 
 _FORWARD, _INPUT, _WEIGHT = ActionKind.FORWARD, ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT
 
@@ -42,10 +42,11 @@ def zero_bubble_greedy(layout: Layout, objective: Objective) -> Orders:
     """
     best: tuple[int, Orders] | None = None
     for switches in itertools.product((True, False), repeat=3):
-        orders = _Play(layout, _Switches(*switches)).orders()
+        play = _Play(layout, _Switches(*switches))
+        orders = play.orders()
         if orders is None:
             continue
-        value = value_of(timed(PipelineSchedule(layout.problem, orders)), objective)
+        value = played(layout, orders, objective, play.begun, play.free)
         if best is None or value < best[0]:
             best = value, orders
     if best is None:
@@ -53,6 +54,18 @@ def zero_bubble_greedy(layout: Layout, objective: Objective) -> Orders:
             f"no way of zero bubble's automatic schedule keeps the memory limit of {layout.problem.memory_limit} bytes"
         )
     return best[1]
+
+
+def played(layout: Layout, orders: Orders, objective: Objective, begun: list[int], free: list[int]) -> int:
+    """The objective of orders that a play has begun and ended at these times; the simulator is asked if it must be.
+
+    All-reduces of gradients, which no play knows, are behind its end.
+    """
+    if any(stage.reduce_ns for stage in layout.problem.stages):
+        return value_of(timed(PipelineSchedule(layout.problem, orders)), objective)
+    if objective == "makespan":
+        return max(free)
+    return max(end - start for start, end in zip(begun, free, strict=True))
 
 
 class _Full(Exception):
@@ -69,6 +82,7 @@ class _Play:
         self.stages = [problem.stages[stage] for (stage,) in layout.stages]
         self.limits = problem.memory_limit
         self.written = [Order(rank, layout) for rank in self.ranks]
+        self.begun = [0] * layout.ranks
         self.free = [0] * layout.ranks
         self.held = list(problem.resident_bytes)
         self.idle = [0] * layout.ranks
@@ -131,6 +145,8 @@ class _Play:
         start = self.free[rank] if kind is _WEIGHT else max(self.free[rank], self.arrival(rank, kind))
         if self.done(rank, _FORWARD):
             self.idle[rank] += start - self.free[rank]
+        else:
+            self.begun[rank] = start
         self.free[rank] = self.finish[rank, kind, number] = start + self.costs[rank][kind]
         self.written[rank].add(kind, self.layout.stages[rank][0])
         if kind is _INPUT:

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterator
 
 from ....compiler.pipelining.problem import Stage
-from ....compiler.pipelining.schedule import ActionKind, PipelineSchedule
-from ....compiler.pipelining.simulate import timed
+from ....compiler.pipelining.schedule import ActionKind
 from ....errors import OptionError
-from ..solution import Objective, value_of
+from ..solution import Objective
 from .layout import Layout, Order, Orders
+from .zero_bubble import played
 
 __all__ = ["zero_bubble_v_greedy"]
 
@@ -58,7 +58,7 @@ def _ways(layout: Layout, limits: tuple[int, ...] | None, objective: Objective) 
             orders = play.orders()
             if orders is None:
                 break
-            yield value_of(timed(PipelineSchedule(layout.problem, orders)), objective), orders
+            yield played(layout, orders, objective, play.begun, play.free), orders
             if idled is not None and max(play.idle) >= max(idled):
                 break
             idled = play.idle
@@ -89,6 +89,7 @@ class _Play:
         self.limits = limits
         self.written = [Order(rank, layout) for rank in self.ranks]
         self.weights: list[deque[int]] = [deque() for _ in self.ranks]  # chunks of the W that could be done
+        self.begun = [0] * layout.ranks
         self.free = [0] * layout.ranks
         self.held = list(layout.problem.resident_bytes)
         self.idle = [0] * layout.ranks
@@ -148,6 +149,8 @@ class _Play:
         start = max(self.free[rank], self.arrival(rank, kind, chunk) or 0)
         if self.done(rank, _FORWARD, _DOWN):
             self.idle[rank] += start - self.free[rank]
+        else:
+            self.begun[rank] = start
         self.free[rank] = start + (stage.forward_ns if kind is _FORWARD else stage.input_gradient_ns)
         self.finish[rank, chunk, kind, self.done(rank, kind, chunk)] = self.free[rank]
         self.held[rank] += self.needs(rank, kind, chunk)
