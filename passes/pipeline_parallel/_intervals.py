@@ -15,7 +15,7 @@ from ortools.sat.python import cp_model
 
 from ...compiler.pipelining.schedule import Action, ActionKind, PipelineSchedule, TimedSchedule
 from ._heads import Times
-from ._lines import Line, Lines, room_of
+from ._lines import Line, Lines, room_of, whole_useful
 from ._memory import Held, held_by
 
 __all__ = ["Grid", "Intervals"]
@@ -70,7 +70,7 @@ class Intervals:
             for low, high in zip(first, last, strict=True)
         ]
         self.start.append(starts)
-        if line.task.kind is ActionKind.INPUT_GRADIENT and whole_useful(self.lines, line):
+        if line.task.kind is ActionKind.INPUT_GRADIENT and whole_useful(self.problem, line.task.stage):
             stage = self.problem.stages[line.task.stage]
             self.whole[key] = [self.model.new_bool_var("") for _ in range(line.count)]
             both = self.grid.down(stage.whole_backward_ns)
@@ -231,13 +231,6 @@ class Intervals:
             PipelineSchedule(self.problem, tuple(_ordered(own, early=early) for own in items), "cp")
             for early in ((False, True) if any(copy for own in items for _, copy, _ in own) else (False,))
         )
-
-
-def whole_useful(lines: Lines, line: Line) -> bool:
-    """Whether a whole backward can be of use: it is faster than its halves, or saves what lies between them."""
-    stage = lines.problem.stages[line.task.stage]
-    faster = stage.whole_backward_ns < stage.input_gradient_ns + stage.weight_gradient_ns
-    return faster or (stage.between_gradients_bytes > 0 and lines.problem.memory_limit is not None)
 
 
 _HALVES = (ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT)

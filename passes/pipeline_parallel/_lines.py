@@ -13,7 +13,7 @@ from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import ActionKind
 from ...compiler.pipelining.tasks import Task, tasks_of
 
-__all__ = ["Edge", "Line", "Lines", "lines_of", "room_of"]
+__all__ = ["Edge", "Line", "Lines", "lines_of", "room_of", "whole_useful"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,13 @@ def room_of(problem: PipelineProblem, rank: int) -> int | None:
     if problem.memory_limit is None:
         return None
     return max(0, problem.memory_limit[rank] - problem.resident_bytes[rank])
+
+
+def whole_useful(problem: PipelineProblem, index: int) -> bool:
+    """Whether a stage's whole backward can be of use: it is faster than its halves, or saves what lies between them."""
+    stage = problem.stages[index]
+    faster = stage.whole_backward_ns < stage.input_gradient_ns + stage.weight_gradient_ns
+    return faster or (stage.between_gradients_bytes > 0 and problem.memory_limit is not None)
 
 
 _HALVES = (ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT)
