@@ -114,19 +114,22 @@ class Runner:
         return lowered
 
     def _stages(self) -> list[PipelineStage]:
-        return [
-            _Stage(
-                module,
-                stage,
-                len(self.ranks),
-                self.device,
-                input_args=self._samples(self.chain.boundaries[stage]),
-                output_args=self._samples(self.chain.boundaries[stage + 1]),
-                group=self.group,
-                dw_builder=splitter(module),
-            )
-            for stage, module in self.modules.items()
-        ]
+        return [self._stage(stage, module) for stage, module in self.modules.items()]
+
+    def _stage(self, stage: int, module: nn.Module) -> PipelineStage:
+        made = _Stage(
+            module,
+            stage,
+            len(self.ranks),
+            self.device,
+            input_args=self._samples(self.chain.boundaries[stage]),
+            output_args=self._samples(self.chain.boundaries[stage + 1]),
+            group=self.group,
+            dw_builder=splitter(module),
+        )
+        if stage < len(self.ranks) - 1:
+            made.expected = self.chain.boundaries[stage + 1]
+        return made
 
     def _samples(self, boundary: Boundary) -> tuple[Tensor, ...]:
         return tuple(facts.zeros(torch.device("meta")) for facts in boundary)
@@ -166,7 +169,23 @@ class Runner:
 
 
 class _Stage(PipelineStage):
-    """A PipelineStage whose last W DDP hears of: torch tells it of the last B alone."""
+    """A PipelineStage that hands on what was said it would, and whose last W DDP hears of: torch tells it of the last B
+    alone.
+    """
+
+    expected: Boundary = ()
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        found = outputs if isinstance(outputs, list | tuple) else (outputs,)
+        for output, facts in zip((out for out in found if isinstance(out, Tensor)), self.expected, strict=False):
+            if tuple(output.shape) != facts.shape or str(output.dtype) != f"torch.{facts.dtype}":
+                raise ExecutionError(
+                    f"stage {self.stage_index} returns {TensorFacts.of(output)} for microbatch {fwd_chunk_id}; the "
+                    f"pipeline was made for {facts}",
+                    hint="make and step it in the same autocast mode; shapes must not depend on values",
+                )
+        return outputs
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         wrapped: Any = self.submod

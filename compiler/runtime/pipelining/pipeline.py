@@ -74,6 +74,10 @@ class Pipeline:
     ) -> None:
         if (schedule is None) == (planner is None):
             raise OptionError("a pipeline needs a schedule, or a planner that chooses one, and not both")
+        if schedule is not None and memory_limit is not None:
+            raise OptionError("a schedule is given, and a memory limit", hint="the schedule's problem has its limits")
+        if schedule is not None and schedule.problem.microbatches != microbatches:
+            raise OptionError(f"the schedule has {schedule.problem.microbatches} microbatches, not {microbatches}")
         self.group, self._everyone = groups_of(mesh)
         self.ranks, self.microbatches, self.loss = tuple(ranks), microbatches, loss
         self.here = dist.get_rank(self.group)
@@ -234,7 +238,11 @@ class Pipeline:
         assert planner is not None
         chosen = decided(lambda: planner(problem), self._everyone)
         self.solution = None if isinstance(chosen, PipelineSchedule) else chosen
-        schedule = chosen if isinstance(chosen, PipelineSchedule) else chosen.timed.schedule
+        found = getattr(chosen, "timed", None)
+        schedule = chosen if isinstance(chosen, PipelineSchedule) else getattr(found, "schedule", None)
+        if not isinstance(schedule, PipelineSchedule) or schedule.problem != problem:
+            what = "a schedule of another problem" if isinstance(schedule, PipelineSchedule) else f"{chosen!r:.80}"
+            raise OptionError(f"the planner returned {what}", hint="it returns a schedule of the problem it is given")
         return renumbered(whole_backwards(schedule, self.chain.whole))
 
     def _run_by(self, schedule: PipelineSchedule) -> Runner:

@@ -19,9 +19,10 @@ from opweave.compiler.pipelining.placement import placed
 from opweave.compiler.pipelining.problem import PipelineProblem
 from opweave.compiler.pipelining.schedule import Action, PipelineSchedule
 from opweave.compiler.runtime.pipelining.calibrate import one_after_the_other
+from opweave.compiler.runtime.pipelining.halves import SplitStage
 from opweave.compiler.runtime.pipelining.pipeline import Pipeline
 from opweave.compiler.runtime.pipelining.together import decided, together
-from opweave.errors import ExecutionError, ModelError, OptionError, OpweaveError, VerificationError
+from opweave.errors import ExecutionError, Infeasible, ModelError, OptionError, OpweaveError, VerificationError
 from tests.compiler.runtime.pipelining.rank_checks import (
     ROWS,
     STAGE,
@@ -183,6 +184,19 @@ def compiled_stages_do_their_backward_whole() -> None:
         pipelined(schedule_of("zb-h1", 4), [wrap(module) for module in blocks(2)])
 
 
+def split_stages_bring_their_own_halves() -> None:
+    """On the first rank too, where torch's I does nothing."""
+    for name in ("zb-h1", "zbv"):
+        trains_as_one(schedule_of(name, 4), SplitStage)
+    inside = [nn.Sequential(SplitStage(module)) for module in blocks(2)]
+    with pytest.raises(OpweaveError, match="'0' of a Sequential is a SplitStage, whose W torch would never ask for"):
+        pipelined(schedule_of("1f1b", 4), inside)
+
+
+def too_much(problem: PipelineProblem) -> PipelineSchedule:
+    raise Infeasible("rank 0 would hold too much", required_bytes=2, available_bytes=1)
+
+
 def what_is_wrong_is_refused_on_both_ranks() -> None:
     """Also where only one of them can see it; nothing hangs."""
     schedule = schedule_of("1f1b", 4)
@@ -202,6 +216,13 @@ def what_is_wrong_is_refused_on_both_ranks() -> None:
     refused("3 stages are given, and ranks of 2", OptionError, stages=blocks(3))
     refused("a schedule, or a planner", OptionError, planner=lambda problem: schedule)
     refused("has ranks 0 to 1", OptionError, ranks=(0, 2))
+    refused("a schedule is given, and a memory limit", OptionError, memory_limit=1)
+    refused("the schedule has 8 microbatches, not 4", OptionError, schedule=schedule_of("1f1b", 8))
+    refused("modules of stages", ExecutionError, ranks=(1, 0))
+    asks: dict[str, Any] = {"schedule": None, "example_target": target}
+    refused("the planner returned None", OptionError, planner=lambda problem: None, **asks)
+    refused("a schedule of another problem", OptionError, planner=lambda problem: schedule, **asks)
+    refused("rank 0 would hold" if here == 0 else "rank 0 gave up", OpweaveError, planner=too_much, **asks)
     narrow = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH + 1, WIDTH)]
     refused(r"stage 1 fails on inputs float32\[2, 3, 6\]", ExecutionError, stages=narrow)
     tight = schedule_of("zb-h2", 4, type(STAGE)(0, 2, 2, 1, until_weight_gradient_bytes=10))
@@ -221,6 +242,9 @@ def what_is_wrong_is_refused_on_both_ranks() -> None:
         with pytest.raises(OptionError, match="needs a target"):
             pipeline.step(inputs)
     pipeline.step(inputs, target=target)  # and it goes on
+    if here == 0:
+        with torch.autocast("cpu"), pytest.raises(ExecutionError, match=r"returns bfloat16(.|\n)* same autocast mode"):
+            pipeline._runner.stages[0].forward_one_chunk(0, (inputs[:ROWS],))
 
 
 def one_rank_decides() -> None:
@@ -304,6 +328,7 @@ CHECKS = (
     frozen_stages_stay_as_they_are,
     tied_weights_are_right_or_refused,
     compiled_stages_do_their_backward_whole,
+    split_stages_bring_their_own_halves,
     what_is_wrong_is_refused_on_both_ranks,
     one_rank_decides,
     times_are_measured_and_a_schedule_is_chosen,
