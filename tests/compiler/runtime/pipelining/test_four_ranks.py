@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opweave.compiler.pipelining.schedule import PipelineSchedule
 from opweave.compiler.runtime.pipelining.calibrate import one_after_the_other
 from opweave.compiler.runtime.pipelining.emit import check_emittable
+from opweave.compiler.runtime.pipelining.halves import SplitStage
 from opweave.compiler.runtime.pipelining.pipeline import Pipeline
 from opweave.errors import ExecutionError, OptionError
 from opweave.passes.pipeline_parallel.named import NAMES, named, problem_for
@@ -89,24 +90,36 @@ def sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return module
 
 
+def split_and_sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return sharded(SplitStage(module), mesh)
+
+
 def with_fully_shard() -> None:
     def gathered(gradient: Any) -> Tensor:
         return gradient.full_tensor()  # type: ignore[no-any-return]
 
     for name in ("1f1b", "zb-h1", "zbv", "interleaved-1f1b"):
         in_two_replicas(name, sharded, gathered)
+    for name in ("1f1b", "zb-h1", "zbv"):
+        in_two_replicas(name, split_and_sharded, gathered)
 
 
 def replicated(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return DistributedDataParallel(module, process_group=mesh.get_group())
 
 
+def split_and_replicated(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return replicated(SplitStage(module), mesh)
+
+
 def with_distributed_data_parallel() -> None:
-    """Whole backwards only: torch would never reduce what W computes."""
+    """Torch's own halves only whole: it would never reduce what W computes."""
     in_two_replicas("1f1b", replicated, lambda gradient: gradient)
     in_two_replicas("interleaved-1f1b", replicated, lambda gradient: gradient)
     with pytest.raises(ExecutionError, match="DistributedDataParallel reduces gradients in hooks"):
         in_two_replicas("zb-h1", replicated, lambda gradient: gradient)
+    for name in ("1f1b", "zb-h1", "zbv"):
+        in_two_replicas(name, split_and_replicated, lambda gradient: gradient)
 
 
 def replicas_execute_one_schedule() -> None:
@@ -142,7 +155,7 @@ def compiled_by_inductor() -> None:
         return torch.compile(module)  # type: ignore[return-value]
 
     trains_as_one(schedule_of("1f1b", 4), wrap)
-    trains_as_one(schedule_of("interleaved-1f1b", 4), wrap)
+    trains_as_one(schedule_of("zb-h1", 4), lambda module: SplitStage(module, compile=True))
 
 
 CHECKS = (
