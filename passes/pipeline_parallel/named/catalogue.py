@@ -13,6 +13,7 @@ from ....compiler.pipelining.problem import PipelineProblem, Route, Stage, Vocab
 from ....compiler.pipelining.schedule import PipelineSchedule
 from ....compiler.pipelining.simulate import timed
 from ....errors import OptionError
+from .._copies import with_copies, without_copies
 from ..solution import Objective
 from . import building_blocks, depth_first, v_shaped, vocabulary, waves, zero_bubble, zero_bubble_v
 from .layout import Layout, Orders, lay_out, opposed
@@ -168,8 +169,6 @@ def named(name: str, problem: PipelineProblem, *, objective: Objective = "makesp
 
 
 def _with_copies(name: str, problem: PipelineProblem, objective: Objective) -> PipelineSchedule:
-    from .._copies import with_copies, without_copies
-
     line = timed(named(name, without_copies(problem), objective=objective))
     return msgspec.structs.replace(with_copies(line, problem), method=name)
 

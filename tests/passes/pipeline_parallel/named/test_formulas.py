@@ -34,7 +34,8 @@ def test_pipelines_without_split_backward(f: int, i: int, w: int, ranks: int, ro
     for name in ("interleaved-1f1b", "breadth-first"):
         line = _timed(name, (f, i, w), ranks, microbatches, chunks=chunks)
         assert line.makespan_ns == (chunks * microbatches + ranks - 1) * whole
-    assert max(line.peak_bytes) == chunks * microbatches
+        in_flight = chunks * ranks + ranks - 1 if name == "interleaved-1f1b" else chunks * microbatches
+        assert max(line.peak_bytes) == min(in_flight, chunks * microbatches)
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,7 +72,9 @@ def test_slots_of_two_directions_and_of_waves_have_no_holes(
     line = _timed("chimera", times, depth, microbatches)
     assert line.makespan_ns == (2 * microbatches + depth - 2) * 2 * time
     assert (min(line.peak_bytes), max(line.peak_bytes)) == (half + 1, depth)
+    assert _timed("bitpipe", (time, time, time), depth, depth).makespan_ns == 2 * (4 * depth - 2) * time  # B = 2F
     line = _timed("bitpipe", times, depth, microbatches)
+    assert max(line.peak_bytes) <= 2 * depth
     assert line.makespan_ns == (4 * microbatches + depth - 2) * 2 * time
     line = _timed("hanayo", times, ranks, units * ranks, chunks=2 * waves)
     assert line.makespan_ns == (4 * waves * units * ranks + 2 * ranks - 2) * 2 * time
