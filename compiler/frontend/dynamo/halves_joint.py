@@ -7,8 +7,8 @@ other are copied, so that each has a gradient of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -120,6 +120,7 @@ def joint_graph(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
+        stack.enter_context(_compiling())
         traced = _traced(stack, flat, tuple(tensors), decompositions)
     return _read(traced, flat)
 
@@ -235,6 +236,17 @@ def _check_given(module: nn.Module, tensors: Sequence[torch.Tensor]) -> None:
             f"{managed[0]} inside {type(module).__name__} gathers or reduces in hooks, which a graph does not have",
             hint="split first, then wrap: fully_shard(SplitStage(...)) or DistributedDataParallel(SplitStage(...))",
         )
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` say so: models ask it before they look at values."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _storage(tensor: torch.Tensor) -> int:
