@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._bare import bare
+from ._bare import STAMP, bare
 from ._lanes import Integers, Lanes, Records
 
 __all__ = ["STUCK", "Room", "clear", "commit", "index_of", "make_room", "objective_of", "play", "room_at", "room_for"]
@@ -18,7 +18,7 @@ __all__ = ["STUCK", "Room", "clear", "commit", "index_of", "make_room", "objecti
 STUCK = 1 << 61
 
 BY_NODE = np.dtype([("finish", np.int64), ("queue", np.int64)])
-BY_LANE = np.dtype([(name, np.int64) for name in ("done", "taken", "queued")])
+BY_LANE = np.dtype([(name, np.int64) for name in ("done", "taken", "queued", STAMP)])
 BY_RANK = np.dtype(
     [
         (name, np.int64)
@@ -35,7 +35,7 @@ class Room(NamedTuple):
     ``lane`` ``taken`` and ``queued`` are counted, beside those ``done``. ``rank``: the next ``place`` in its order,
     when compute and copies are ``free`` and ``copying``, bytes ``held`` and their ``peak``, whether it has ``started``,
     ``first`` start and ``last`` finish, and which of ``leaving``, the copies out, still count, from ``leaves`` up to
-    ``left``. ``start`` is by place in the orders; ``reduced`` by stage when its last W is done.
+    ``left``. ``start`` is by place in the orders; ``reduced`` by stage when its last W is done, -1 if it has none.
     """
 
     node: Records
@@ -71,7 +71,7 @@ def clear(room: Room) -> None:
         rank = room.rank[k]
         rank.place, rank.free, rank.copying, rank.held, rank.peak = 0, 0, 0, 0, 0
         rank.started, rank.first, rank.last, rank.leaves, rank.left = 0, 0, 0, 0, 0
-    room.reduced[:] = 0
+    room.reduced[:] = -1
 
 
 @bare
@@ -144,7 +144,8 @@ def _hold(lanes: Lanes, room: Room, symbol: int, finish: int) -> None:
         return
     rank.held += lane.allocates
     if not lane.copies:
-        rank.peak = max(rank.peak, rank.held)
+        if lane.allocates > 0:
+            rank.peak = max(rank.peak, rank.held)
         rank.held -= lane.frees
         return
     gone = 0
@@ -204,7 +205,7 @@ def _reduced(lanes: Lanes, room: Room, rank: int) -> Any:
             later = before < 0 or ready > room.reduced[before] or (ready == room.reduced[before] and stage > before)
             if later and (chosen < 0 or ready < room.reduced[chosen]):
                 chosen = stage
-        if lanes.reduce[chosen] > 0 and room.reduced[chosen] > 0:
+        if lanes.reduce[chosen] > 0 and room.reduced[chosen] >= 0:
             free = max(free, room.reduced[chosen]) + lanes.reduce[chosen]
         before = chosen
     return free
