@@ -184,3 +184,17 @@ def test_what_no_schedule_goes_with_is_refused() -> None:
         problem_for("gpipe", stage, 2, 0)
     with pytest.raises(OptionError):
         problem_for("hanayo", stage, 2, 4, chunks=0)
+
+
+@pytest.mark.parametrize("name", ["interleaved-1f1b", "zb-greedy", "zbv-greedy", "v-half", "chimera", "dualpipe"])
+def test_numbers_of_stages_mean_nothing(name: str) -> None:
+    """Stages listed backwards, routes through the same ranks: the same makespan and peaks."""
+    problem = problem_for(name, Stage(0, 3, 4, 2, until_weight_gradient_bytes=1, forward_send_ns=1), 4, 8)
+    count = len(problem.stages)
+    routes = tuple(
+        msgspec.structs.replace(route, stages=tuple(count - 1 - stage for stage in route.stages))
+        for route in problem.routes
+    )
+    backwards = msgspec.structs.replace(problem, stages=problem.stages[::-1], routes=routes)
+    first, second = timed(named(name, problem)), timed(named(name, backwards))
+    assert (first.makespan_ns, first.peak_bytes) == (second.makespan_ns, second.peak_bytes)
