@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from .pipeline_ours import rows as ours
 from .pipeline_published import rows as published
 from .runner import Options, Row, run
 
@@ -25,7 +26,7 @@ __all__ = ["QUESTION", "SECTIONS", "add_arguments", "measure"]
 QUESTION = "Are published figures of pipeline schedules right here, and are our schedules better?"
 
 #: Each prints its tables and yields its rows.
-SECTIONS: tuple[Callable[[Options], Iterable[Row]], ...] = (published,)
+SECTIONS: tuple[Callable[[Options], Iterable[Row]], ...] = (published, ours)
 
 
 def measure(options: Options) -> Iterator[Row]:
