@@ -121,7 +121,8 @@ def joint_graph(
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         stack.enter_context(_compiling())
-        traced = _traced(stack, flat, tuple(tensors), decompositions)
+        own = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)  # none is another
+        traced = _traced(stack, flat, own, decompositions)
     return _read(traced, flat)
 
 

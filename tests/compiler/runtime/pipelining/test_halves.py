@@ -200,6 +200,21 @@ def test_what_was_modified_is_refused(what: str) -> None:
         result.sum().backward()
 
 
+def test_one_tensor_may_be_two_inputs() -> None:
+    """In the example and in a call; its gradient is the sum of both."""
+
+    class Ratio(nn.Module):
+        def forward(self, one: torch.Tensor, two: torch.Tensor) -> Any:
+            return one / two
+
+    given = torch.full((2,), 3.0, requires_grad=True)
+    stage = SplitStage(Ratio(), (given, given))
+    assert torch.equal(stage(given, given.detach() * 2), torch.full((2,), 0.5))
+    result = stage(given, given)
+    result.sum().backward()
+    assert torch.equal(given.grad, torch.zeros(2))  # type: ignore[arg-type]
+
+
 def test_gradients_of_some_outputs_only() -> None:
     """An output that nothing is computed from has a gradient of zero."""
     torch.manual_seed(1)
