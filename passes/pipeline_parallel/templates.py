@@ -21,7 +21,7 @@ __all__ = ["repeat"]
 FACTORS = (1.0, 1.03, 1.08, 1.15, 1.25, 1.4, 1.6, 2.0, 3.0)  # periods, in units of the least, until one is feasible
 HALVINGS = 3  # of the distance between a period that is feasible and one that is not
 PATIENCE = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the list schedules, in units of the longest W
-EFFORT = 4.0  # deterministic seconds of CP-SAT for a period
+EFFORT = 2.0  # deterministic seconds of CP-SAT for a period
 
 
 def repeat(search: Search, shop: Workshop) -> None:
