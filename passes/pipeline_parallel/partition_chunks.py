@@ -17,7 +17,9 @@ __all__ = ["balanced_chunks"]
 EFFORT = 5.0  # deterministic seconds, where clocks may not decide
 
 
-def balanced_chunks(line: Line, objective: Objective, budget: Budget) -> tuple[Cuts | None, int | None]:
+def balanced_chunks(
+    line: Line, objective: Objective, budget: Budget, *, hint: Cuts | None = None
+) -> tuple[Cuts | None, int | None]:
     """Cuts with the least rank bound found, and the least that any cuts can have; ``None`` of both if there are none.
 
     A rank's bound is what comes before its first stage in the model, and the work of its stages for all microbatches:
@@ -25,6 +27,8 @@ def balanced_chunks(line: Line, objective: Objective, budget: Budget) -> tuple[C
     which are held when the microbatch turns round, has none, nor have cuts between what must be on one rank.
     """
     model = _Model(line, objective)
+    for cut, place in zip(model.cuts[1:-1], hint or (), strict=False):
+        model.model.add_hint(cut, place)
     found: list[Cuts] = []
     lock = threading.Lock()
 

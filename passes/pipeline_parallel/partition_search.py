@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -17,7 +16,9 @@ from ._play import objective_of
 from .bounds import lower_bound
 from .list_schedule import Rule, filled, list_scheduled, rules_for, workshop_for
 from .partition_bounds import NEVER, Chain
+from .partition_even import Evenness, even, neighbours
 from .partition_layers import Cuts, Line
+from .partition_v import Nested
 from .solution import Attempt, Bound, Objective, PipelineSolution, value_of, within_limit
 from .solve import solve
 
@@ -82,21 +83,37 @@ class _Search:
         self.others = NEVER
 
     def _by_chunks(self, budget: Budget) -> None:
-        from .partition_chunks import balanced_chunks  # ortools, which takes a while to load
+        """Several stages a rank: cuts that divide work most evenly, with the bound of the rank that has most."""
+        evenness, nested = Evenness(self.line, self.objective), Nested(self.line, self.objective)
+        starts = [even(self.line)]
+        self.least = max(evenness.bound, Chain(self.line, self.objective).bound)
+        if nested.applies:
+            whole, filled_ones = nested.least(empty=True), nested.least(empty=False)
+            if whole is None:
+                raise _impossible(self.line)
+            self.least = max(self.least, whole[0])
+            starts += [] if filled_ones is None else [filled_ones[1]]
+        found = [evenness.evened(start) for start in starts if self.line.is_legal(start)]
+        best = min(found, key=evenness.key, default=None)
+        if best is None or evenness.key(best)[1] > self.least or evenness.key(best)[0]:
+            from .partition_chunks import balanced_chunks  # ortools, which takes a while to load
 
-        cuts, bound = balanced_chunks(self.line, self.objective, budget)
-        if bound is None or (cuts is None and not self.line.is_legal(_even(self.line))):
-            raise _impossible(self.line)
-        self.least = self.others = bound
-        self._rate(cuts or _even(self.line))
+            cuts, bound = balanced_chunks(self.line, self.objective, budget, hint=best)
+            if bound is None or (cuts is None and best is None):
+                raise _impossible(self.line)
+            self.least = max(self.least, bound)
+            found += [] if cuts is None else [cuts]
+        self.others = self.least
+        for cuts in sorted(set(found), key=evenness.key):
+            self._rate(cuts)
 
     def _around_best(self, budget: Budget) -> None:
         """Move cuts of the best so far until no move helps."""
-        improved = True
+        evenness, improved = Evenness(self.line, self.objective), True
         while improved and self.least < self.best < NEVER:
             improved = False
             best = min((value, cuts) for cuts, value in self.rated.items() if value is not None)[1]
-            for cuts in _neighbours(self.line, best):
+            for cuts in sorted(neighbours(self.line, best), key=evenness.key):
                 if self._ends(budget, MOST_RATED):
                     return
                 if cuts not in self.rated and self._rate(cuts):
@@ -171,26 +188,6 @@ class _Search:
         return Bound(max(self.least, min(self.others, *known.values())), "analytic")
 
 
-def _neighbours(line: Line, cuts: Cuts) -> Iterator[Cuts]:
-    """Cuts with one, or several that follow one another, moved by a layer or two."""
-    for many in range(1, len(cuts) + 1):
-        for first in range(len(cuts) - many + 1):
-            for step in (-1, 1, -2, 2):
-                moved = tuple(cut + step * (first <= place < first + many) for place, cut in enumerate(cuts))
-                if line.is_legal(moved):
-                    yield moved
-
-
-def _even(line: Line) -> Cuts:
-    """As even as one pass from left to right makes it."""
-    work = np.cumsum([layer.work_ns for layer in line.layers])
-    stages, cuts = len(line.placement), [0]
-    for stage in range(1, stages):
-        nearest = int(np.argmin(np.abs(work - work[-1] * stage / stages))) + 1
-        cuts.append(min(max(nearest, cuts[-1] + 1), len(line.layers) - (stages - stage)))
-    return tuple(cuts[1:])
-
-
 def _impossible(line: Line) -> Infeasible | OptionError:
     """What to raise where no cuts are possible."""
     free = Line(line.layers, line.placement, line.microbatches)
@@ -217,7 +214,7 @@ def _least_bytes(line: Line) -> int:
     held = np.sum([line.sums[name] for name in names], axis=0)
     if len(line.placement) > line.ranks:
         own = [0] * line.ranks
-        for (first, end), rank in zip(line.bounds_of(_even(line)), line.placement, strict=True):
+        for (first, end), rank in zip(line.bounds_of(even(line)), line.placement, strict=True):
             own[rank] += int(held[end] - held[first])
         return max(own)
     least = np.where(np.arange(len(held)) == 0, 0, NEVER)
