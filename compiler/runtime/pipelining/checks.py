@@ -127,25 +127,14 @@ def _messages_missing(lists: _Lists, schedule: PipelineSchedule) -> Iterator[str
 
 
 def _out_of_place(rank: int, steps: Sequence[Step]) -> Iterator[str]:
-    """A rank's own order: F, then I or B, then W; what is sent has been computed, what is needed was asked for."""
+    """What is sent has been computed, and what is needed was asked for."""
     place = {step: number for number, step in enumerate(steps)}
-
-    def behind(step: Step, *before: str) -> Iterator[str]:
-        others = [Step(step.stage, kind, step.microbatch) for kind in before]
-        first = next((other for other in others if other in place), None)
-        if first is not None and place[first] > place[step]:
-            yield f"rank {rank} does {step} before {first}, which it depends on"
-
     for step in steps:
-        if step.kind in ("I", "B"):
-            yield from behind(step, "F")
-            yield from behind(step, "RECV_B")
-        elif step.kind == "W":
-            yield from behind(step, "I")
-        elif step.kind == "F":
-            yield from behind(step, "RECV_F")
-        elif step.kind in SENDS:
-            yield from behind(step, *SENDS[step.kind])
+        before = [kind for kind, needed in RECEIVES.items() if step.kind in needed]
+        for kind in SENDS.get(step.kind, before):
+            other = Step(step.stage, kind, step.microbatch)
+            if place.get(other, -1) > place[step]:
+                yield f"rank {rank} does {step} before {other}, which it depends on"
 
 
 def _reductions(rank: int, steps: Sequence[Step], schedule: PipelineSchedule) -> Iterator[str]:

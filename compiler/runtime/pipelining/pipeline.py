@@ -21,7 +21,7 @@ from .calibrate import calibrated, weights_and_gradients
 from .emit import renumbered, whole_backwards
 from .execute import Loss, Runner
 from .modules import Seams, check_ties
-from .profile import Stopwatch, measured_problem
+from .profile import Measured, Stopwatch, measured_problem
 from .together import Group, decided, together
 
 __all__ = ["Pipeline", "Planned", "Planner", "groups_of"]
@@ -122,6 +122,11 @@ class Pipeline:
         """Of the last step's microbatches, in order, on the last stage's rank; empty elsewhere."""
         return self._runner.losses
 
+    @property
+    def seconds(self) -> Measured:
+        """What this rank's actions took in steps with ``measure``, since the schedule was chosen."""
+        return self._watch.seconds if self._watch else {}
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Those of this rank's stages, each once, for an optimizer."""
         return iter(dict.fromkeys(p for module in self.modules.values() for p in module.parameters()))
@@ -153,8 +158,7 @@ class Pipeline:
         Raises:
             ExecutionError: no step was measured.
         """
-        seconds = self._watch.seconds if self._watch else {}
-        return measured_problem(self.problem, seconds, self.group, whole=self.chain.whole)
+        return measured_problem(self.problem, self.seconds, self.group, whole=self.chain.whole)
 
     def replan(self, planner: Planner | None = None) -> PipelineSchedule:
         """Choose a schedule again, for the times of the measured steps; the next step executes it.

@@ -68,6 +68,11 @@ def put(lists: Lists, rank: int, text: str, before: str) -> None:
     lists[rank].insert(lists[rank].index(before), text)
 
 
+def behind(lists: Lists, rank: int, text: str, other: str) -> None:
+    lists[rank].remove(text)
+    lists[rank].insert(lists[rank].index(other) + 1, text)
+
+
 def cross(lists: Lists) -> None:
     """Ranks 0 and 1 each want the other's message before they compute what the other waits for."""
     lists[1].remove("1F2")
@@ -91,6 +96,8 @@ def cross(lists: Lists) -> None:
         (lambda lists: put(lists, 2, "2SEND_F1", "2F2"), "2SEND_F1, a message that nothing"),
         (lambda lists: drop(lists, 1, "1B2"), "rank 1 does nothing where the schedule has 1B2"),
         (lambda lists: swap(lists, 0, "0F1", "0SEND_F1"), "0SEND_F1 before 0F1"),
+        (lambda lists: behind(lists, 2, "2RECV_F2", "2F2"), "2F2 before 2RECV_F2"),
+        (lambda lists: behind(lists, 0, "0RECV_B2", "0B2"), "0B2 before 0RECV_B2"),
         (lambda lists: drop(lists, 1, "1REDUCE_GRAD"), "never reduces the gradients of stage 1"),
         (lambda lists: swap(lists, 1, "1REDUCE_GRAD", "1SEND_B0"), "after 1 of 3 backwards"),
         (lambda lists: drop(lists, 0, "0UNSHARD"), "0F0 while the weights of stage 0 are not gathered"),
