@@ -102,10 +102,36 @@ def test_a_step_leaves_what_eager_autograd_leaves_bit_for_bit(case: str) -> None
     assert found == {} if case not in ("tied", "recurrent") else max(found.values()) < 1e-6
 
 
-def test_autocast_is_that_of_the_forward() -> None:
+class Turning(torch.autograd.Function):
+    """Multiplies matrices in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.float() @ torch.full((8, 8), 1 / 3)
+
+
+class Precise(nn.Module):
+    """Casts a part of it does without, and one that autograd does without behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            x = self.a(x)
+        return self.b(Turning.apply(x))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("make", "shape"), [(lambda: Block(16, 2), (2, 5, 16)), (Precise, (4, 8))])
+def test_autocast_is_that_of_the_forward(make: Make, shape: tuple[int, ...]) -> None:
     """Casts of F are those of the context, and the backward has none of its own, as autograd's."""
     torch.manual_seed(1)
-    assert differences(Block(16, 2), [(x(2, 5, 16),) for _ in range(2)], autocast=True) == {}
+    assert differences(make(), [(x(*shape),) for _ in range(2)], autocast=True) == {}
 
 
 def test_it_is_captured_again_for_what_changes_the_graph() -> None:
@@ -230,13 +256,9 @@ def test_gradients_of_some_outputs_only() -> None:
     assert not module.b.weight.grad.any()  # type: ignore[union-attr]
 
 
-def _transposed() -> torch.Tensor:
-    return torch.randn(8, 4).t()
-
-
 def test_gradients_of_any_layout() -> None:
     """The graph was traced for one layout of the output's gradient; others come, as from a transposed consumer."""
-    module, given, gradient = perceptron(), x(4, 8), _transposed()
+    module, given, gradient = perceptron(), x(2, 3, 8), torch.randn(8, 3, 2).permute(2, 1, 0)
     reference, other = copy.deepcopy(module), fresh((given,))[0]
     stage = SplitStage(module, (given,))
     stage(given).backward(gradient)
