@@ -104,7 +104,7 @@ def rows(options: Options) -> Iterator[Row]:
         return
     found = list(cases(options.data))
     chosen = [case for case in found if case.name in ("v256k_s2k", "v64k_s2k")] if options.quick else found
-    lines = [line for case in chosen for line in _lines(case, SECONDS / 4 if options.quick else SECONDS)]
+    lines = [line for case in chosen for line in _lines(case, SECONDS / 10 if options.quick else SECONDS)]
     print_table(HEAD, [line.cells() for line in lines])
     for line in lines:
         yield from line.rows()
