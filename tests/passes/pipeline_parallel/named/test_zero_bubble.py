@@ -85,3 +85,11 @@ def test_the_clock_that_ways_are_compared_by_is_the_simulators() -> None:
                 )
                 plain, asked = (timed(named(name, each, objective=objective)) for each in (problem, reduced))
                 assert plain.schedule.orders == asked.schedule.orders
+
+
+def test_zbv_fills_idle_time_before_the_second_half_of_a_backward() -> None:
+    """Measured times of 24 ranks, where it matters: bubbles as the authors' program has them."""
+    stage = Stage(0, 6763, 6969, 5251, until_weight_gradient_bytes=1, forward_send_ns=755, backward_send_ns=755)
+    line = timed(named("zbv-greedy", problem_for("zbv-greedy", stage, 24, 72), objective="span"))
+    assert round(line.span_bubble, 4) == 0.0638
+    assert round(line.bubble, 4) == 0.0922
