@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks import pipeline_published
+from benchmarks import pipeline_published, pipeline_scores
 from benchmarks.bench_pipeline import QUESTION, SECTIONS, add_arguments
 from benchmarks.pipeline_cases import MEASURED_TIMES, formulas, measured_times, v_shapes, zero_bubble, zero_bubble_v
 from benchmarks.pipeline_comparison import Compared
 from benchmarks.pipeline_published import GROUPS, rows, summary
 from benchmarks.pipeline_tables import ZERO_BUBBLE, ZERO_BUBBLE_V
-from benchmarks.runner import run
+from benchmarks.runner import Options, run
 
 from opweave.errors import ModelError
+from opweave.passes.pipeline_parallel.named import NAMES
 
 _HEAD = "case,microbatches,forward_us_per_stage,backward_us_per_stage,measured_iteration_ms\n"
 
@@ -101,3 +102,15 @@ def test_figures_that_differ_are_seen() -> None:
     text = summary([bubble, replace(bubble, figure=0.2432), time, replace(time, ours=98.0)])
     assert "1 of 2 published figures equal to 4 decimals" in text
     assert "1 of 2 measured times within 1.6 % (largest error 2.00 %)" in text
+
+
+def test_every_named_schedule_is_scored(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line each but for shards; messages are hops between ranks, there and back, the turn of a V not among them."""
+    scored = {
+        (row.case.rpartition(", ")[2], row.metric): row.value for row in pipeline_scores.rows(Options(True, None))
+    }
+    assert {name for name, _ in scored} == set(NAMES) - {"1f1b-vocabulary"}
+    sent = {name: value for (name, metric), value in scored.items() if metric == "messages"}
+    assert (sent["1f1b"], sent["interleaved-1f1b"], sent["zbv"], sent["chimera"]) == (14, 30, 28, 14)
+    assert scored["zb-h1", "bubble"] == 0.1323
+    assert "messages of a microbatch" in capsys.readouterr().out
