@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from ...compiler.pipelining.schedule import ActionKind
 from ._heads import Times
-from ._lines import Lines, room_of, whole_useful
+from ._lines import Lines, whole_useful
 from ._memory import Held, held_by
+from ._waits import room_of
 
 __all__ = ["Counts", "Row", "counts_of"]
 
@@ -136,7 +137,7 @@ class _Writer:
         line = self.lines.lines[index]
         weight = line.task.kind is ActionKind.WEIGHT_GRADIENT
         for edge in line.edges:
-            if edge.offset:
+            if edge.memory:
                 continue  # memory's rows say it
             lag = edge.lag // self.unit
             for moment in range(self.alone[index].final + 1):

@@ -59,7 +59,7 @@ def mirrored(lines: Lines) -> tuple[Line, ...]:
     edges: list[list[Edge]] = [[] for _ in range(number)]
     for index, line in enumerate(lines.lines):
         for edge in line.edges:
-            edges[edge.before].append(Edge(number - 1 - index, edge.lag, edge.offset))
+            edges[edge.before].append(Edge(number - 1 - index, edge.lag, edge.offset, edge.memory))
     return tuple(
         Line(line.task, line.duration, line.count, tuple(edges[index]))
         for index, line in reversed(list(enumerate(lines.lines)))

@@ -15,8 +15,9 @@ from ortools.sat.python import cp_model
 
 from ...compiler.pipelining.schedule import Action, ActionKind, PipelineSchedule, TimedSchedule
 from ._heads import Times
-from ._lines import Line, Lines, room_of, whole_useful
+from ._lines import Line, Lines, whole_useful
 from ._memory import Held, held_by
+from ._waits import room_of
 
 __all__ = ["Grid", "Intervals"]
 
@@ -98,7 +99,7 @@ class Intervals:
         starts = self.start[index]
         for edge in line.edges:
             before = self.lines.lines[edge.before]
-            if edge.offset and self._modes(before) is not None and before.task.kind is ActionKind.WEIGHT_GRADIENT:
+            if edge.memory and self._modes(before) is not None and before.task.kind is ActionKind.WEIGHT_GRADIENT:
                 continue  # with some backward passes whole, the n-th W is not that of the n-th I
             lag = self.grid.down(edge.lag)
             for n in range(edge.offset, line.count):

@@ -12,17 +12,22 @@ from dataclasses import dataclass
 from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import ActionKind
 from ...compiler.pipelining.tasks import Task, tasks_of
+from ._waits import waits_of
 
-__all__ = ["Edge", "Line", "Lines", "lines_of", "room_of", "whole_useful"]
+__all__ = ["Edge", "Line", "Lines", "lines_of", "whole_useful"]
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The n-th starts when the (n - ``offset``)-th of line ``before`` has ended, and ``lag`` passed."""
+    """The n-th starts when the (n - ``offset``)-th of line ``before`` has ended, and ``lag`` passed.
+
+    ``memory`` says that it is the limit which makes it wait, not a task of the same microbatch.
+    """
 
     before: int
     lag: int
     offset: int = 0
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,10 @@ def lines_of(problem: PipelineProblem) -> Lines:
     for index, route in enumerate(problem.routes):
         tasks = tasks_of(problem, index)
         base = len(lines)
-        memory = _waits(problem, tasks)
+        memory = waits_of(problem, tasks)
         for place, task in enumerate(tasks):
             edges = [Edge(base + before, lag) for before, lag in task.after]
-            edges += [Edge(base + before, 0, offset) for before, offset in memory.get(place, ())]
+            edges += [Edge(base + before, 0, offset, memory=True) for before, offset in memory.get(place, ())]
             lines.append(Line(task, least_duration(problem, task), route.microbatches, tuple(edges)))
     return Lines(problem, tuple(lines))
 
@@ -82,13 +87,6 @@ def least_duration(problem: PipelineProblem, task: Task) -> int:
     return min(stage.input_gradient_ns + stage.weight_gradient_ns, stage.whole_backward_ns) - first
 
 
-def room_of(problem: PipelineProblem, rank: int) -> int | None:
-    """Bytes that ``rank`` has for what comes and goes; ``None`` without a limit."""
-    if problem.memory_limit is None:
-        return None
-    return max(0, problem.memory_limit[rank] - problem.resident_bytes[rank])
-
-
 def whole_useful(problem: PipelineProblem, index: int) -> bool:
     """Whether a stage's whole backward can be of use: it is faster than its halves, or saves what lies between them."""
     stage = problem.stages[index]
@@ -97,41 +95,3 @@ def whole_useful(problem: PipelineProblem, index: int) -> bool:
 
 
 _HALVES = (ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT)
-
-
-def _waits(problem: PipelineProblem, tasks: tuple[Task, ...]) -> dict[int, list[tuple[int, int]]]:
-    """For each forward, (freeing task, offset): how many may be held at its start, so which have left before.
-
-    At the start of the n-th F of a stage, of every stage of the rank that its microbatches have passed before n + 1 are
-    there or gone; what is open in between holds its bytes at least once, and at most so many fit beside it.
-    """
-    if problem.memory_limit is None:
-        return {}
-    forwards = [place for place, task in enumerate(tasks) if task.kind is ActionKind.FORWARD]
-    index = {(task.kind, task.stage): place for place, task in enumerate(tasks)}
-    waits: dict[int, list[tuple[int, int]]] = {}
-    for position, place in enumerate(forwards):
-        rank = tasks[place].rank
-        room = room_of(problem, rank)
-        assert room is not None
-        passed = [tasks[other].stage for other in forwards[: position + 1] if tasks[other].rank == rank]
-        for stage_index in passed:
-            stage = problem.stages[stage_index]
-            kept = stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes - stage.offloaded_bytes
-            # the new one's bytes in full; of the others that are open what cannot be offloaded
-            arriving = problem.stages[tasks[place].stage].offloaded_bytes
-            beside = sum(_kept(problem, other) for other in passed if other != stage_index)
-            left = room - beside - arriving
-            until_weight = stage.until_weight_gradient_bytes - stage.offloaded_bytes
-            found = waits.setdefault(place, [])
-            if kept > 0:
-                found.append((index[ActionKind.INPUT_GRADIENT, stage_index], max(1, left // kept)))
-            if until_weight > 0:
-                fit = (left - stage.until_input_gradient_bytes) // until_weight
-                found.append((index[ActionKind.WEIGHT_GRADIENT, stage_index], max(1, fit)))
-    return waits
-
-
-def _kept(problem: PipelineProblem, stage_index: int) -> int:
-    stage = problem.stages[stage_index]
-    return stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes - stage.offloaded_bytes

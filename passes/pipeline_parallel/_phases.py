@@ -9,20 +9,22 @@ import numpy as np
 from ...compiler.pipelining.problem import Stage
 from ...compiler.pipelining.schedule import ActionKind
 from ._heads import Times
-from ._lines import Lines, room_of
+from ._lines import Lines
+from ._waits import room_of
 
 __all__ = ["phases"]
 
 
 @dataclass(frozen=True)
 class _Share:
-    """A stage of the rank: its lines, and the bytes that one microbatch holds there at least, until I and until W."""
+    """A stage of the rank: its lines; what a microbatch holds until I, until W at least, and while W alone is left."""
 
     forward: int
     gradient: int
     weight: int
     first: int
     second: int
+    pending: int
 
 
 def phases(lines: Lines, starts: Times, behind: Times, rank: int) -> int:
@@ -67,7 +69,8 @@ def _shares(lines: Lines, rank: int) -> list[_Share]:
         if stage.rank == rank:
             forward, gradient, weight = (index[kind, number] for kind in _KINDS)
             kept = stage.until_weight_gradient_bytes - stage.offloaded_bytes
-            found.append(_Share(forward, gradient, weight, stage.until_input_gradient_bytes, kept))
+            pending = stage.until_weight_gradient_bytes + stage.between_gradients_bytes
+            found.append(_Share(forward, gradient, weight, stage.until_input_gradient_bytes, kept, pending))
     return found
 
 
@@ -101,7 +104,7 @@ def _most_remaining(lines: Lines, shares: list[_Share], room: int) -> int | None
     for share in shares:
         gradient, weight = lines.lines[share.gradient].duration, lines.lines[share.weight].duration
         most += gradient + weight
-        choices += [(share.first + share.second, gradient + weight), (share.second, weight)]
+        choices += [(share.first + share.second, gradient + weight), (share.pending, weight)]
     more = _filled(choices, left)
     return None if more is None else most + more
 
@@ -117,12 +120,13 @@ def _of_one(lines: Lines, share: _Share, room: int) -> int | None:
     """Of one stage: the best number of I, each with its W, and of W alone."""
     gradient, weight = lines.lines[share.gradient].duration, lines.lines[share.weight].duration
     count = lines.lines[share.forward].count
-    if not share.first and not share.second:
+    if not share.first + share.second:
         return None
     best = 0
     for held in range(1, count + 1):
         if held > 1 and held * (share.first + share.second) > room:
             break
-        later = (room - held * share.first) // share.second if share.second else count
-        best = max(best, held * gradient + min(count, max(held, later)) * weight)
+        left = max(0, room - held * (share.first + share.second))
+        later = left // share.pending if share.pending else count
+        best = max(best, held * gradient + min(count, held + later) * weight)
     return best
