@@ -60,7 +60,7 @@ def placements_below(
 
     Also ``None`` where there are too many placements to look through.
     """
-    heads = [0] * len(problem.stages) if objective == "span" else _heads(problem, 0)
+    heads = [0] * len(problem.stages) if objective == "span" else _heads(problem, 1)
     left: list[tuple[int, ...]] = []
     for seen, ranks in enumerate(all_placements(problem)):
         if seen >= _SEEN or len(left) > most:
@@ -90,7 +90,7 @@ def placement_bound(problem: PipelineProblem, objective: Objective, budget: Budg
     microbatches = problem.microbatches
     same = alike(problem)
     model = cp_model.CpModel()
-    end = model.new_int_var(0, sum(problem.work_ns) + sum(_heads(problem, 0)), "end")
+    end = model.new_int_var(0, sum(problem.work_ns) + sum(_heads(problem, ranks)), "end")
     has = [[model.new_bool_var(f"{stage} on {rank}") for rank in range(ranks)] for stage in range(count)]
     first = [[model.new_bool_var(f"{stage} first on {rank}") for rank in range(ranks)] for stage in range(count)]
     for stage in range(count):
@@ -102,7 +102,7 @@ def placement_bound(problem: PipelineProblem, objective: Objective, budget: Budg
                 model.add(has[stage][rank] <= sum(has[earlier][rank - 1] for earlier in range(stage)))
     for rank in range(ranks):
         model.add_at_most_one(first[stage][rank] for stage in range(count))
-        heads = _heads(problem, rank if same else 0)
+        heads = _heads(problem, rank if same else 1)
         if objective == "span":
             heads = [0] * count
         begin = sum(heads[stage] * first[stage][rank] for stage in range(count))
@@ -118,13 +118,17 @@ def placement_bound(problem: PipelineProblem, objective: Objective, budget: Budg
 
 
 def _heads(problem: PipelineProblem, changes: int) -> list[int]:
-    """By stage, the least before its F: all forwards before it, and ``changes`` sends, or all there are."""
+    """By stage, the least before its F where it is its rank's first: all forwards before it, and sends.
+
+    There are at least ``changes`` sends by then, one of them to this stage; the others are the cheapest before it.
+    """
     order = problem.routes[0].stages
     heads = [0] * len(problem.stages)
     done = 0
     for place, stage in enumerate(order):
-        sends = sorted(_sends(problem)[:place])
-        heads[stage] = done + sum(sends[:changes])
+        sends = _sends(problem)[:place]
+        own = sends[-1:] if changes else []
+        heads[stage] = done + sum(own) + sum(sorted(sends[:-1])[: max(0, changes - 1)])
         done += problem.stages[stage].forward_ns
     return heads
 

@@ -21,7 +21,7 @@ from ...compiler.pipelining.simulate import timed
 from .solution import Attempt, Objective, PipelineSolution, value_of, within_limit
 from .solve import solve
 
-__all__ = ["exposed_ns", "finishing_early", "overlap_reduction"]
+__all__ = ["exposed_ns", "finishing_early", "johnson", "overlap_reduction"]
 
 
 def overlap_reduction(
@@ -79,14 +79,17 @@ def _reordered(order: Sequence[Action], first: Callable[[int], float]) -> tuple[
 
 def _priorities(problem: PipelineProblem) -> Iterable[tuple[str, Callable[[int], float]]]:
     """Orders of stages to try; the first is Johnson's, of a stage's W of one microbatch and its all-reduce."""
-    johnson = {stage: place for place, stage in enumerate(_johnson(problem))}
-    yield "W by Johnson's rule", johnson.__getitem__
+    ranked = {stage: place for place, stage in enumerate(johnson(problem))}
+    yield "W by Johnson's rule", ranked.__getitem__
     yield "W of late stages first", lambda stage: -stage
     yield "W of early stages first", lambda stage: stage
 
 
-def _johnson(problem: PipelineProblem) -> list[int]:
-    """Stages with less W than all-reduce, the least W first; then the others, the most all-reduce first."""
+def johnson(problem: PipelineProblem) -> list[int]:
+    """Stages in the order of Johnson's rule, by W of one microbatch and all-reduce.
+
+    First those with less W than all-reduce, the least W first; then the others, the most all-reduce first.
+    """
 
     def key(stage: int) -> tuple[int, int]:
         own = problem.stages[stage]

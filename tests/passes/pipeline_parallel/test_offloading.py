@@ -107,6 +107,15 @@ def test_parts_are_of_bytes_and_times() -> None:
         choose_offload(problem, Budget.of_seconds(1), of=0)
 
 
+def test_what_is_away_is_neither_held_nor_copied() -> None:
+    """All of it, or half."""
+    stage = Stage(0, 1, 1, 1, until_weight_gradient_bytes=5, offloaded_bytes=4, offload_ns=2, reload_ns=4)
+    problem = uniform(stage, (0, 0), 1)
+    assert away(problem).stages == (Stage(0, 1, 1, 1, until_weight_gradient_bytes=1),) * 2
+    assert away(problem, 2).stages == (Stage(0, 1, 1, 1, until_weight_gradient_bytes=3),) * 2
+    assert without_copies(problem).stages == (Stage(0, 1, 1, 1, until_weight_gradient_bytes=5),) * 2
+
+
 def test_copies_are_put_where_they_delay_nothing() -> None:
     """1F1B, on ranks where activations wait: the same compute at the same times, and fewer bytes."""
     problem = offloaded(uniform(UNIT, placed("loop", 4), 6), (1, 1, 0, 0))

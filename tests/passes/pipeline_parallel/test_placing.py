@@ -72,11 +72,47 @@ def test_placements_are_counted_once() -> None:
 
 
 def test_placements_that_work_rules_out_are_left_out() -> None:
-    """Below 16 with 2 microbatches there are two stages on each rank; below 12 there is nothing."""
+    """Two stages on each rank take 12, and start 1 or 2 later; three on one of them take 18."""
     problem = uniform(UNIT, (0, 1, 0, 1), 2)
     assert placements_below(problem, 16, "makespan", most=9) == [(0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0)]
-    assert placements_below(problem, 12, "makespan", most=9) == []
+    assert placements_below(problem, 14, "makespan", most=9) == [(0, 1, 0, 1), (0, 1, 1, 0)]
+    assert placements_below(problem, 13, "makespan", most=9) == []
     assert placements_below(problem, 16, "makespan", most=2) is None
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> PipelineProblem:
+    """Three ranks that are alike or not, three to five stages, sends of any length."""
+    few = st.integers(0, 9)
+    stages = tuple(Stage(0, draw(few), draw(few), 0, forward_send_ns=draw(few)) for _ in range(draw(st.integers(3, 5))))
+    limit = draw(st.none() | st.just((1, 2, 3)))
+    return PipelineProblem(3, stages, (Route(tuple(range(len(stages))), draw(st.integers(1, 3))),), limit)
+
+
+@settings(max_examples=20, deadline=None)
+@given(chains())
+def test_the_bound_of_all_placements_is_no_more_than_that_of_any(problem: PipelineProblem) -> None:
+    """Where the sends of the placement are counted as they are, and ranks work from their first forward on."""
+    found = placement_bound(problem, "makespan", Budget.of_seconds(5)).value
+    every = {ranks: _from_first_forward(problem, ranks) for ranks in all_placements(problem)}
+    assert found <= min(every.values())
+    value = 1 + max(every.values()) // 2
+    below = placements_below(problem, value, "makespan", most=99)
+    assert below is not None
+    assert {ranks for ranks, end in every.items() if end < value} <= set(below)
+
+
+def _from_first_forward(problem: PipelineProblem, ranks: tuple[int, ...]) -> int:
+    begin: dict[int, int] = {}
+    work: dict[int, int] = {}
+    now = 0
+    for place, (stage, rank) in enumerate(zip(problem.stages, ranks, strict=True)):
+        if place and ranks[place - 1] != rank:
+            now += problem.stages[place - 1].forward_send_ns
+        begin.setdefault(rank, now)
+        work[rank] = work.get(rank, 0) + problem.microbatches * stage.work_ns
+        now += stage.forward_ns
+    return max(begin[rank] + work[rank] for rank in begin)
 
 
 def test_between_the_limits_of_the_named_schedules_every_placement_is_ruled_out() -> None:

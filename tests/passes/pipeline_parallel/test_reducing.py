@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import permutations
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ from opweave.compiler.pipelining.placement import placed, uniform
 from opweave.compiler.pipelining.problem import PipelineProblem, Route, Stage
 from opweave.compiler.pipelining.schedule import Action, ActionKind, PipelineSchedule
 from opweave.compiler.pipelining.simulate import timed
-from opweave.passes.pipeline_parallel.reducing import exposed_ns, finishing_early, overlap_reduction
+from opweave.passes.pipeline_parallel.reducing import exposed_ns, finishing_early, johnson, overlap_reduction
 from opweave.passes.pipeline_parallel.solution import Objective, within_limit
 from tests.passes.pipeline_parallel.every_order import best_of_all
 
@@ -73,6 +76,28 @@ def test_weight_gradients_are_exchanged_and_nothing_else() -> None:
     assert " ".join(map(str, moved.orders[0])) == "0F0 1F0 1I0 0I0 1W0 0W0"
     kept = [action for action in moved.orders[0] if action.kind is not ActionKind.WEIGHT_GRADIENT]
     assert kept == [action for action in order.orders[0] if action.kind is not ActionKind.WEIGHT_GRADIENT]
+
+
+def test_weight_gradients_of_a_stage_stay_in_order() -> None:
+    """The oldest goes first."""
+    order = PipelineSchedule(chunks(0), (_actions("0F0 0F1 0I0 0I1 0W0 0W1"),))
+    assert finishing_early(timed(order), lambda stage: stage, "").orders == order.orders
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5))
+def test_johnsons_rule_is_the_best_of_all_orders_on_two_machines(jobs: list[tuple[int, int]]) -> None:
+    """W of each stage on the one, its all-reduce on the other."""
+    stages = tuple(Stage(0, 0, 0, weight, reduce_ns=reduce) for weight, reduce in jobs)
+    problem = PipelineProblem(1, stages, (Route(tuple(range(len(jobs))), 1),))
+
+    def end(order: Sequence[int]) -> int:
+        first = second = 0
+        for stage in order:
+            first += jobs[stage][0]
+            second = max(first, second) + jobs[stage][1]
+        return second
+
+    assert end(johnson(problem)) == min(map(end, permutations(range(len(jobs)))))
 
 
 @pytest.mark.parametrize("text", ["0F0 1F0 1B0 0B0", "0F0 1F0 1B0 0I0 0W0"])

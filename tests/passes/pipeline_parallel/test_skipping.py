@@ -117,6 +117,14 @@ def test_regard_for_others_is_better_than_none_and_skipping_than_neither() -> No
     assert values[3] < 0.5 * values[6]
 
 
+def test_weight_gradients_do_not_wait_for_what_travels_back() -> None:
+    """Out in 1 + 10, forward and I in 2, back in 10 + 1: W of the far node, as long as that, is done meanwhile."""
+    near, far = Stage(0, 1, 1, 0), Stage(0, 1, 1, 11)
+    swarm = Swarm((near, far), (0, 1), ((0, 10), (10, 0)), (1, 0), 2)
+    assert routes_bound(swarm).value == 24
+    assert choose_routes(swarm, Budget.of_seconds(1)).value == 24
+
+
 def test_the_cheapest_path_is_the_cheapest() -> None:
     """Compared with every path from the node."""
     swarm = regions(3)
