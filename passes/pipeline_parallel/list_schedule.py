@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from ...compiler.pipelining.problem import PipelineProblem
-from ...compiler.pipelining.schedule import ActionKind
+from ...compiler.pipelining.schedule import ActionKind, PipelineSchedule
 from ...errors import InternalError
 from ._dispatch import EITHER, SPLIT, WHOLE, Desk, Rules, desk_for, dispatch, need
 from ._lanes import KINDS, Floats, Integers, Lanes, lanes_of, schedule_of
@@ -92,15 +92,14 @@ def _least(lanes: Lanes) -> Integers:
 def rules_for(shop: Workshop) -> Iterator[Rule]:
     """Rules worth trying, the most promising first."""
     modes = ("split", "whole", "either") if shop.lanes.lane["useful"].any() else ("split",)
-    for first, ahead, mode in product(("IFW", "FIW", "IWF"), (1.0, 1.5, 2.0, NEVER), modes):
-        yield Rule(first, ahead, modes=mode)
+    for patience, first, ahead, mode in product((0.0, 0.5, 1.0), ("IFW", "FIW"), (1.5, 2.0, 1.0, NEVER), modes):
+        yield Rule(first, ahead, patience, modes=mode)
     for lag, ahead, patience, mode in product((0.0, 0.5, 1.0, 2.0), (1.0, NEVER), (0.0, 0.5, 1.0), modes):
         yield Rule("steady", ahead, patience, lag, mode)
-    for first, ahead, patience, deep, mode in product(
-        ("IFW", "FIW"), (1.0, 1.5, 2.0, NEVER), (0.0, 0.5, 1.0), (True, False), modes
-    ):
-        if patience or not deep:
-            yield Rule(first, ahead, patience, modes=mode, deep_first=deep)
+    for patience, first, ahead, mode in product((0.0, 0.5, 1.0), ("IFW", "FIW"), (1.5, 2.0, 1.0, NEVER), modes):
+        yield Rule(first, ahead, patience, modes=mode, deep_first=False)
+    for ahead, mode in product((1.0, 1.5, 2.0, NEVER), modes):
+        yield Rule("IWF", ahead, modes=mode)
 
 
 def filled(shop: Workshop, rule: Rule) -> Rules:
@@ -172,13 +171,19 @@ def list_scheduled(shop: Workshop, rules: Rules) -> tuple[Integers, Integers]:
 
 
 def construct(search: Search, shop: Workshop) -> None:
-    """Offer ``search`` the best list schedule, rule by rule, until it is done."""
-    best: int | None = None
+    """Offer ``search`` the best of the list schedules by all rules, or by those for which there is time."""
+    span = search.objective == "span"
+    best: tuple[int, PipelineSchedule] | None = None
     for rule in rules_for(shop):
-        if search.done():
-            return
+        if best is not None and search.budget.halted():
+            break
         symbols, begin = list_scheduled(shop, filled(shop, rule))
-        value = int(objective_of(shop.lanes, shop.room, search.objective == "span"))
-        if best is None or value < best:
-            best = value
-            search.offer(schedule_of(shop.problem, shop.lanes, symbols, begin, str(rule)))
+        value = int(objective_of(shop.lanes, shop.room, span))
+        if best is None or value < best[0]:
+            best = value, schedule_of(shop.problem, shop.lanes, symbols, begin, str(rule))
+        if value <= search.bound.value:
+            break
+    if best is not None and (search.value is None or best[0] < search.value):
+        search.offer(best[1])
+    elif best is not None:
+        search.note("list schedules", best[0])
