@@ -115,10 +115,8 @@ def joint_graph(
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     _check_given(module, tensors)
     flat = _Flat(module, call, leaves)
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         stack.enter_context(_compiling())
         own = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)  # none is another

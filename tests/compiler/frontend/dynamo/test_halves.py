@@ -185,6 +185,35 @@ def test_halves_compute_what_autograd_does(layers: list[str], is_first: bool) ->
         torch.testing.assert_close(weights[name], parameter.grad)
 
 
+class Narrow(nn.Module):
+    """A product of something much smaller than the input, computed from it by cheap operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """``x`` is (2, 50)."""
+        return torch.tanh(x.sum(-1, keepdim=True)) @ self.weight
+
+
+def test_inputs_are_there_until_i() -> None:
+    """What can be computed from the input is not held behind F, however small it is; between I and W the least is."""
+    graphs = split(Narrow(), (torch.ones(2, 50, requires_grad=True),))
+    assert [place and place.kind for place in graphs.held.values()] == [PlaceKind.INPUT]
+    assert graphs.weight_gradient is not None
+    taken = graphs.weight_gradient.module.graph.find_nodes(op="placeholder")
+    assert sorted(node.meta["val"].numel() for node in taken) == [2, 8]
+
+
+def test_small_weight_gradients_are_made_in_i() -> None:
+    """The gradient of a scale is a sum: as long as one row, where what it is a sum of are two whole values."""
+    graphs = split(Drawn(["scale"]), (torch.ones(3, 2, requires_grad=True),))
+    assert graphs.weight_gradient is not None
+    taken = graphs.weight_gradient.module.graph.find_nodes(op="placeholder")
+    assert [node.meta["val"].numel() for node in taken] == [2]
+
+
 def test_a_checkpoint_is_left_to_the_cut_and_random_numbers_run_once() -> None:
     """Random numbers of the backward half would be others: they are refused, and a checkpoint makes none."""
     from torch.utils.checkpoint import checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +16,7 @@ from opweave.compiler.pipelining.problem import Stage
 from opweave.compiler.pipelining.schedule import ActionKind
 from opweave.compiler.runtime.pipelining.halves import SplitStage
 from opweave.compiler.runtime.pipelining.halves_bytes import LiveBytes, measured_bytes, stage_bytes
+from opweave.compiler.runtime.pipelining.halves_run import Freeing
 from opweave.passes.pipeline_parallel.named.catalogue import named, problem_for
 from tests.compiler.runtime.pipelining.halves_stages import Block, Convolutions, perceptron, x
 
@@ -160,6 +161,22 @@ def test_no_rank_of_zero_bubble_needs_more() -> None:
     """The ranks between."""
     eager = _peak(_Torch, "1f1b", 0)
     assert all(_peak(_Split, "zb-h1", rank) <= eager for rank in range(4))
+
+
+def test_a_graph_lets_go_of_values_behind_their_last_reader() -> None:
+    """Of a chain of operators there are two values at a time, and the caller's list is taken over."""
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    for _ in range(9):
+        node = graph.call_function(torch.ops.aten.exp.default, (node,))
+    graph.output((node,))
+    run = Freeing(fx.GraphModule(nn.Module(), graph))
+    with LiveBytes() as live:
+        arguments = [torch.zeros(256)]
+        results = run(arguments)
+    assert (live.peak, live.now()) == (2 * 1024, 1024)
+    assert len(results) == 1
+    assert arguments == []
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
