@@ -4,7 +4,8 @@ First **what others have published**, beside what our generators of their schedu
 of Zero Bubble (both tables), of ZB-V, V-Half and V-Min, of PyTorch's own schedules, Chimera's formula, and the
 iteration times that Vocabulary Parallelism's authors measured. All are predicted: stage times are given, nothing is
 fitted. Next, **every named schedule** on one model: makespan, span, peaks, messages. Then, row by row, **ours against
-the best published** one under the same memory limit, with bound and seconds. Last, **where to cut** a model with a large vocabulary, beside what was measured.
+the best published** one under the same memory limit, with bound and seconds. Last, **where to cut** a model with a
+large vocabulary, beside what was measured.
 
 ``python -m benchmarks.bench_pipeline [--quick] [--data DIR] [--json FILE]``. The measured times are in
 ``vocab_stage_times.csv`` of DIR (case, microbatches, microseconds of F and B of each stage, measured milliseconds);
