@@ -237,17 +237,21 @@ class Pipeline:
         )
 
     def _planned(self, problem: PipelineProblem) -> PipelineSchedule:
-        """What the planner chooses on the first rank of all, known to all."""
-        planner = self._planner
-        assert planner is not None
-        chosen = decided(lambda: planner(problem), self._everyone)
+        """What the planner chooses on the first rank of all, for what its pipeline measured, known to all."""
+        chosen = decided(lambda: self._chosen(problem), self._everyone)
         self.solution = None if isinstance(chosen, PipelineSchedule) else chosen
-        found = getattr(chosen, "timed", None)
-        schedule = chosen if isinstance(chosen, PipelineSchedule) else getattr(found, "schedule", None)
+        schedule = chosen if isinstance(chosen, PipelineSchedule) else chosen.timed.schedule
+        return renumbered(whole_backwards(schedule, self.chain.whole))
+
+    def _chosen(self, problem: PipelineProblem) -> Planned | PipelineSchedule:
+        assert self._planner is not None
+        chosen = self._planner(problem)
+        found = chosen if isinstance(chosen, PipelineSchedule) else getattr(chosen, "timed", None)
+        schedule = found.schedule if isinstance(found, TimedSchedule) else found
         if not isinstance(schedule, PipelineSchedule) or schedule.problem != problem:
             what = "a schedule of another problem" if isinstance(schedule, PipelineSchedule) else f"{chosen!r:.80}"
             raise OptionError(f"the planner returned {what}", hint="it returns a schedule of the problem it is given")
-        return renumbered(whole_backwards(schedule, self.chain.whole))
+        return chosen
 
     def _run_by(self, schedule: PipelineSchedule) -> Runner:
         return Runner(self.modules, renumbered(schedule), self.chain, self.loss, device=self.device, group=self.group)

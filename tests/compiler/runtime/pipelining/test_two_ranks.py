@@ -220,8 +220,8 @@ def what_is_wrong_is_refused_on_both_ranks() -> None:
     refused("the schedule has 8 microbatches, not 4", OptionError, schedule=schedule_of("1f1b", 8))
     refused("modules of stages", ExecutionError, ranks=(1, 0))
     asks: dict[str, Any] = {"schedule": None, "example_target": target}
-    refused("the planner returned None", OptionError, planner=lambda problem: None, **asks)
-    refused("a schedule of another problem", OptionError, planner=lambda problem: schedule, **asks)
+    refused("the planner returned None", OpweaveError, planner=lambda problem: None, **asks)
+    refused("a schedule of another problem", OpweaveError, planner=lambda problem: schedule, **asks)
     refused("rank 0 would hold" if here == 0 else "rank 0 gave up", OpweaveError, planner=too_much, **asks)
     narrow = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH + 1, WIDTH)]
     refused(r"stage 1 fails on inputs float32\[2, 3, 6\]", ExecutionError, stages=narrow)
