@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._lines import Edge, Line, Lines
+from ._pressed import Pressing
 
 __all__ = ["NEVER", "Times", "heads", "mirrored", "preemptive"]
 
@@ -17,21 +18,39 @@ NEVER = -(1 << 60)
 
 Times = list[npt.NDArray[np.int64]]
 
+_MOST_PRESSINGS = 12
 _MOST_ROUNDS = 600  # each is valid as it is; memory's edges lead back, by at least one microbatch a round
 
 
-def heads(lines: Sequence[Line], first: Sequence[int]) -> Times:
-    """By line, the earliest starts of its 0th, 1st, ...: ``first`` of each line, and what follows from the edges."""
+def heads(lines: Sequence[Line], first: Sequence[int], pressing: Pressing | None = None) -> Times:
+    """By line, the earliest starts of its 0th, 1st, ...: ``first`` of each line, and what follows from the edges.
+
+    With ``pressing``, of the same lines, also what follows from that a machine does one thing at a time.
+    """
     starts = [
         start + line.duration * np.arange(line.count, dtype=np.int64) for line, start in zip(lines, first, strict=True)
     ]
+    _propagate(lines, starts)
+    for _ in range(_MOST_PRESSINGS if pressing is not None else 0):
+        assert pressing is not None
+        changed = False
+        for index in range(len(lines)):
+            found = pressing.pressed(starts, index)
+            changed |= not np.array_equal(found, starts[index])
+            starts[index] = found
+        if not changed:
+            break
+        _propagate(lines, starts)
+    return starts
+
+
+def _propagate(lines: Sequence[Line], starts: Times) -> None:
     for _ in range(_MOST_ROUNDS):
         changed = False
         for index, line in enumerate(lines):
             changed |= _raised(lines, starts, index, line)
         if not changed:
-            break
-    return starts
+            return
 
 
 def _raised(lines: Sequence[Line], starts: Times, index: int, line: Line) -> bool:

@@ -16,41 +16,58 @@ from ...compiler.pipelining.schedule import ActionKind
 from ._heads import NEVER, Times, heads, mirrored, preemptive
 from ._lines import Lines, lines_of
 from ._phases import phases
+from ._pressed import pressing_of
 from .solution import Bound, Objective
 
-__all__ = ["behind_on", "lower_bound"]
+__all__ = ["View", "lower_bound"]
 
 
-def lower_bound(problem: PipelineProblem, objective: Objective = "makespan") -> Bound:
+def lower_bound(problem: PipelineProblem, objective: Objective = "makespan", *, thorough: bool = False) -> Bound:
     """What no schedule undercuts, in the problem's unit of time, whether backward passes are whole or in halves.
 
     Valid for any routes, vocabulary, copies to the host, all-reduces and memory limits, and if B is faster than I and
-    W. Nothing says here that a limit cannot be kept at all: of what does not fit one is taken to fit.
+    W. Nothing says here that a limit cannot be kept at all: of what does not fit one is taken to fit. ``thorough``
+    counts on each rank what has to be done before each start, which takes several times as long; it is left out where
+    ranks and microbatches are so many that it would take more than seconds.
     """
-    lines = lines_of(problem)
+    view = View(lines_of(problem), thorough=thorough)
     if objective == "makespan":
-        starts, behind = heads(lines.lines, [0] * len(lines.lines)), behind_on(lines, None)
-        ends = [_machine(lines, starts, behind, rank) for rank in range(problem.ranks)]
+        starts, behind = view.ahead(None), view.behind(None)
+        ends = [_machine(view.lines, starts, behind, rank) for rank in range(problem.ranks)]
         ends += [
             int(start[-1] + line.duration + tail[-1])
-            for line, start, tail in zip(lines.lines, starts, behind, strict=True)
+            for line, start, tail in zip(view.lines.lines, starts, behind, strict=True)
         ]
         return Bound(max(ends), "analytic")
-    spans = [_machine(lines, _ahead_on(lines, rank), behind_on(lines, rank), rank) for rank in range(problem.ranks)]
-    return Bound(max(0, *spans) if spans else 0, "analytic")
+    if thorough and sum(line.count for line in view.lines.lines) > _MOST_OF_SPANS:
+        view = View(view.lines, thorough=False)
+    spans = [_machine(view.lines, view.ahead(rank), view.behind(rank), rank) for rank in range(problem.ranks)]
+    return Bound(max(0, *spans), "analytic")
 
 
-def behind_on(lines: Lines, rank: int | None) -> Times:
-    """The least that comes behind the end of each line's n-th: on ``rank``, or anywhere if ``None``."""
-    own = [rank is None or line.task.rank == rank for line in lines.lines]
-    last = [tail if known else NEVER for known, tail in zip(own, lines.tails, strict=True)]
-    behind = heads(mirrored(lines), last[::-1])
-    return [times[::-1] for times in behind[::-1]]
+_MOST_OF_SPANS = 6_000  # starts of all lines: heads and tails are found anew for each rank
 
 
-def _ahead_on(lines: Lines, rank: int) -> Times:
-    """The least from the first start on ``rank`` to the start of each line's n-th."""
-    return heads(lines.lines, [0 if line.task.rank == rank else NEVER for line in lines.lines])
+class View:
+    """Heads and tails of lines, from and to anywhere, or on one rank."""
+
+    def __init__(self, lines: Lines, *, thorough: bool) -> None:
+        self.lines = lines
+        self._mirrored = mirrored(lines)
+        self._forward = pressing_of(lines.lines) if thorough else None
+        self._backward = pressing_of(self._mirrored) if thorough else None
+
+    def ahead(self, rank: int | None) -> Times:
+        """The earliest start of each line's n-th, from the step's start, or from the first start on ``rank``."""
+        first = [0 if rank in (None, line.task.rank) else NEVER for line in self.lines.lines]
+        return heads(self.lines.lines, first, self._forward)
+
+    def behind(self, rank: int | None) -> Times:
+        """The least that comes behind the end of each line's n-th, anywhere, or on ``rank``."""
+        tails = zip(self.lines.lines, self.lines.tails, strict=True)
+        last = [tail if rank in (None, line.task.rank) else NEVER for line, tail in tails]
+        found = heads(self._mirrored, last[::-1], self._backward)
+        return [times[::-1] for times in found[::-1]]
 
 
 def _machine(lines: Lines, starts: Times, behind: Times, rank: int) -> int:

@@ -18,9 +18,8 @@ from ...errors import OptionError
 from .._solver import highs
 from ._counts import Counts, counts_of
 from ._cp_sat import minimised
-from ._heads import heads
-from ._lines import Lines, lines_of
-from .bounds import behind_on
+from ._lines import lines_of
+from .bounds import View
 from .solution import Bound
 
 __all__ = ["bound_by_counting", "steps_for"]
@@ -49,14 +48,12 @@ def bound_by_counting(
     """
     if unit < 1:
         raise OptionError(f"times are to be rounded to steps of {unit}; the least is 1")
-    lines = lines_of(problem)
-    proved = _highest(lambda end: _misses(lines, end, unit, budget), bound.value // unit, most // unit, budget)
+    view = View(lines_of(problem), thorough=True)
+    proved = _highest(lambda end: _misses(view, end, unit, budget), bound.value // unit, most // unit, budget)
     best = Bound(proved * unit, "lp") if proved * unit > bound.value else bound
     if not whole_numbers:
         return best
-    more = _highest(
-        lambda end: _contradicts(lines, end, unit, budget, effort), best.value // unit, most // unit, budget
-    )
+    more = _highest(lambda end: _contradicts(view, end, unit, budget, effort), best.value // unit, most // unit, budget)
     return Bound(more * unit, "cp") if more * unit > best.value else best
 
 
@@ -88,10 +85,10 @@ def _highest(infeasible: Callable[[int], bool], low: int, high: int, budget: Bud
     return low
 
 
-def _model(lines: Lines, end: int, unit: int) -> Counts | None:
+def _model(view: View, end: int, unit: int) -> Counts | None:
     """Schedules that end within step ``end``; ``None`` if a task has no time at all."""
-    first = heads(lines.lines, [0] * len(lines.lines))
-    behind = behind_on(lines, None)
+    first, behind = view.ahead(None), view.behind(None)
+    lines = view.lines
     latest = (end + 1) * unit - 1
     last = [latest - behind[index] - line.duration for index, line in enumerate(lines.lines)]
     if any(bool(np.any(early // unit > late // unit)) for early, late in zip(first, last, strict=True)):
@@ -99,9 +96,9 @@ def _model(lines: Lines, end: int, unit: int) -> Counts | None:
     return counts_of(lines, first, last, unit)
 
 
-def _misses(lines: Lines, end: int, unit: int, budget: Budget) -> bool:
+def _misses(view: View, end: int, unit: int, budget: Budget) -> bool:
     """Whether the linear program shows that some starts come too late."""
-    counts = _model(lines, end, unit)
+    counts = _model(view, end, unit)
     if counts is None:
         return True
     problem = pulp.LpProblem("counts", pulp.LpMinimize)
@@ -113,9 +110,9 @@ def _misses(lines: Lines, end: int, unit: int, budget: Budget) -> bool:
     return solution.status == "optimal" and highs.less_tolerances(solution.bound, len(variables)) > _MISSING
 
 
-def _contradicts(lines: Lines, end: int, unit: int, budget: Budget, effort: float) -> bool:
+def _contradicts(view: View, end: int, unit: int, budget: Budget, effort: float) -> bool:
     """Whether whole numbers show it."""
-    counts = _model(lines, end, unit)
+    counts = _model(view, end, unit)
     if counts is None:
         return True
     model = cp_model.CpModel()

@@ -15,10 +15,10 @@ from ...compiler.pipelining.simulate import timed
 from ...compiler.pipelining.tasks import tasks_of
 from ...errors import Infeasible, OptionError
 from ._cp_sat import Reader, minimised
-from ._heads import Times, heads
+from ._heads import Times
 from ._intervals import Grid, Intervals
 from ._lines import Edge, Lines, lines_of
-from .bounds import behind_on
+from .bounds import View
 from .solution import Bound, Objective, value_of, within_limit
 
 __all__ = ["solve_exact"]
@@ -141,10 +141,11 @@ class _Run:
 def _grid(lines: Lines, objective: Objective, most: int | None, steps: int | None) -> Grid:
     """When lines may start in a schedule whose objective is at most ``most``."""
     horizon = _everything(lines)
-    first = heads(lines.lines, [0] * len(lines.lines))
+    view = View(lines, thorough=True)
+    first = view.ahead(None)
     behind = [np.zeros(line.count, np.int64) for line in lines.lines]
     if most is not None and objective == "makespan":
-        horizon, behind = min(horizon, most), behind_on(lines, None)
+        horizon, behind = min(horizon, most), view.behind(None)
     elif most is not None:
         # the first action of a rank waits for nothing, or for another rank, which is done when its span is over
         lag = max(edge.lag for line in lines.lines for edge in (*line.edges, Edge(0, 0)))
