@@ -8,10 +8,11 @@ from ...compiler.pipeline import Budget
 from ...compiler.pipelining.problem import PipelineProblem
 from .solution import Bound, Objective
 
-__all__ = ["alike", "all_placements", "canonical", "placement_bound", "placements_below"]
+__all__ = ["alike", "all_placements", "average_bound", "canonical", "placement_bound", "placements_below"]
 
 _SEEN = 40_000  # placements that are looked through
 _EFFORT = 5.0  # deterministic seconds of CP-SAT
+_LARGEST = 1_000  # stages times ranks that it is given
 
 
 def alike(problem: PipelineProblem) -> bool:
@@ -80,8 +81,46 @@ def placement_bound(problem: PipelineProblem, objective: Objective, budget: Budg
 
     A rank works no sooner than its first stage's F can, behind the forwards before it and as many sends as there were
     ranks, and then for as long as its stages take. The least longest of these over all placements, within which ranks
-    hold what is resident, is found by CP-SAT; what it has proved by the end of the budget holds.
+    hold what is resident, is found by CP-SAT; what it has proved by the end of the budget holds. It starts from
+    averages, which are all there is where stages and ranks are too many for it.
     """
+    averaged = Bound(average_bound(problem, objective), "analytic")
+    if len(problem.stages) * problem.ranks > _LARGEST:
+        return averaged
+    proved = _proved(problem, objective, averaged.value, budget)
+    return Bound(proved, "cp") if proved > averaged.value else averaged
+
+
+def average_bound(problem: PipelineProblem, objective: Objective) -> int:
+    """What no schedule undercuts, whichever rank has which stage, by counting.
+
+    Of ``u`` ranks that have stages, sorted by their first ones, the k-th begins behind k forwards and k sends at least.
+    Then the longest is no less than the average; and the last has c stages, so that another has an equal part of the
+    others, rounded up, each as short as the shortest. The least over all ``u`` and c.
+    """
+    works = [stage.work_ns * problem.microbatches for stage in problem.stages]
+    shards = sorted(_shards(problem, rank) * problem.microbatches for rank in range(problem.ranks))
+    cheapest = sorted(_sends(problem))
+    forwards = [problem.stages[stage].forward_ns for stage in problem.routes[0].stages]
+    span = objective == "span"
+    heads = [0 if span else sum(forwards[:k]) + sum(cheapest[:k]) for k in range(min(problem.ranks, len(works)))]
+    least = []
+    for used in range(1, len(heads) + 1):
+        average = -(-(sum(heads[:used]) + sum(works) + sum(shards[:used])) // used)
+        least.append(max(average, _by_count(min(works), len(works), used, heads[used - 1]) + shards[0]))
+    return max(min(least), max(works) + shards[0])
+
+
+def _by_count(work: int, stages: int, ranks: int, head: int) -> int:
+    """With ``ranks`` ranks, of which the last begins behind ``head``, and stages that take ``work`` each."""
+    if ranks == 1:
+        return head + stages * work
+    counts = range(1, stages - ranks + 2)  # of the last
+    return min(max(head + own * work, -(-(stages - own) // (ranks - 1)) * work) for own in counts)
+
+
+def _proved(problem: PipelineProblem, objective: Objective, least: int, budget: Budget) -> int:
+    """What CP-SAT proves by the end of the budget, from ``least`` on."""
     from ortools.sat.python import cp_model
 
     from ._cp_sat import minimised
@@ -90,7 +129,7 @@ def placement_bound(problem: PipelineProblem, objective: Objective, budget: Budg
     microbatches = problem.microbatches
     same = alike(problem)
     model = cp_model.CpModel()
-    end = model.new_int_var(0, sum(problem.work_ns) + sum(_heads(problem, ranks)), "end")
+    end = model.new_int_var(least, least + sum(problem.work_ns) + sum(_heads(problem, ranks)), "end")
     has = [[model.new_bool_var(f"{stage} on {rank}") for rank in range(ranks)] for stage in range(count)]
     first = [[model.new_bool_var(f"{stage} first on {rank}") for rank in range(ranks)] for stage in range(count)]
     for stage in range(count):
@@ -114,7 +153,7 @@ def placement_bound(problem: PipelineProblem, objective: Objective, budget: Budg
             model.add(resident <= problem.memory_limit[rank])
     model.minimize(end)
     outcome = minimised(model, budget, effort=_EFFORT, found=lambda read: None, bounded=lambda value: None)
-    return Bound(0 if outcome.status == "none" else max(0, round(outcome.bound)), "cp")
+    return least if outcome.status == "none" else max(least, round(outcome.bound))
 
 
 def _heads(problem: PipelineProblem, changes: int) -> list[int]:
