@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -88,8 +89,9 @@ def test_answers_are_judged_and_between_bound_and_optimum(line: Line) -> None:
     found = [best for best in every if best is not None and best >= 0]
     assume(found)
     assume(None not in every)
+    budget = Budget.of_seconds(0.3, workers=1)
     answer = partition(
-        line.layers, 2, line.microbatches, quick(), memory_limit=line.memory_limit, slowness=line.slowness
+        line.layers, 2, line.microbatches, budget, memory_limit=line.memory_limit, slowness=line.slowness
     )
     assert answer.bound.value <= min(found) <= answer.value
     assert answer.problem == line.problem(answer.cuts) == answer.solution.timed.schedule.problem
@@ -199,3 +201,25 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         partition(layers, 2, 4, quick(), slowness=(1.0, 0.0))
     with pytest.raises(OptionError, match="0 microbatches"):
         partition(layers, 2, 0, quick())
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": 2, "placement": "v"}, {"chunks": 2}], ids=["one", "v", "loop"])
+def test_a_deterministic_budget_gives_one_answer(options: dict[str, Any]) -> None:
+    """Cuts, value and bound do not depend on the clock."""
+    layers = [replace(layer, name=str(index)) for index, layer in enumerate(model(blocks=10, head=17))]
+    first, second = (partition(layers, 2, 5, quick(), **options) for _ in range(2))
+    assert (first.cuts, first.value, first.bound, first.tried) == (
+        second.cuts,
+        second.value,
+        second.bound,
+        second.tried,
+    )
+
+
+def test_a_stopped_budget_still_gives_cuts() -> None:
+    """Ctrl-C before anything was found: the first cuts, scheduled."""
+    budget = quick()
+    budget.stop.set()
+    answer = partition(model(), 4, 16, budget)
+    assert len(answer.cuts) == 3
+    assert answer.bound.value <= answer.value
