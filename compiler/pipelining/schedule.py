@@ -39,7 +39,7 @@ class ActionKind(StrEnum):
         return self in (ActionKind.OFFLOAD, ActionKind.RELOAD)
 
 
-_WRITTEN = re.compile(r"(\d+)(OFFLOAD|RELOAD|F|I|W|B|S|T)(\d+)")
+_WRITTEN = re.compile(r"([0-9]{1,9})(OFFLOAD|RELOAD|F|I|W|B|S|T)([0-9]{1,9})")
 
 
 class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, order=True):
