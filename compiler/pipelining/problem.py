@@ -20,6 +20,9 @@ __all__ = ["PipelineProblem", "Route", "Stage", "Vocabulary"]
 
 Amount = Annotated[int, msgspec.Meta(ge=0)]
 
+_MOST_RANKS, _MOST_ACTIONS = 1 << 16, 1 << 20
+_MOST_TIME, _MOST_BYTES, _MOST_BYTES_EACH = 1 << 52, 1 << 60, 1 << 50
+
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A part of the model on ``rank``, with what one microbatch costs there.
@@ -112,8 +115,9 @@ class PipelineProblem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, d
 
     Raises:
         OptionError: a stage on a rank that there is not, a route through a stage that there is not or twice through
-            one, no microbatch, a limit, vocabulary or hops in another number, or a time or size that is no whole number
-            from 0 on.
+            one, no microbatch, a limit, vocabulary or hops in another number, a time or size that is no whole number
+            from 0 on, or more than anything can count: times of the whole step are below 2^52, bytes below 2^60, those
+            of one microbatch on a stage or shard below 2^50.
     """
 
     ranks: int
@@ -180,6 +184,58 @@ def _check(problem: PipelineProblem) -> None:
         _check_amounts("the memory limit", {f"of rank {r}": limit for r, limit in enumerate(problem.memory_limit)})
     if problem.vocabulary is not None:
         _check_vocabulary(problem, problem.vocabulary)
+    _check_extent(problem)
+
+
+def _check_extent(problem: PipelineProblem) -> None:
+    """Sums stay exact where they are counted in 64 bits, or in the floats of solvers; what is listed fits in memory."""
+    shards = 0 if problem.vocabulary is None else problem.ranks
+    actions = sum(route.microbatches * (len(route.stages) + shards) for route in problem.routes)
+    if problem.ranks > _MOST_RANKS or actions > _MOST_ACTIONS:
+        raise OptionError(
+            f"pipeline {problem.name!r} has {problem.ranks:,} ranks and {actions:,} forwards and shards of all "
+            f"microbatches; the most are {_MOST_RANKS:,} and {_MOST_ACTIONS:,}"
+        )
+    counted = (
+        ("the whole step", "time", _all_time(problem), _MOST_TIME),
+        ("all microbatches", "bytes", _all_bytes(problem), _MOST_BYTES),
+        ("a microbatch", "bytes", max(map(_bytes_of, problem.stages)), _MOST_BYTES_EACH),
+        ("a shard", "bytes", 0 if problem.vocabulary is None else problem.vocabulary.shard_bytes, _MOST_BYTES_EACH),
+    )
+    for where, what, amount, most in counted:
+        if amount >= most:
+            raise OptionError(
+                f"{where} of pipeline {problem.name!r} takes {amount:,} units of {what}; they are below {most:,}",
+                hint="count in a coarser unit, times and sizes each in one of their own",
+            )
+
+
+def _all_time(problem: PipelineProblem) -> int:
+    """All there is, one after another, as if every backward were done both ways."""
+    total = sum(stage.reduce_ns for stage in problem.stages)
+    for route in problem.routes:
+        each = sum(route.forward_send_ns) + sum(route.backward_send_ns)
+        for stage in (problem.stages[index] for index in route.stages):
+            each += stage.forward_ns + stage.input_gradient_ns + stage.weight_gradient_ns + stage.whole_backward_ns
+            each += stage.forward_send_ns + stage.backward_send_ns + stage.offload_ns + stage.reload_ns
+        if (shards := problem.vocabulary) is not None:
+            each += sum(shards.output_ns) + sum(shards.gradient_ns) + shards.broadcast_ns + 2 * shards.reduce_ns
+        total += route.microbatches * each
+    return total
+
+
+def _all_bytes(problem: PipelineProblem) -> int:
+    """What all microbatches hold and send together, if nothing is freed."""
+    total = sum(problem.resident_bytes)
+    for route in problem.routes:
+        each = problem.ranks * problem.vocabulary.shard_bytes if problem.vocabulary is not None else 0
+        total += route.microbatches * (each + sum(_bytes_of(problem.stages[index]) for index in route.stages))
+    return total
+
+
+def _bytes_of(stage: Stage) -> int:
+    held = stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes + stage.between_gradients_bytes
+    return held + stage.forward_bytes + stage.backward_bytes
 
 
 def _check_amounts(owner: str, amounts: Mapping[str, int | None]) -> None:
