@@ -22,7 +22,7 @@ from .transfers import Message, Step, Transfer, TransferKind, messages_of, with_
 __all__ = ["plans_of_steps", "rank_plans"]
 
 _MEMORY, _HOST, _COMPUTE, _COPY, _NETWORK = "activations", "host", "compute", "copy", "gradients"
-_UNLIMITED = 1 << 50
+_UNLIMITED = 1 << 60
 _AT_ONCE = 1e30  # bytes a second: how long copies take is the problem's to say
 _NS = 1e-9
 
@@ -144,7 +144,7 @@ class _RankPlan:
         capacity = _UNLIMITED
         if problem.memory_limit is not None:
             capacity = problem.memory_limit[rank] - problem.resident_bytes[rank]
-        if capacity < 1:
+        if capacity < 0 or (capacity == 0 and any(self.written.makes.values())):
             raise OptionError(
                 f"rank {rank} may hold {problem.memory_limit and problem.memory_limit[rank]} bytes, of which "
                 f"{problem.resident_bytes[rank]} are taken by what is resident",
@@ -159,7 +159,7 @@ class _RankPlan:
             sources=(),
             scratchpad=_MEMORY,
             backing=_HOST,
-            memories=(Memory(_MEMORY, capacity, 1, _AT_ONCE), Memory(_HOST, 1 << 60, 1, _AT_ONCE)),
+            memories=(Memory(_MEMORY, max(1, capacity), 1, _AT_ONCE), Memory(_HOST, 1 << 60, 1, _AT_ONCE)),
             engines=(
                 Engine(_COMPUTE, EngineKind.COMPUTE, {"default": 1 / _NS}),  # an operation a nanosecond
                 Engine(_COPY, EngineKind.COPY, bandwidth_bytes_per_s=_AT_ONCE),

@@ -7,10 +7,10 @@ import pytest
 
 from opweave.compiler.pipelining.placement import uniform
 from opweave.compiler.pipelining.problem import Stage
-from opweave.compiler.pipelining.schedule import Action, PipelineSchedule, TimedSchedule
+from opweave.compiler.pipelining.schedule import Action, ActionKind, PipelineSchedule, TimedSchedule
 from opweave.compiler.pipelining.simulate import timed
 from opweave.compiler.pipelining.verdict import verified
-from opweave.errors import InternalError
+from opweave.errors import InternalError, OptionError
 
 
 def _right() -> TimedSchedule:
@@ -41,3 +41,21 @@ def test_false_claims_are_refused() -> None:
     schedule = msgspec.structs.replace(done.schedule, problem=problem)
     with pytest.raises(InternalError, match="capacity exceeded"):
         verified(msgspec.structs.replace(done, schedule=schedule))
+
+
+def test_a_rank_that_holds_nothing_needs_no_room() -> None:
+    """A limit of what is resident is kept then; by what holds a byte more it is not."""
+    stage = Stage(0, 2, 2, 1, resident_bytes=3)
+    order = ((Action.of("0F0"), Action.of("0B0")),)
+    assert set(verified(timed(PipelineSchedule(uniform(stage, (0,), 1, memory_limit=3), order)))) == {0}
+    holding = msgspec.structs.replace(stage, until_weight_gradient_bytes=1)
+    with pytest.raises(OptionError, match="rank 0 may hold 3 bytes, of which 3 are taken"):
+        verified(timed(PipelineSchedule(uniform(holding, (0,), 1, memory_limit=3), order)))
+
+
+def test_more_bytes_than_a_machine_has_are_no_fault_without_a_limit() -> None:
+    """Bytes may be counted in any unit."""
+    stage = Stage(0, 2, 2, 1, until_weight_gradient_bytes=(1 << 50) - 1)
+    order = tuple(Action(0, kind, number) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD) for number in range(4))
+    done = timed(PipelineSchedule(uniform(stage, (0,), 4), (order,)))
+    assert set(verified(done)) == {0}
