@@ -122,6 +122,10 @@ class _Play:
             return stage.until_input_gradient_bytes + stage.until_weight_gradient_bytes
         return stage.between_gradients_bytes if kind is _INPUT else 0
 
+    def room(self, rank: int, kind: ActionKind) -> int:
+        """Bytes that have to be free before an action: what it allocates, and behind F what an I would."""
+        return self.needs(rank, kind) + (self.needs(rank, _INPUT) if kind is _FORWARD else 0)
+
     def fits(self, rank: int, held: int) -> bool:
         return self.limits is None or held <= self.limits[rank]
 
@@ -175,10 +179,10 @@ class _Play:
             back += self.lag(rank, _INPUT)
             free, held, cost = self.free[rank], self.held[rank], self.costs[rank][_FORWARD]
             while 1 + more[rank] < self.layout.microbatches:
-                held += self.needs(rank, _FORWARD)
                 late = free + cost > back if self.switches.early else free >= back
-                if late or not self.fits(rank, held):
+                if late or not self.fits(rank, held + self.room(rank, _FORWARD)):
                     break
+                held += self.needs(rank, _FORWARD)
                 free += cost
                 more[rank] += 1
             back = max(free, back) + self.costs[rank][_INPUT]
@@ -220,7 +224,7 @@ class _Play:
 
     def freeing(self, rank: int) -> int:
         """What the W take that have to be done before the next forward fits."""
-        held, count = self.held[rank] + self.needs(rank, _FORWARD), 0
+        held, count = self.held[rank] + self.room(rank, _FORWARD), 0
         while not self.fits(rank, held) and count < self.pending(rank):
             held -= self.weight_frees(rank)
             count += 1
@@ -235,7 +239,7 @@ class _Play:
 
         One more if the time that is left would be idle, and that matters.
         """
-        while not self.fits(rank, self.held[rank] + self.needs(rank, kind)):
+        while not self.fits(rank, self.held[rank] + self.room(rank, kind)):
             if not self.pending(rank):
                 raise _Full
             self.do(rank, _WEIGHT)

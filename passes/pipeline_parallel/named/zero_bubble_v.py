@@ -123,6 +123,11 @@ class _Play:
         stage = self.stages[rank][chunk]
         return _forward_bytes(stage) if kind is _FORWARD else stage.between_gradients_bytes
 
+    def room(self, rank: int, kind: ActionKind, chunk: int) -> int:
+        """Bytes that have to be free before an action: what it allocates, and behind F what an I would."""
+        needs = self.needs(rank, kind, chunk)
+        return needs + max(self.needs(rank, _INPUT, one) for one in (_DOWN, _UP)) if kind is _FORWARD else needs
+
     def arrival(self, rank: int, kind: ActionKind, chunk: int) -> int | None:
         """When the operand of the next F or I of a chunk is there; 0 if no other rank makes it, ``None`` if not yet."""
         before = rank - 1 if (kind is _FORWARD) == (chunk == _DOWN) else rank + 1
@@ -179,10 +184,11 @@ class _Play:
         for rank in reversed(self.ranks):
             back = self.arrival(rank, _FORWARD, _UP) or 0
             stage = self.stages[rank][_DOWN]
+            later = self.room(rank, _FORWARD, _DOWN) - _forward_bytes(stage)
             while (
                 self.done(rank, _FORWARD, _DOWN) < self.microbatches - rank
                 and self.free[rank] + stage.forward_ns <= back
-                and self.fits(rank, (2 + 2 * rank) * _forward_bytes(stage))
+                and self.fits(rank, (2 + 2 * rank) * _forward_bytes(stage) + later)
             ):
                 for other in self.ranks[: rank + 1]:
                     self.do(other, _FORWARD, _DOWN)
@@ -250,7 +256,7 @@ class _Play:
         """
         if not self.can(rank, kind, chunk):
             return False
-        while not self.fits(rank, self.needs(rank, kind, chunk)):
+        while not self.fits(rank, self.room(rank, kind, chunk)):
             self.weight(rank)
         ready = self.arrival(rank, kind, chunk) or 0
         while self.weights[rank] and self.free[rank] + self.weight_ns(rank) <= ready:
