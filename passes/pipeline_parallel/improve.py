@@ -1,7 +1,7 @@
 """Local search from the best schedule so far: simulated annealing, in walks that get longer.
 
-A walk starts at the best schedule known, hot enough to leave it, and cools down. Walks of a round start at different
-temperatures, side by side where there are workers.
+Two walk at a time, side by side where there are workers: one from the best schedule known, one from where the search
+began, lest all of them end in the same valley. A walk starts hot enough to leave, and cools down.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ __all__ = ["improve"]
 
 HOT = (0.05, 0.2, 0.5)  # temperatures that walks start at, in units of a mean task
 COLD = 0.01  # and that they end at
-FIRST_MOVES = 20_000  # of a walk of the first round; each round has twice as many
-ROUNDS = 3  # in deterministic mode, where no clock may end it
+FIRST_MOVES = 20_000  # of a walk of the first round
+GROWTH = 3  # times as many in each round
+WALKS = 4  # of a round
+ROUNDS = 2  # in deterministic mode, where no clock may end it,
+PLACES = 200_000_000  # and no walk goes over more places, all its moves together
 CHUNK_S = 0.1  # between two looks at the clock
 SIDE_BY_SIDE = 2
 SLOWEST = 0.3  # share of the time left that one walk may take,
@@ -31,16 +34,17 @@ SHORTEST = 0.1  # or of the time that there was
 
 def improve(search: Search, shop: Workshop) -> None:
     """Walk again and again until ``search`` is done, and offer it what is better."""
+    assert search.best is not None
+    entered = search.best.schedule
     walkers = [_Walker(search, shop, room_for(shop.lanes)) for _ in range(SIDE_BY_SIDE)]
     threads = min(SIDE_BY_SIDE, 1 if search.budget.deterministic else search.budget.workers)
     number = 0
     with ThreadPoolExecutor(threads) as pool:
-        while not search.done() and (not search.budget.deterministic or number < ROUNDS * len(HOT) * SIDE_BY_SIDE):
-            assert search.best is not None
-            order, begin = sequences_of(shop.lanes, search.best.schedule)
+        while not search.done() and (not search.budget.deterministic or number < ROUNDS * WALKS):
             walks = []
-            for walker in walkers:
-                moves = FIRST_MOVES << min(12, number // (len(HOT) * SIDE_BY_SIDE))
+            for walker, start in zip(walkers, (search.best.schedule, entered), strict=True):
+                order, begin = sequences_of(shop.lanes, start)
+                moves = FIRST_MOVES * GROWTH ** min(6, number // WALKS)
                 walks.append(pool.submit(walker.walk, order, begin, moves, HOT[number % len(HOT)], number + 1))
                 number += 1
             found = min((walk.result() for walk in walks), key=lambda pair: pair[0])
@@ -67,7 +71,9 @@ class _Walker:
         budget = self.search.budget
         walk = walk_for(self.shop.lanes, budget.seed * 1_000_003 + seed)
         walk.order[:] = walk.best[:] = order
-        if not budget.deterministic:
+        if budget.deterministic:
+            moves = max(1, min(moves, PLACES // self.shop.lanes.nodes))
+        else:
             seconds = min(budget.remaining_s, max(SLOWEST * budget.remaining_s, SHORTEST * self.seconds))
             moves = max(1, min(moves, int(self.speed * seconds)))
         self._anneal(walk, begin, moves, hot)
