@@ -25,7 +25,7 @@ class Search:
     def __init__(self, problem: PipelineProblem, budget: Budget, objective: Objective) -> None:
         self.problem, self.budget, self.objective = problem, budget, objective
         self._begin = self._last = time.monotonic()
-        self.bound: Bound = lower_bound(problem, objective)
+        self.bound: Bound = lower_bound(problem, objective, thorough=True)
         self.best: TimedSchedule | None = None
         self.attempts: list[Attempt] = []
 
