@@ -224,6 +224,12 @@ def _check_given(module: nn.Module, tensors: Sequence[torch.Tensor]) -> None:
                 f"{name} of {type(module).__name__} is a {type(tensor).__name__}; a stage is split on plain tensors",
                 hint="apply fully_shard to the SplitStage, not inside it; tensor parallelism needs torch's own split",
             )
+    compiled = [part for part in module.modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    if compiled or any(isinstance(part, torch._dynamo.OptimizedModule) for part in module.modules()):
+        raise ModelError(
+            f"{type(module).__name__} is compiled by torch.compile, whose backward is one graph",
+            hint="split first, then compile: SplitStage(module, inputs, compile=True)",
+        )
     managed = [
         type(part).__name__ for part in module.modules() if hasattr(part, "unshard") and hasattr(part, "reshard")
     ]

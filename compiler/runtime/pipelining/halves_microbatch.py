@@ -176,6 +176,8 @@ class _Accumulate(torch.autograd.Function):
 
 def _owned(gradient: torch.Tensor, taken: set[int]) -> torch.Tensor:
     """``gradient`` in a storage of its own: autograd makes what it gets ``.grad``, which must not be a message."""
+    if gradient.layout is not torch.strided:
+        return gradient
     storage = gradient.untyped_storage()
     is_shared = _key(gradient) in taken or storage.nbytes() > gradient.numel() * gradient.element_size()
     taken.add(_key(gradient))

@@ -148,7 +148,9 @@ def stepped(
     given = [leaf for args in batches for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     left |= {f"gradient of input {i}": tensor.grad for i, tensor in enumerate(given)}
     left |= {f"input {i}": tensor.detach() for i, tensor in enumerate(given)}
-    left |= {f"gradient of {name}": parameter.grad for name, parameter in own.named_parameters()}
+    for name, parameter in own.named_parameters():
+        is_sparse = parameter.grad is not None and parameter.grad.is_sparse
+        left[f"gradient of {name}"] = parameter.grad.to_dense() if is_sparse else parameter.grad  # type: ignore[union-attr]
     return left | dict(own.named_buffers())
 
 

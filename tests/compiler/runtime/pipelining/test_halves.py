@@ -70,6 +70,7 @@ CASES: dict[str, tuple[Make, Callable[[], tuple[Any, ...]]]] = {
     "first": (perceptron, lambda: (x(4, 8, gradient=False),)),
     "output is a view": (perceptron, lambda: (x(2, 3, 8),)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8)), lambda: (torch.randint(0, 9, (2, 5)),)),
+    "sparse gradient": (lambda: nn.Embedding(9, 8, sparse=True), lambda: (torch.randint(0, 9, (2, 5)),)),
     "block": (lambda: Block(16, 2), lambda: (x(2, 5, 16),)),
     "several": (Several, lambda: (x(4, 8), x(4, 8, gradient=False), torch.arange(3), 2)),
     "several with gradients": (Several, lambda: (x(4, 8), x(4, 8), torch.arange(3), 2)),
@@ -85,7 +86,7 @@ CASES: dict[str, tuple[Make, Callable[[], tuple[Any, ...]]]] = {
     "input written to": (Writing, lambda: (x(4, 8), torch.ones(1))),
     "shifted": (Shifted, lambda: (x(4, 8),)),
     "checkpoint": (Checkpointed, lambda: (x(4, 8),)),
-    "recurrent": (lambda: nn.LSTM(4, 6, batch_first=True), lambda: (x(2, 3, 4),)),
+    "recurrent": (lambda: nn.LSTM(2, 2, batch_first=True), lambda: (x(1, 2, 2),)),
     "empty": (perceptron, lambda: (x(0, 8),)),
 }
 
@@ -298,10 +299,17 @@ class Holding(nn.Module):
         return self.a(x) * self.t
 
 
+def _compiled() -> nn.Module:
+    module = perceptron()
+    module[0].compile()
+    return module
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (Branching, "AOTAutograd cannot trace Branching"),
+        (_compiled, "split first, then compile"),
         (Holding, "must be parameters or buffers"),
     ],
 )

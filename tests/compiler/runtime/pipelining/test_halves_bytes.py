@@ -137,8 +137,8 @@ def test_fields_make_a_stage_that_frees_as_measured() -> None:
 
 
 def _peak(make: type[_Torch] | type[_Split], schedule: str, rank: int) -> float:
-    """The most units alive behind an action of ``rank`` of 4, with 8 microbatches."""
-    problem = problem_for(schedule, Stage(0, 1, 1, 1, until_weight_gradient_bytes=1), 4, 8)
+    """The most units alive behind an action of ``rank`` of 4, with 4 microbatches."""
+    problem = problem_for(schedule, Stage(0, 1, 1, 1, until_weight_gradient_bytes=1), 4, 4)
     order = [(action.kind, action.microbatch) for action in named(schedule, problem).orders[rank]]
     return max(_held(make(_blocks()), order))
 
