@@ -80,7 +80,7 @@ def test_bound_follows_round_trips_under_a_small_limit() -> None:
 
 @pytest.mark.parametrize(("multiple", "bubble"), [(1, 0.1526), (1.25, 0.145), (1.5, 0.1372)])
 def test_bound_counts_what_lies_between_halves(multiple: float, bubble: float) -> None:
-    """An eager split, as torch does it, adds 22 bytes to 32 until W is done: a rank cannot put off many W to its end."""
+    """An eager split adds 22 bytes to 32 until W is done, as in torch: a rank cannot put off many W to its end."""
     stage = Stage(
         0,
         29718,
