@@ -66,7 +66,7 @@ def all_cuts(line: Line) -> list[Cuts]:
     return [found for found in cuts if line.is_legal(found)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(line=lines(), objective=st.sampled_from(("makespan", "span")))
 def test_no_schedule_of_any_cuts_is_below_the_bounds(line: Line, objective: Objective) -> None:
     """The chain's bound, and each stage's, against every schedule of all cuts; ``NEVER`` only where none exists."""
