@@ -38,7 +38,7 @@ def test_never_better_than_all_orders_and_bounded_by_them(objective: Objective, 
 def test_finds_what_no_drawn_schedule_of_a_v_has() -> None:
     """Between V-Min (4 chunks, 59 slots) and V-Half (6, 53) there is room: 56 slots at 5, proved to be the least."""
     problem = uniform(UNIT, placed("v", 4, 2), 8, memory_limit=5)
-    found = solve(problem, Budget.of_seconds(20))
+    found = solve(problem, Budget.of_seconds(20, deterministic=True))
     assert found.value == 56
     assert max(found.timed.peak_bytes) == 5
 
@@ -111,12 +111,11 @@ def test_ends_when_told_and_tells_how_it_goes() -> None:
     assert found.attempts[-1].seconds >= 0
 
 
-def test_mixing_whole_backwards_and_halves_beats_both() -> None:
+def test_mixing_whole_backwards_and_halves_beats_whole_ones() -> None:
     """What torch's eager split holds (32 bytes from F to W, 22 more from I to W), at the memory of 1F1B."""
     stage = Stage(0, 30, 29, 20, until_weight_gradient_bytes=32, between_gradients_bytes=22)
     problem = uniform(stage, placed("loop", 4), 8, memory_limit=128)
-    halves = solve(msgspec.structs.replace(problem, memory_limit=(128, 128, 128, 128)), Budget.of_seconds(3))
-    kinds = {action.kind.value for order in halves.timed.schedule.orders for action in order}
+    mixed = solve(problem, Budget.of_seconds(3))
+    kinds = {action.kind.value for order in mixed.timed.schedule.orders for action in order}
     assert kinds == {"F", "I", "W", "B"}
-    one_forward_one_backward = timed(named("1f1b", problem)).makespan_ns
-    assert halves.value < one_forward_one_backward
+    assert mixed.value < timed(named("1f1b", problem)).makespan_ns
