@@ -223,3 +223,11 @@ def test_a_stopped_budget_still_gives_cuts() -> None:
     answer = partition(model(), 4, 16, budget)
     assert len(answer.cuts) == 3
     assert answer.bound.value <= answer.value
+
+
+def test_room_for_one_microbatch_makes_them_wait_for_each_other() -> None:
+    """Rank 0 holds one microbatch at a time, from its F through the other rank and back to its W: 5 units each."""
+    layers = [LayerCost(str(index), 1, 1, 1, until_weight_gradient_bytes=1) for index in range(2)]
+    answer = partition(layers, 2, 6, quick(), memory_limit=(1, 6))
+    assert answer.value == answer.bound.value == 6 * 5
+    assert Chain(Line(tuple(layers), (0, 1), 6, (1, 6))).bound == 6 * 5
