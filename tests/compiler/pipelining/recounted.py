@@ -129,7 +129,8 @@ def _room(problem: PipelineProblem, rank: int, before: tuple[Action, ...], actio
     done = set(before)
     held = sum(n for a, kinds, n in lines if not any(Action(a.stage, k, a.microbatch) in done for k in kinds))
     held += sum(stage.resident_bytes for stage in problem.stages if stage.rank == rank)
-    held += problem.stages[action.stage].offloaded_bytes if action.kind is F else 0
+    staying = [a for a in (*before, action) if a.kind is F and Action(a.stage, OFFLOAD, a.microbatch) not in done]
+    held += sum(problem.stages[a.stage].offloaded_bytes for a in staying)
     copies = [a for a in before if a.kind is OFFLOAD]
     for count in range(len(copies) + 1):
         if held + sum(problem.stages[a.stage].offloaded_bytes for a in copies[count:]) <= problem.memory_limit[rank]:

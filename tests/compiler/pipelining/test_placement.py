@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.pipelining.placement import PLACEMENTS, placed, uniform
@@ -18,6 +18,7 @@ def test_placements_as_they_are_drawn() -> None:
     assert placed("wave", 3, 3) == (0, 1, 2, 2, 1, 0, 0, 1, 2)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([kind for kind in PLACEMENTS if kind != "v"]), st.integers(1, 9), st.integers(1, 5))
 def test_every_rank_has_one_stage_of_each_chunk(kind: str, ranks: int, chunks: int) -> None:
     """And stages that follow one another are on one rank only where a wave turns."""

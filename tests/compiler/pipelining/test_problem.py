@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from opweave.compiler.pipelining.placement import placed, uniform
 from opweave.compiler.pipelining.problem import PipelineProblem, Route, Stage, Vocabulary
@@ -16,12 +16,14 @@ from tests.compiler.pipelining.drawn import problems
 UNIT = Stage(0, 1, 1, 1)
 
 
+@settings(deadline=None)
 @given(problems())
 def test_a_problem_survives_json(problem: PipelineProblem) -> None:
     """Decoding strictly gives the same problem, whatever it has."""
     assert msgspec.json.decode(msgspec.json.encode(problem), type=PipelineProblem) == problem
 
 
+@settings(deadline=None)
 @given(problems())
 def test_the_work_of_a_rank_is_that_of_its_stages_and_shards(problem: PipelineProblem) -> None:
     """Counted microbatch by microbatch; a backward counts as the faster of its two forms."""

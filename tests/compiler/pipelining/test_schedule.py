@@ -6,7 +6,7 @@ from random import Random
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.pipelining.placement import uniform
@@ -17,6 +17,7 @@ from opweave.errors import OptionError
 from tests.compiler.pipelining.drawn import problems, schedule_of
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(list(ActionKind)), st.integers(0, 10**6))
 def test_an_action_is_what_its_text_says(stage: int, kind: ActionKind, microbatch: int) -> None:
     """Of every kind, also those whose names begin alike."""
@@ -33,6 +34,7 @@ def test_other_text_is_refused(text: str) -> None:
         Action.of(text)
 
 
+@settings(deadline=None)
 @given(problems(), st.integers(0, 2**20))
 def test_schedules_survive_json(problem: PipelineProblem, seed: int) -> None:
     """With their problems, orders and times."""
@@ -44,6 +46,7 @@ def test_schedules_survive_json(problem: PipelineProblem, seed: int) -> None:
     assert (again.makespan_ns, again.span_ns, again.bubble) == (line.makespan_ns, line.span_ns, line.bubble)
 
 
+@settings(deadline=None)
 @given(problems(), st.integers(0, 2**20))
 def test_no_bubble_is_negative_and_no_span_exceeds_the_makespan(problem: PipelineProblem, seed: int) -> None:
     """A rank works for as long as it has work, within the step."""

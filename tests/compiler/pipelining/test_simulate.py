@@ -32,7 +32,7 @@ def starts(line: TimedSchedule) -> dict[str, int]:
     }
 
 
-@settings(max_examples=120)
+@settings(max_examples=120, deadline=None)
 @given(problems(), st.integers(0, 2**20))
 def test_times_and_bytes_are_those_of_the_rules(problem: PipelineProblem, seed: int) -> None:
     """Starts, finishes, peaks and the end of the step, of problems of every kind in orders of every kind."""
@@ -51,6 +51,7 @@ def test_times_and_bytes_are_those_of_the_rules(problem: PipelineProblem, seed: 
         assert found.spans_ns[rank] == (max([*own, reduced[rank]]) - begin if order else 0)
 
 
+@settings(deadline=None)
 @given(problems(), st.integers(0, 2**20), st.integers(0, 2**20))
 def test_a_schedule_with_two_actions_exchanged_is_timed_or_refused(
     problem: PipelineProblem, seed: int, place: int

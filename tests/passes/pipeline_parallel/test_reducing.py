@@ -84,6 +84,7 @@ def test_weight_gradients_of_a_stage_stay_in_order() -> None:
     assert finishing_early(timed(order), lambda stage: stage, "").orders == order.orders
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5))
 def test_johnsons_rule_is_the_best_of_all_orders_on_two_machines(jobs: list[tuple[int, int]]) -> None:
     """W of each stage on the one, its all-reduce on the other."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opweave.compiler.pipeline import Budget
@@ -67,6 +67,7 @@ def test_shards_are_better_than_fewer_layers_and_those_than_none() -> None:
     assert solution.gap < 0.02
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 50),
     st.integers(0, 50),
@@ -95,6 +96,7 @@ def test_shards_that_are_slower_than_their_part_take_longer() -> None:
             shards_of(OutputLayer(8, 4, 4, shard_efficiency=efficiency), 4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 40), st.integers(0, 40))
 def test_all_arrangements_hold_the_whole_model(ranks: int, layers: int, head: int, first: int) -> None:
     """No layer is lost or doubled, and what is resident is there once, shards rounded up."""
@@ -111,6 +113,7 @@ def test_all_arrangements_hold_the_whole_model(ranks: int, layers: int, head: in
         assert held == 5 * layers + (0 if shards else 2), name
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 30), st.integers(0, 30))
 def test_fewer_layers_make_the_longest_stage_as_short_as_can_be(ranks: int, layers: int, head: int, first: int) -> None:
     """Compared with every way to divide the layers over the ranks."""
