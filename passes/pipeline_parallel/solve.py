@@ -38,7 +38,8 @@ def solve(
     """The best schedule of ``problem`` found within ``budget``.
 
     Never worse than the best schedule of ``named`` that fits the problem and keeps its memory limit, nor than a hint
-    that does. ``hints`` are schedules of the same problem to start from.
+    that does; but told to stop, it ends with the first that does. ``hints`` are schedules of the same problem to start
+    from.
 
     Raises:
         Infeasible: a rank cannot hold what a single microbatch needs there.
@@ -52,6 +53,8 @@ def solve(
     for hint in hints:
         search.offer(PipelineSchedule(problem, hint.orders, hint.method or "hint"))
     for name in fitting(problem):
+        if search.best is not None and budget.stop.is_set():
+            break  # all of them take long where there are many ranks
         try:
             schedule = named(name, problem, objective=objective)
         except OptionError:  # it heeds the limit, and cannot keep it

@@ -111,6 +111,17 @@ def test_ends_when_told_and_tells_how_it_goes() -> None:
     assert found.attempts[-1].seconds >= 0
 
 
+def test_told_to_stop_it_makes_no_more_than_it_needs() -> None:
+    """One schedule within the limit is enough then, however many have names; those that exceed it are not."""
+    problem = uniform(UNIT, placed("loop", 2), 4, memory_limit=3)
+    stop = threading.Event()
+    stop.set()
+    found = solve(problem, Budget.of_seconds(600, stop=stop))
+    assert within_limit(found.timed)
+    assert [attempt.value for attempt in found.attempts[:-1]] == [None] * (len(found.attempts) - 1)
+    assert found.attempts[-1].method == found.timed.schedule.method
+
+
 def test_mixing_whole_backwards_and_halves_beats_whole_ones() -> None:
     """What torch's eager split holds (32 bytes from F to W, 22 more from I to W), at the memory of 1F1B."""
     stage = Stage(0, 30, 29, 20, until_weight_gradient_bytes=32, between_gradients_bytes=22)
