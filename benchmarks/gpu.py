@@ -86,6 +86,7 @@ TESTS = (
     "tests/kernels",
     "tests/compiler/frontend/dynamo/test_gpu.py",
     "tests/overlap/test_overlap_on_gpu.py",
+    "tests/compiler/runtime/pipelining/test_pipelines_on_gpu.py",
 )
 PYTEST = ("-m", "gpu", "-q", "-p", "no:cacheprovider")
 STEPS = (
