@@ -59,3 +59,20 @@ def test_more_bytes_than_a_machine_has_are_no_fault_without_a_limit() -> None:
     order = tuple(Action(0, kind, number) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD) for number in range(4))
     done = timed(PipelineSchedule(uniform(stage, (0,), 4), (order,)))
     assert set(verified(done)) == {0}
+
+
+def test_copies_and_all_reduces_take_their_time() -> None:
+    """What is beside computation is not shorter than the problem says, nor left out."""
+    stage = Stage(0, 2, 2, 1, None, 0, 2, offloaded_bytes=1, offload_ns=3, reload_ns=2, reduce_ns=4)
+    order = tuple(map(Action.of, ("0F0", "0OFFLOAD0", "0RELOAD0", "0B0")))
+    done = timed(PipelineSchedule(uniform(stage, (0,), 1), (order,)))
+    assert verified(done)
+    with pytest.raises(InternalError, match="all-reduce of stage 0 0 of the 4"):
+        verified(msgspec.structs.replace(done, reduced=((),)))
+    ((_, start, finish),) = done.reduced[0]
+    with pytest.raises(InternalError, match="all-reduce of stage 0 3 of the 4"):
+        verified(msgspec.structs.replace(done, reduced=(((0, start, finish - 1),),)))
+    for place, text in ((1, "0OFFLOAD0 2 of the 3"), (2, "0RELOAD0 1 of the 2")):
+        finishes = tuple(finish - (number == place) for number, finish in enumerate(done.finishes[0]))
+        with pytest.raises(InternalError, match=text):
+            verified(msgspec.structs.replace(done, finishes=(finishes,)))
