@@ -78,12 +78,14 @@ class _RankPlan:
 
     def plan(self, steps: Sequence[Step]) -> Plan:
         graph = self.written.graph([stage for stage, *_ in self.reduced])
-        instructions = [*self._issued(steps)]
+        issued = [*self._issued(steps)]
+        places = list(range(len(issued)))
         if self.moments:
             # An engine keeps its order: what it does never starts before what it did. Equal starts stay as they are.
-            instructions.sort(key=lambda instruction: instruction.start_s or 0.0)
+            places.sort(key=lambda place: issued[place].start_s or 0.0)
+        instructions = [issued[place] for place in places]
         machine = self._machine()
-        return Plan(graph, machine, tuple(instructions), residences=tuple(self._residences(instructions)))
+        return Plan(graph, machine, tuple(instructions), residences=tuple(self._residences(instructions, places)))
 
     def _issued(self, steps: Sequence[Step]) -> Iterator[Instruction]:
         flying: dict[Transfer, int | None] = {}
@@ -167,7 +169,7 @@ class _RankPlan:
             links=tuple(Link(name, _AT_ONCE, 0.0) for name in names),
         )
 
-    def _residences(self, instructions: Sequence[Instruction]) -> Iterator[Residence]:
+    def _residences(self, instructions: Sequence[Instruction], places: Sequence[int]) -> Iterator[Residence]:
         """What is held, from the instruction that makes or loads it to the first that starts when it is freed."""
         first: dict[tuple[type, str], int] = {}
         for step, instruction in enumerate(instructions):
@@ -175,7 +177,7 @@ class _RankPlan:
                 first.setdefault((Run, instruction.op), step)
             elif isinstance(instruction, Load | Store):
                 first.setdefault((type(instruction), instruction.buffer), step)
-        ends = _Ends(instructions)
+        ends = _Ends(instructions, places)
         freed = {buffer: name for name, buffers in self.written.frees.items() for buffer in buffers}
         for name, buffers in self.written.makes.items():
             begin = first.get((Run, name))
@@ -191,10 +193,10 @@ class _RankPlan:
 
 
 class _Ends:
-    """The step before which what an instruction frees is free."""
+    """The step before which what an instruction frees is free; ``places`` are those of the rank's order."""
 
-    def __init__(self, instructions: Sequence[Instruction]) -> None:
-        self.instructions = instructions
+    def __init__(self, instructions: Sequence[Instruction], places: Sequence[int]) -> None:
+        self.instructions, self.places = instructions, places
 
     def of(self, step: int | None, latest: int | None = None) -> int:
         """That of instruction ``step``, and ``latest`` at the latest; without one it is the end of the plan."""
@@ -206,6 +208,9 @@ class _Ends:
             return min(step + 1, last)
         for later in range(step + 1, last):
             instruction = self.instructions[later]
-            if isinstance(instruction, Run | Load | Store) and (instruction.start_s or 0.0) >= finish:
+            start = instruction.start_s or 0.0
+            # What starts at that very moment finds it free if it stands behind it, as in the schedule.
+            free = start > finish or (start == finish and self.places[later] > self.places[step])
+            if free and isinstance(instruction, Run | Load | Store):
                 return later
         return last
