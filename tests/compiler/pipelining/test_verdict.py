@@ -81,8 +81,9 @@ def test_copies_and_all_reduces_take_their_time() -> None:
 def test_what_is_freed_at_a_moment_is_not_free_for_a_copy_that_stands_before_it() -> None:
     """The third copy back starts when the first backward ends, and stands before it: both are held, in plans too."""
     stage = Stage(0, 1, 1, 1, None, 0, 2, offloaded_bytes=1, reload_ns=2)
-    order = tuple(map(Action.of, "0F0 0OFFLOAD0 0F1 0OFFLOAD1 0F2 0OFFLOAD2 0RELOAD0 0RELOAD1 0RELOAD2".split()))
-    done = timed(PipelineSchedule(uniform(stage, (0,), 3), ((*order, *map(Action.of, ("0B0", "0B1", "0B2"))),)))
+    first = [f"0{kind}{number}" for number in range(3) for kind in ("F", "OFFLOAD")]
+    then = [f"0{kind}{number}" for kind in ("RELOAD", "B") for number in range(3)]
+    done = timed(PipelineSchedule(uniform(stage, (0,), 3), (tuple(map(Action.of, first + then)),)))
     assert done.starts[0][8] == done.finishes[0][9]
     assert done.peak_bytes == (6,)
     assert set(verified(done)) == {0}
