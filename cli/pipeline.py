@@ -65,6 +65,8 @@ def pipeline(
         return _list(as_json)
     source = source_of(given)
     aim = _objective(objective)
+    if not time_limit > 0:  # nan too
+        raise OptionError(f"--time-limit is {time_limit} s; it must be above 0")
     if report is not None:
         make_folder(report)
     if csv is not None and not is_file(schedule):

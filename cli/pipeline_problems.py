@@ -30,6 +30,7 @@ _TIMES_GIVEN = ("forward", "input_gradient", "weight_gradient", "backward", "sen
 _SIZES_GIVEN = ("until_input_gradient", "until_weight_gradient", "between_gradients", "message", "resident")
 _MOST = 4096  # ranks, microbatches or chunks, beyond which a number is a mistake
 _MOST_ACTIONS = 1 << 20
+_MOST_ROUNDED = Fraction(1, 100)  # of a rank's time or bytes, that its chunks may add up to more or less
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,21 @@ def _part(own: dict[str, Any]) -> Stage:
 
 
 def _divided(part: Stage, chunks: int) -> Stage:
-    """A chunk of ``part``: messages are as long and as large as before, all else is shared out."""
+    """A chunk of ``part``: messages are as long and as large as before, all else is shared out.
+
+    Raises OptionError where the whole numbers of the chunks would not be the part's any more.
+    """
     whole = ("rank", "forward_send_ns", "backward_send_ns", "forward_bytes", "backward_bytes")
     shared = {name: value for name in part.__struct_fields__ if (value := getattr(part, name)) and name not in whole}
-    return msgspec.structs.replace(part, **{name: round(Fraction(value, chunks)) for name, value in shared.items()})
+    each = {name: round(Fraction(value, chunks)) for name, value in shared.items()}
+    for name, value in shared.items():
+        if abs(each[name] * chunks - value) > _MOST_ROUNDED * value:
+            what, _, unit = name.rpartition("_")
+            raise OptionError(
+                f"--{what.replace('_', '-')} of {value} {unit} is not to be divided among {chunks} chunks",
+                hint="give all times, and all sizes, a thousandfold, as 1us in place of 1ns: both are counted as whole",
+            )
+    return msgspec.structs.replace(part, **each)
 
 
 def _limited(problem: PipelineProblem, limit: str | None) -> PipelineProblem:

@@ -27,6 +27,7 @@ from opweave.errors import ExecutionError, Infeasible, OptionError, PlanError
 
 # The 6.2B row of Zero Bubble's table (arXiv 2401.10241), with 24 microbatches on 8 ranks.
 COSTS = ("--forward", "29.718ms", "--input-gradient", "29.444ms", "--weight-gradient", "19.927ms", "--send", "0.527ms")
+UNITS = ("--forward", "1", "--input-gradient", "1", "--weight-gradient", "1")
 LARGE = ("--ranks", "8", "--microbatches", "24", *COSTS)
 SMALL = ("--ranks", "2", "--microbatches", "3", *COSTS)
 
@@ -70,9 +71,9 @@ def test_chunks_divide_a_ranks_work(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_chunk_has_its_share_of_the_work_and_messages_as_long_as_before() -> None:
     """And the fullest rank of 1F1B, whichever it is, tells what a limit of 1x allows."""
-    part = Stage(0, 30, 31, 8, 9, 500, 70, 2, 3, 5, 7, 11, reduce_ns=4, resident_bytes=80)
+    part = Stage(0, 300, 311, 80, 90, 500, 70, 2, 3, 5, 7, 11, reduce_ns=4, resident_bytes=80)
     chunk = Source(None, part, 3, 4, limit="2x").problem_of("zbv")
-    assert chunk.stages[4] == Stage(1, 15, 16, 4, 4, 250, 35, 1, 3, 5, 7, 11, reduce_ns=2, resident_bytes=40)
+    assert chunk.stages[4] == Stage(1, 150, 156, 40, 45, 250, 35, 1, 3, 5, 7, 11, reduce_ns=2, resident_bytes=40)
     assert chunk.memory_limit == (80 + 2 * 3 * 570,) * 3
     held = (100, 400, 100)
     stages = tuple(Stage(rank, 1, 1, 1, until_weight_gradient_bytes=size) for rank, size in enumerate(held))
@@ -159,6 +160,13 @@ def test_problem_and_schedule_from_files(capsys: pytest.CaptureFixture[str], tmp
         ((*SMALL, "--until-weight-gradient", "lots"), "--until-weight-gradient is 'lots'"),
         (("--ranks", "4096", "--microbatches", "4096", *COSTS), "16,777,216 times"),
         ((*SMALL, "--memory-limit", "-1x"), "--memory-limit is '-1x'"),
+        (
+            ("--ranks", "2", "--microbatches", "2", *UNITS, "--schedule", "zbv"),
+            "--forward of 1 ns is not to be divided",
+        ),
+        ((*SMALL, "--placement", "any", "--until-weight-gradient", "3"), "--until-weight-gradient of 3 bytes"),
+        ((*SMALL, "--time-limit", "nan"), "--time-limit is nan"),
+        ((*SMALL, "--time-limit", "0"), "--time-limit is 0"),
         ((*SMALL, "--objective", "speed"), "--objective is 'speed'"),
         ((*SMALL, "--send", "-1ms"), "--send is '-1ms'"),
         ((*SMALL, "--send", "nan"), "--send is 'nan'"),
