@@ -197,15 +197,15 @@ def _check_extent(problem: PipelineProblem) -> None:
             f"microbatches; the most are {_MOST_RANKS:,} and {_MOST_ACTIONS:,}"
         )
     counted = (
-        ("the whole step", "time", _all_time(problem), _MOST_TIME),
-        ("all microbatches", "bytes", _all_bytes(problem), _MOST_BYTES),
+        ("all of the step", "time", _all_time(problem), _MOST_TIME),
+        ("all of the step", "bytes", _all_bytes(problem), _MOST_BYTES),
         ("a microbatch", "bytes", max(map(_bytes_of, problem.stages)), _MOST_BYTES_EACH),
         ("a shard", "bytes", 0 if problem.vocabulary is None else problem.vocabulary.shard_bytes, _MOST_BYTES_EACH),
     )
     for where, what, amount, most in counted:
         if amount >= most:
             raise OptionError(
-                f"{where} of pipeline {problem.name!r} takes {amount:,} units of {what}; they are below {most:,}",
+                f"pipeline {problem.name!r} has {amount:,} units of {what} in {where}; the most is {most - 1:,}",
                 hint="count in a coarser unit, times and sizes each in one of their own",
             )
 
