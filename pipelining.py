@@ -47,10 +47,7 @@ def schedule_pipeline(
     """
     from .passes.pipeline_parallel.solve import solve
 
-    if objective not in ("makespan", "span"):
-        raise OptionError(f"objective is {objective!r}; allowed are 'makespan' and 'span'")
-    if not time_limit > 0:
-        raise OptionError(f"time_limit is {time_limit} s; it must be above 0")
+    _check_search(objective, time_limit)
     solution = solve(problem, Budget.of_seconds(time_limit, deterministic=deterministic), objective=objective)
     verified(solution.timed)
     return solution
@@ -90,7 +87,8 @@ def pipeline(
         example_inputs: a batch, as ``step`` takes it; dim 0 is cut into microbatches.
         loss: of the last stage's output and the target, of a microbatch: its mean.
         microbatches: of each step.
-        example_target: a batch's target, to measure the last stage with its loss; not needed for a given schedule.
+        example_target: a batch's target, to measure the last stage with its loss, on that stage's rank; not needed for
+            a given schedule.
         mesh: one with a dimension named ``"pp"``, or of one dimension.
         placement: of stages on ranks: ``"loop"``, ``"v"``, ``"wave"``, or the rank of each stage.
         chunks: stages on each rank, for a placement by name.
@@ -119,17 +117,27 @@ def pipeline(
     import torch.distributed as dist
     from torch import nn
 
-    from .compiler.runtime.pipelining.pipeline import Pipeline, groups_of
+    from .compiler.runtime.pipelining.pipeline import Pipeline, first_microbatch, groups_of
+    from .compiler.runtime.pipelining.together import agreed, together
     from .passes.pipeline_parallel.named import named
     from .passes.pipeline_parallel.partition_costs import partition_model
     from .passes.pipeline_parallel.solve import solve
 
     group, everyone = groups_of(mesh)
-    _check(split, schedule, example_target is not None)
-    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    size = dist.get_world_size(group)
-    ranks = placed(placement, size, chunks) if isinstance(placement, str) else tuple(placement)
+    size, own = dist.get_world_size(group), dist.get_rank(group)
     inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+
+    def arguments() -> tuple[int | None, tuple[int, ...], list[Tensor]]:
+        _check(split, schedule, objective, time_limit, microbatches)
+        ranks = placed(placement, size, chunks) if isinstance(placement, str) else tuple(placement)
+        if isinstance(schedule, str) and example_target is None and ranks and ranks[-1] == own:
+            hint = "pass example_target, a batch's target as step takes it, or a schedule that is made already"
+            raise OptionError("stages are measured, the last one with its loss, which needs a target", hint=hint)
+        share = [first_microbatch(tensor, microbatches) for tensor in inputs]
+        return parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit, ranks, share
+
+    limit, ranks, share = together(arguments, everyone)
+    agreed({"microbatches": microbatches, "placement": ranks, "memory_limit": limit, "cuts": cuts}, everyone)
 
     def budget() -> Budget:
         return Budget.of_seconds(time_limit, deterministic=deterministic)
@@ -140,7 +148,6 @@ def pipeline(
         return solve(problem, budget(), objective=objective)
 
     if isinstance(model, nn.Module):
-        share = [tensor[: max(1, len(tensor) // microbatches)] for tensor in inputs]
 
         def choose() -> tuple[Cut, ...]:
             found = partition_model(
@@ -162,7 +169,6 @@ def pipeline(
         raise OptionError("cuts are given for a model that is in stages already", hint="leave one of them out")
     else:
         stages = list(model)
-    own = dist.get_rank(group)
     for number, (module, rank) in enumerate(zip(stages, ranks, strict=False)):
         stages[number] = _stage(module, split, compile, device) if module is not None and rank == own else None
     return Pipeline(
@@ -181,7 +187,7 @@ def pipeline(
     )
 
 
-def _check(split: str, schedule: object, has_target: bool) -> None:
+def _check(split: str, schedule: object, objective: str, time_limit: float, microbatches: object) -> None:
     """Refuse what is known to be wrong before ranks wait for one another."""
     from .passes.pipeline_parallel.named import NAMES
 
@@ -190,9 +196,16 @@ def _check(split: str, schedule: object, has_target: bool) -> None:
     if isinstance(schedule, str) and schedule != "optimal" and schedule not in NAMES:
         hint = "'opweave pipeline --list' shows the schedules that have names; 'optimal' finds one"
         raise OptionError(f"there is no schedule {schedule!r}", hint=hint)
-    if isinstance(schedule, str) and not has_target:
-        hint = "pass example_target, a batch's target as step takes it, or a schedule that is made already"
-        raise OptionError("stages are measured, the last one with its loss, which needs a target", hint=hint)
+    _check_search(objective, time_limit)
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise OptionError(f"microbatches is {microbatches!r}; it must be a whole number above 0")
+
+
+def _check_search(objective: str, time_limit: float) -> None:
+    if objective not in ("makespan", "span"):
+        raise OptionError(f"objective is {objective!r}; allowed are 'makespan' and 'span'")
+    if not time_limit > 0:
+        raise OptionError(f"time_limit is {time_limit} s; it must be above 0")
 
 
 def _cut(
@@ -205,10 +218,10 @@ def _cut(
 ) -> list[nn.Module | None]:
     """The stages of ``model``, cut at the submodules ``names``, or where rank 0 chooses."""
     from .compiler.frontend.stages.split import split_model
-    from .compiler.runtime.pipelining.together import decided
+    from .compiler.runtime.pipelining.together import decided, together
 
     cuts: Sequence[Cut | str] = decided(choose, everyone) if names is None else names
-    return list(split_model(model, share, cuts, ranks=ranks).modules)
+    return list(together(lambda: split_model(model, share, cuts, ranks=ranks), everyone).modules)
 
 
 def _stage(module: nn.Module, split: Split, compile: bool, device: device | str | None) -> nn.Module:

@@ -131,6 +131,12 @@ def test_what_cannot_be_is_refused(alone: None) -> None:
     options["example_target"] = target
     with pytest.raises(OptionError, match="split is 'half'"):
         opweave.pipeline(model, tokens, loss, split="half", **options)  # type: ignore[arg-type]
+    for name, value in {"objective": "speed", "time_limit": 0.0, "microbatches": 0, "schedule": "1f2b"}.items():
+        with pytest.raises(OptionError, match=f"{name} is|no schedule '1f2b'"):
+            opweave.pipeline(model, tokens, loss, **{**options, name: value})
+    for batch in (torch.tensor(1), tokens[:5]):
+        with pytest.raises(OptionError, match="is not 4 microbatches of one size"):
+            opweave.pipeline(model, batch, loss, **options)
     with pytest.raises(OptionError, match="in stages already"):
         opweave.pipeline([model], tokens, loss, cuts=["head"], **options)
     with pytest.raises(OptionError, match="no placement 'x'"):

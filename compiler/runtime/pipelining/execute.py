@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
-from ....errors import ExecutionError, OptionError
+from ....errors import ExecutionError, OptionError, OpweaveError
 from ...pipelining.schedule import PipelineSchedule
 from .boundaries import Boundary, Chain, TensorFacts
 from .checks import check_lowered
-from .emit import check_emittable
+from .emit import check_emittable, csv_of
 from .lowering import load, runtime_class
-from .modules import check_kinds, splitter
-from .together import Group, together
+from .modules import check_kinds, forward, left_as_it_was, splitter
+from .together import Group, agreed, together
 
-__all__ = ["Loss", "Runner"]
+__all__ = ["Loss", "Runner", "check_loss"]
 
 #: Of the last stage's output (or tuple of outputs) and the target of one microbatch: its mean loss, a scalar.
 Loss = Callable[[Any, Any], Tensor]
@@ -63,6 +63,7 @@ class Runner:
         self.ranks = tuple(stage.rank for stage in schedule.problem.stages)
         self.here = dist.get_rank(group)
         together(self._check, group)
+        agreed({"the schedule": csv_of(schedule)}, group)
         self.stages = self._stages()
         self.runtime = runtime_class()(self.stages, self.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
         #: Each rank's list as torch executes it, in its words.
@@ -144,10 +145,7 @@ class Runner:
         return runtime
 
     def _scaled_loss(self, output: Any, target: Any) -> Tensor:
-        loss = self.loss(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise OptionError(f"the loss is {found}, not a scalar", hint="return the microbatch's mean loss")
+        loss = _scalar(self.loss(output, target))
         # A copy: a loss may share its storage with what it is the sum of.
         self.losses.append(loss.detach().clone())
         return loss / self.microbatches
@@ -168,12 +166,45 @@ class Runner:
                 )
 
 
+def check_loss(module: nn.Module, inputs: Sequence[Tensor], loss: Loss, target: Tensor, device: torch.device) -> None:
+    """Try ``loss`` on what the last stage, ``module``, makes of ``inputs``; what that changes is put back.
+
+    Raises:
+        OptionError: it fails, is no scalar, or has no gradient.
+    """
+    with left_as_it_was(module, device), torch.enable_grad():
+        outputs = forward(module, inputs)
+        try:
+            found = loss(outputs[0] if len(outputs) == 1 else outputs, target)
+        except OpweaveError:
+            raise
+        except Exception as error:
+            raise OptionError(
+                f"the loss fails on a microbatch: {type(error).__name__}: {error}",
+                hint="it is called with what the last stage returns, and the target",
+            ) from error
+        if not _scalar(found).requires_grad:
+            raise OptionError("the loss does not depend on any weight", hint="compute it of the output, not detached")
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise OptionError(f"the loss is {found}, not a scalar", hint="return the microbatch's mean loss")
+    return loss
+
+
 class _Stage(PipelineStage):
     """A PipelineStage that hands on what was said it would, and whose last W DDP hears of: torch tells it of the last B
     alone.
     """
 
     expected: Boundary = ()
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Opens connections to neighbours on other ranks: torch 2.11 greets its own rank too, which gloo cannot."""
+        greetings = super()._get_init_p2p_neighbors_ops()  # type: ignore[no-untyped-call, unused-ignore]
+        return [greeting for greeting in greetings if greeting.group_peer != self.group_rank]
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)

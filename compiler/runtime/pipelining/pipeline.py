@@ -19,12 +19,12 @@ from ...pipelining.simulate import timed
 from .boundaries import Chain, chain_of
 from .calibrate import calibrated, weights_and_gradients
 from .emit import renumbered, whole_backwards
-from .execute import Loss, Runner
+from .execute import Loss, Runner, check_loss
 from .modules import Seams, check_ties
 from .profile import Measured, Stopwatch, measured_problem
 from .together import Group, decided, together
 
-__all__ = ["Pipeline", "Planned", "Planner", "groups_of"]
+__all__ = ["Pipeline", "Planned", "Planner", "first_microbatch", "groups_of"]
 
 
 class Planned(Protocol):
@@ -89,10 +89,11 @@ class Pipeline:
         first = together(lambda: [self._first(tensor) for tensor in inputs], self.group)
         #: What passes between stages, and which of them cannot split their backward.
         self.chain: Chain = chain_of(self.modules, first, self.ranks, self.device, self.group)
+        target = together(lambda: None if example_target is None else self._first(example_target), self.group)
+        together(lambda: self._try_loss(first, target), self.group)
         #: What the planner said of the schedule, if it says more than that.
         self.solution: Any = None
         if schedule is None:
-            target = None if example_target is None else self._first(example_target)
             schedule = self._planned(self._calibrated(first, target, memory_limit, resident))
         self._runner = self._run_by(schedule)
         self._watch: Stopwatch | None = None
@@ -205,13 +206,14 @@ class Pipeline:
         return {stage: module for stage, module in own.items() if module is not None}
 
     def _first(self, batch: Tensor) -> Tensor:
-        """The first microbatch of ``batch``."""
-        if not batch.ndim or not batch.shape[0] or batch.shape[0] % self.microbatches:
-            raise OptionError(
-                f"a batch of shape {list(batch.shape)} is not {self.microbatches} microbatches of one size",
-                hint="the first dimension is cut into microbatches: make it a multiple of their number",
-            )
-        return batch[: batch.shape[0] // self.microbatches].to(self.device)
+        return first_microbatch(batch, self.microbatches).to(self.device)
+
+    def _try_loss(self, inputs: Sequence[Tensor], target: Tensor | None) -> None:
+        """Raise here, where all ranks hear of it, what the loss would raise amid a step."""
+        last = len(self.ranks) - 1
+        if last in self.modules and target is not None:
+            given = inputs if last == 0 else [facts.zeros(self.device) for facts in self.chain.boundaries[last]]
+            check_loss(self.modules[last], given, self.loss, target, self.device)
 
     def _calibrated(
         self,
@@ -275,6 +277,18 @@ def groups_of(mesh: DeviceMesh | None) -> tuple[Group, Group]:
             hint="make it of all ranks, or pass the pipeline's dimension alone",
         )
     return mesh.get_group("pp"), None
+
+
+def first_microbatch(batch: Tensor, microbatches: int) -> Tensor:
+    """The first of ``microbatches`` parts of ``batch``, along its first dimension. Raises OptionError."""
+    if microbatches < 1:
+        raise OptionError(f"a step of {microbatches} microbatches; it needs 1 at least")
+    if not batch.ndim or not batch.shape[0] or batch.shape[0] % microbatches:
+        raise OptionError(
+            f"a batch of shape {list(batch.shape)} is not {microbatches} microbatches of one size",
+            hint="the first dimension is cut into microbatches: make it a multiple of their number",
+        )
+    return batch[: batch.shape[0] // microbatches]
 
 
 def _device_of(modules: dict[int, nn.Module]) -> torch.device:

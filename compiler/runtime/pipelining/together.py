@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ....errors import ExecutionError, OpweaveError
+from ....errors import ExecutionError, OptionError, OpweaveError
 
-__all__ = ["decided", "gathered", "together"]
+__all__ = ["agreed", "decided", "gathered", "together"]
 
 _T = TypeVar("_T")
 Group = Any  # torch's process group; None is the default one
@@ -57,3 +57,18 @@ def decided(decide: Callable[[], _T], group: Group = None, *, by: int = 0) -> _T
     dist.broadcast_object_list(box, group=group, group_src=by)
     result: _T = box[0]
     return result
+
+
+def agreed(facts: Mapping[str, object], group: Group = None) -> None:
+    """``facts``, by what they are called, are the same on every rank of ``group``; they can be pickled.
+
+    Raises:
+        OptionError: on every rank: one of them differs; it is named, with what two ranks have.
+    """
+    for rank, others in enumerate(everywhere := gathered(dict(facts), group)):
+        for name, value in everywhere[0].items():
+            if others.get(name) != value:
+                raise OptionError(
+                    f"ranks differ in {name}: {value!r:.80} on rank 0, {others.get(name)!r:.80} on rank {rank}",
+                    hint="call it with the same arguments on every rank",
+                )

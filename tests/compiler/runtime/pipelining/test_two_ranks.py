@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+import opweave
 from opweave.compiler.pipelining.placement import placed
 from opweave.compiler.pipelining.problem import PipelineProblem
 from opweave.compiler.pipelining.schedule import Action, PipelineSchedule
@@ -263,6 +264,36 @@ def one_rank_decides() -> None:
         decided(lambda: (_ for _ in ()).throw(ValueError("zero")))
 
 
+def losses_that_fail_are_refused_on_both_ranks() -> None:
+    """The last rank alone sees them; in a step the other would wait for gradients."""
+    _, target = batch(4)
+    losses: dict[str, Any] = {
+        "the loss fails on a microbatch: ZeroDivisionError": lambda output, target: 1 / 0,
+        "the loss is tuple, not a scalar": lambda output, target: (mse_loss(output, target), 1),
+        r"shape \[2\], not a scalar": lambda output, target: (output - target).mean((1, 2)),
+        "does not depend on any weight": lambda output, target: mse_loss(output.detach(), target),
+    }
+    for says, loss in losses.items():
+        with pytest.raises(OptionError if dist.get_rank() == 1 else ExecutionError, match=says):
+            pipelined(schedule_of("1f1b", 4), blocks(2), loss, example_target=target)
+    with pytest.raises(OpweaveError, match="is not 4 microbatches"):
+        pipelined(schedule_of("1f1b", 4), blocks(2), example_target=target[:7] if dist.get_rank() == 1 else None)
+
+
+def ranks_that_differ_are_refused() -> None:
+    """Each rank's arguments are right by themselves."""
+    schedule = schedule_of("1f1b" if dist.get_rank() else "gpipe", 4)
+    with pytest.raises(OptionError, match=r"ranks differ in the schedule.*\n.*on every rank"):
+        pipelined(schedule, blocks(2))
+    inputs, target = batch(4)
+    with pytest.raises(OptionError, match="ranks differ in microbatches: 4 on rank 0, 2 on rank 1"):
+        opweave.pipeline(blocks(2), inputs, mse_loss, microbatches=2 if dist.get_rank() else 4, example_target=target)
+    with pytest.raises(OpweaveError, match="time_limit is 0"):
+        opweave.pipeline(
+            blocks(2), inputs, mse_loss, microbatches=4, example_target=target, time_limit=float(dist.get_rank())
+        )
+
+
 class Slow(nn.Module):
     """Takes as long as it is told, in its forward and for its input's gradient."""
 
@@ -331,6 +362,8 @@ CHECKS = (
     split_stages_bring_their_own_halves,
     what_is_wrong_is_refused_on_both_ranks,
     one_rank_decides,
+    losses_that_fail_are_refused_on_both_ranks,
+    ranks_that_differ_are_refused,
     times_are_measured_and_a_schedule_is_chosen,
 )
 
