@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ortools.sat.python import cp_model
@@ -88,10 +89,16 @@ class Intervals:
             self.end.append([start + duration for start in starts])
             intervals += [self.model.new_fixed_size_interval_var(start, duration, "") for start in starts]
 
-    @property
+    @cached_property
     def _far(self) -> int:
-        return max(self.grid.down(int(times[-1])) for times in self.grid.last) + sum(
-            self.grid.down(stage.whole_backward_ns + stage.weight_gradient_ns) for stage in self.problem.stages
+        """No earlier than anything ends, whichever way backwards go, or any all-reduce."""
+        ends = [
+            self.grid.down(int(times[-1])) + self.grid.down(line.task.duration_ns)
+            for line, times in zip(self.lines.lines, self.grid.last, strict=True)
+        ]
+        return max(ends) + sum(
+            self.grid.down(stage.whole_backward_ns + stage.weight_gradient_ns + stage.reduce_ns)
+            for stage in self.problem.stages
         )
 
     def _order(self, index: int, line: Line) -> None:

@@ -13,7 +13,7 @@ from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import Action, ActionKind, PipelineSchedule, TimedSchedule
 from ...compiler.pipelining.simulate import timed
 from ...compiler.pipelining.tasks import tasks_of
-from ...errors import Infeasible, OptionError
+from ...errors import Infeasible, InternalError, OptionError
 from ._cp_sat import Reader, minimised
 from ._heads import Times
 from ._intervals import Grid, Intervals
@@ -69,6 +69,11 @@ def solve_exact(
         model.hint(begin)
     run = _Run(model, objective, budget, best, bound)
     outcome = minimised(model.model, budget, effort=effort, found=run.found, bounded=run.bounded)
+    if outcome.status == "none" and best.value is not None:
+        raise InternalError(
+            f"the model of {problem.name!r} has no solution within {best.value}, as {begin.schedule.method!r} is",
+            hint="please report this, with the problem",
+        )
     if outcome.status == "none":
         raise _infeasible(problem, begin)
     run.bounded(outcome.bound)

@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 
 from opweave.compiler.pipeline import Budget, Progress
 from opweave.compiler.pipelining.placement import placed, uniform
-from opweave.compiler.pipelining.problem import PipelineProblem, Stage
+from opweave.compiler.pipelining.problem import PipelineProblem, Route, Stage, Vocabulary
+from opweave.compiler.pipelining.schedule import Action, PipelineSchedule
 from opweave.compiler.pipelining.simulate import timed
 from opweave.errors import Infeasible, OptionError
 from opweave.passes.pipeline_parallel.bounds import lower_bound
@@ -131,3 +132,15 @@ def test_says_what_rank_lacks_how_much() -> None:
     with pytest.raises(Infeasible, match="6 bytes on rank 0, which has 5") as caught:
         solve_exact(problem, "makespan", Budget.of_seconds(60, workers=1), bound=lower_bound(problem))
     assert (caught.value.required_bytes, caught.value.available_bytes) == (6, 5)
+
+
+def test_shards_that_take_longer_than_all_stages_leave_room_for_what_they_hold() -> None:
+    """All bounds of the model are behind its ends: a schedule in hand is never refused for a shard held for long."""
+    stage = Stage(0, 0, 0, 0, None, 1, 5, offloaded_bytes=4, offload_ns=3, reload_ns=1, reduce_ns=2)
+    shards = Vocabulary((3,), (3,), shard_bytes=3)
+    problem = PipelineProblem(1, (stage,), (Route((0,), 1),), (18,), shards)
+    orders = (tuple(map(Action.of, ("0F0", "0OFFLOAD0", "0S0", "0RELOAD0", "0I0", "0W0", "0T0"))),)
+    hint = timed(PipelineSchedule(problem, orders, "by hand"))
+    assert hint.makespan_ns == 7
+    found, bound = solve_exact(problem, "makespan", Budget.of_seconds(20, workers=1), hint=hint, bound=Bound(0, "cp"))
+    assert (found, bound.value) == (None, 7)
