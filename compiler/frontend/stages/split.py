@@ -13,6 +13,7 @@ from torch import fx
 from ....errors import ModelError, OptionError
 from .capture import Program, captured_program, tensor_of
 from .cuts import Cut, cut_before, passed, ties
+from .modes import StageModule
 
 __all__ = ["LayerModule", "StageModules", "layers_between", "split", "split_model"]
 
@@ -139,7 +140,7 @@ class _Writer:
         results = [self.result(node) for node in self.wanted]
         self.graph.output(results[0] if len(results) == 1 else tuple(results))
         self.graph.lint()
-        module = fx.GraphModule(self.program.module, self.graph, f"Stage{self.index}")
+        module = StageModule(self.program.module, self.graph, f"Stage{self.index}")
         _mark_temporary(module, self.program.temporary)
         return module
 

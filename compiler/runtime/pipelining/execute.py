@@ -23,7 +23,7 @@ from .boundaries import Boundary, Chain, TensorFacts
 from .checks import check_lowered
 from .emit import check_emittable, csv_of
 from .lowering import load, runtime_class
-from .modules import check_kinds, forward, left_as_it_was, splitter
+from .modules import check_kinds, evaluating, forward, left_as_it_was, splitter
 from .together import Group, agreed, together
 
 __all__ = ["Loss", "Runner", "check_loss"]
@@ -88,11 +88,14 @@ class Runner:
         return torch.stack(self.losses).mean() if last else None
 
     def evaluate(self, inputs: Sequence[Tensor]) -> Any:
-        """The last stage's outputs for the whole batch, on its rank; nothing is differentiated. Raises OptionError."""
+        """The last stage's outputs for the whole batch, on its rank; nothing is differentiated. Raises OptionError.
+
+        Modules are in evaluation meanwhile.
+        """
         self._check_inputs(inputs)
         if self._forward_runtime is None:
             self._forward_runtime = self._without_backward()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.modules.values()):
             return self._forward_runtime.step(*(inputs if 0 in self.modules else ()))
 
     def _check(self) -> None:

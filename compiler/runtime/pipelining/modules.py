@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,17 @@ from ....errors import ExecutionError, ModelError
 from ...pipelining.schedule import ActionKind, PipelineSchedule
 from .halves import SplitStage
 
-__all__ = ["Seams", "check_kinds", "check_ties", "forward", "left_as_it_was", "split_stage", "splitter", "why_whole"]
+__all__ = [
+    "Seams",
+    "check_kinds",
+    "check_ties",
+    "evaluating",
+    "forward",
+    "left_as_it_was",
+    "split_stage",
+    "splitter",
+    "why_whole",
+]
 
 
 def split_stage(module: nn.Module) -> SplitStage | None:
@@ -170,6 +180,21 @@ def left_as_it_was(module: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """``modules`` in evaluation; every part of them is in the mode that it was in afterwards."""
+    parts = [(part, part.training) for module in modules for part in module.modules()]
+    for module, training in parts:
+        if training:
+            module.eval()
+    try:
+        yield
+    finally:
+        for part, training in parts:  # those outside before those inside, which may be in another mode
+            if part.training != training:
+                part.train(training)
 
 
 class _Owned(torch.autograd.Function):

@@ -150,7 +150,10 @@ class Pipeline:
             return self._runner.step(given, target)
 
     def eval(self, *inputs: Tensor | None) -> Any:
-        """The last stage's outputs for a batch, on its rank, and None elsewhere; nothing is differentiated."""
+        """The last stage's outputs for a batch, on its rank, and None elsewhere; nothing is differentiated.
+
+        Meanwhile the modules are in evaluation (``Module.eval``), and behind it in the mode that they were in.
+        """
         return self._runner.evaluate([tensor for tensor in inputs if tensor is not None])
 
     def measured(self) -> PipelineProblem:

@@ -5,6 +5,7 @@ All of it is one start of two processes, so that it costs little; each check say
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.compiler.runtime.pipelining.rank_checks import (
     batch,
     block,
     blocks,
+    chain,
     pipelined,
     ranks_of,
     same_gradients,
@@ -89,6 +91,22 @@ def nothing_but_the_step_leaves_traces() -> None:
     assert mine.norm.num_batches_tracked == 4
 
 
+def modules_are_evaluated_in_evaluation() -> None:
+    """Batch norms read what they counted, and count nothing; modes are put back, also of parts that differ."""
+    modules = blocks(2, lambda _: nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Dropout(0.5)))
+    for module in modules:
+        module[1].eval()  # type: ignore[index]
+    reference = [copy.deepcopy(module).eval() for module in modules]
+    inputs, _ = batch(4)
+    pipeline = pipelined(schedule_of("1f1b", 4), modules)
+    outputs = pipeline.eval(inputs)
+    if outputs is not None:
+        torch.testing.assert_close(outputs, chain(reference, inputs))
+    (own,) = pipeline.modules.values()
+    assert [part.training for part in own.modules()] == [True, True, False, True]
+    assert own.get_buffer("0.num_batches_tracked") == 0
+
+
 class Several(nn.Module):
     """Hands on a view, a transposed tensor, and whole numbers, which have no gradient."""
 
@@ -116,6 +134,10 @@ def several_tensors_pass_a_boundary() -> None:
     ranks = (0, 1, 0)
     stages = tuple(STAGE if rank == 0 else problem.stages[rank] for rank in ranks)
     problem = PipelineProblem(2, stages, (type(problem.routes[0])((0, 1, 2), 4),))
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        with pytest.raises(ExecutionError, match="passes no such tensors on"):
+            pipelined(one_after_the_other(problem, ()), blocks(3, lambda _: Several()), loss)
+        return
     pipeline = pipelined(one_after_the_other(problem, ()), blocks(3, lambda _: Several()), loss)
     pipeline.step(inputs, target=target)
     same_gradients(pipeline, reference)
@@ -245,7 +267,7 @@ def what_is_wrong_is_refused_on_both_ranks() -> None:
     pipeline.step(inputs, target=target)  # and it goes on
     if here == 0:
         with torch.autocast("cpu"), pytest.raises(ExecutionError, match=r"returns bfloat16(.|\n)* same autocast mode"):
-            pipeline._runner.stages[0].forward_one_chunk(0, (inputs[:ROWS],))
+            pipeline._runner.stages[0].forward_one_chunk(0, (inputs[:ROWS],), {})
 
 
 def one_rank_decides() -> None:
@@ -355,6 +377,7 @@ CHECKS = (
     schedules_of_each_kind,
     microbatches_are_renumbered_for_the_last_stage,
     nothing_but_the_step_leaves_traces,
+    modules_are_evaluated_in_evaluation,
     several_tensors_pass_a_boundary,
     frozen_stages_stay_as_they_are,
     tied_weights_are_right_or_refused,
