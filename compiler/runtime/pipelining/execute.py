@@ -31,6 +31,9 @@ __all__ = ["Loss", "Runner", "check_loss"]
 #: Of the last stage's output (or tuple of outputs) and the target of one microbatch: its mean loss, a scalar.
 Loss = Callable[[Any, Any], Tensor]
 
+#: The version of torch from which stages in training may be given tensors that cannot have a gradient.
+_PASSES_INTEGERS = (2, 13)
+
 _FORWARD_KINDS = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 
 
@@ -111,6 +114,18 @@ class Runner:
             )
         check_emittable(self.schedule)
         check_kinds(self.chain.whole, self.schedule)
+        self._check_passed()
+
+    def _check_passed(self) -> None:
+        """What passes between stages is what this version of torch can pass."""
+        version = torch.__version__
+        for stage, boundary in enumerate(self.chain.boundaries[1:-1], 1):
+            other = [facts for facts in boundary if not getattr(torch, facts.dtype).is_floating_point]
+            if other and tuple(map(int, version.split(".")[:2])) < _PASSES_INTEGERS:
+                raise ExecutionError(
+                    f"stage {stage} is given {other[0]}; torch {version} passes no such tensors on in training",
+                    hint="use a newer torch, or have stages compute from the model's inputs alone what they need",
+                )
 
     def _load(self) -> dict[int, tuple[str, ...]]:
         lowered = load(self.runtime, self.schedule)
