@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from .compiler.frontend.stages.cuts import Cut
+    from .compiler.frontend.stages.split import StageModules
     from .compiler.runtime.pipelining.pipeline import Pipeline
 
 __all__ = ["pipeline", "schedule_pipeline"]
@@ -85,7 +87,7 @@ def pipeline(
         model: a module, which every rank has with the same weights; or stages in their order, each taking what the one
             before returns, of which a rank needs its own only (``None`` for others').
         example_inputs: a batch, as ``step`` takes it; dim 0 is cut into microbatches.
-        loss: of the last stage's output and the target, of a microbatch: its mean.
+        loss: of what the model, or the last stage of a list, returns and the target, of a microbatch: its mean.
         microbatches: of each step.
         example_target: a batch's target, to measure the last stage with its loss, on that stage's rank; not needed for
             a given schedule.
@@ -126,6 +128,8 @@ def pipeline(
     group, everyone = groups_of(mesh)
     size, own = dist.get_world_size(group), dist.get_rank(group)
     inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+    stages: list[nn.Module | None]
+    result: Callable[[Any], Any]
 
     def arguments() -> tuple[int | None, tuple[int, ...], list[Tensor]]:
         _check(split, schedule, objective, time_limit, microbatches)
@@ -164,11 +168,13 @@ def pipeline(
             )
             return tuple(found.cuts[first - 1] for first in found.partition.cuts)
 
-        stages = _cut(model, share, cuts, choose, ranks, everyone)
+        agreed({"the model": _outline(model)}, everyone)
+        cut = _cut(model, share, cuts, choose, ranks, everyone)
+        stages, result = [*cut.modules], cut.program.unflatten
     elif cuts is not None:
         raise OptionError("cuts are given for a model that is in stages already", hint="leave one of them out")
     else:
-        stages = list(model)
+        stages, result = list(model), lambda outputs: outputs
     for number, (module, rank) in enumerate(zip(stages, ranks, strict=False)):
         stages[number] = _stage(module, split, compile, device) if module is not None and rank == own else None
     return Pipeline(
@@ -184,6 +190,7 @@ def pipeline(
         mesh=mesh,
         device=device,
         resident=partial(_resident, optimizer_bytes=optimizer_bytes),
+        result=result,
     )
 
 
@@ -208,6 +215,14 @@ def _check_search(objective: str, time_limit: float) -> None:
         raise OptionError(f"time_limit is {time_limit} s; it must be above 0")
 
 
+def _outline(model: nn.Module) -> str:
+    """What models have in common that are cut alike: their code is not looked at, but names and shapes of weights."""
+    weights = list(model.named_parameters())
+    shapes = ";".join(f"{name} {tuple(weight.shape)} {weight.dtype}" for name, weight in weights)
+    count = sum(weight.numel() for _, weight in weights)
+    return f"{type(model).__name__} of {count} weights ({sha256(shapes.encode()).hexdigest()[:8]})"
+
+
 def _cut(
     model: nn.Module,
     share: Sequence[Tensor],
@@ -215,13 +230,13 @@ def _cut(
     choose: Callable[[], tuple[Cut, ...]],
     ranks: Sequence[int],
     everyone: Any,
-) -> list[nn.Module | None]:
+) -> StageModules:
     """The stages of ``model``, cut at the submodules ``names``, or where rank 0 chooses."""
     from .compiler.frontend.stages.split import split_model
     from .compiler.runtime.pipelining.together import decided, together
 
     cuts: Sequence[Cut | str] = decided(choose, everyone) if names is None else names
-    return list(together(lambda: split_model(model, share, cuts, ranks=ranks), everyone).modules)
+    return together(lambda: split_model(model, share, cuts, ranks=ranks), everyone)
 
 
 def _stage(module: nn.Module, split: Split, compile: bool, device: device | str | None) -> nn.Module:

@@ -122,6 +122,35 @@ def test_named_schedules_cuts_and_ties(alone: None) -> None:
     compare(pipeline, reference)
 
 
+class Scored(Model):
+    """Returns a dictionary, with something nobody needs."""
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Scores by name."""
+        return {"scores": super().forward(tokens), "nothing": None}
+
+
+def test_the_loss_gets_what_the_model_returns(alone: None) -> None:
+    """In the model's own structure, and so does who evaluates."""
+    torch.manual_seed(0)
+    model = Scored()
+    tokens, target = torch.randint(0, 20, (2 * MICROBATCHES, 5)), torch.randint(0, 20, (2 * MICROBATCHES, 5))
+    wanted = model(tokens)["scores"].detach()
+    options: dict[str, Any] = {"microbatches": MICROBATCHES, "placement": (0, 0), "cuts": ["blocks.2"]}
+    pipeline = opweave.pipeline(
+        model,
+        tokens,
+        lambda out, target: loss(out["scores"], target),
+        example_target=target,
+        schedule="interleaved-1f1b",
+        **options,
+    )
+    torch.testing.assert_close(pipeline.step(tokens, target=target), loss(wanted, target))
+    found = pipeline.eval(tokens)
+    assert found["nothing"] is None
+    torch.testing.assert_close(found["scores"], wanted)
+
+
 def test_what_cannot_be_is_refused(alone: None) -> None:
     """By an error that names it, before anything runs."""
     _, model, tokens, target = trained()

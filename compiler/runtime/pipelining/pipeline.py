@@ -47,7 +47,8 @@ class Pipeline:
     are a batch as `step` takes it. ``schedule`` is executed as it is; where instead ``planner`` is given, each stage is
     measured first, for a few microbatches, and rank 0 has it choose a schedule for the problem that results.
 
-    ``loss`` gives the mean loss of a microbatch, of the last stage's output and the target.
+    ``loss`` gives the mean loss of a microbatch, of the last stage's output and the target. It, and who calls `eval`,
+    gets what ``result`` makes of that stage's outputs, a tensor or a tuple of tensors.
 
     Raises:
         OptionError: numbers do not fit each other.
@@ -71,6 +72,7 @@ class Pipeline:
         mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
         resident: Callable[[nn.Module], int] = weights_and_gradients,
+        result: Callable[[Any], Any] = lambda outputs: outputs,
     ) -> None:
         if (schedule is None) == (planner is None):
             raise OptionError("a pipeline needs a schedule, or a planner that chooses one, and not both")
@@ -79,7 +81,8 @@ class Pipeline:
         if schedule is not None and schedule.problem.microbatches != microbatches:
             raise OptionError(f"the schedule has {schedule.problem.microbatches} microbatches, not {microbatches}")
         self.group, self._everyone = groups_of(mesh)
-        self.ranks, self.microbatches, self.loss = tuple(ranks), microbatches, loss
+        self.ranks, self.microbatches, self._result = tuple(ranks), microbatches, result
+        self.loss: Loss = lambda outputs, target: loss(result(outputs), target)
         self.here = dist.get_rank(self.group)
         self.modules = together(lambda: self._own(stages), self.group)
         self.device = torch.device(device) if device is not None else _device_of(self.modules)
@@ -154,7 +157,8 @@ class Pipeline:
 
         Meanwhile the modules are in evaluation (``Module.eval``), and behind it in the mode that they were in.
         """
-        return self._runner.evaluate([tensor for tensor in inputs if tensor is not None])
+        outputs = self._runner.evaluate([tensor for tensor in inputs if tensor is not None])
+        return None if outputs is None else self._result(outputs)
 
     def measured(self) -> PipelineProblem:
         """The problem with the times of the steps that were measured, on every rank the same. Every rank calls it.

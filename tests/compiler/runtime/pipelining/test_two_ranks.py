@@ -311,6 +311,9 @@ def ranks_that_differ_are_refused() -> None:
     inputs, target = batch(4)
     with pytest.raises(OptionError, match="ranks differ in microbatches: 4 on rank 0, 2 on rank 1"):
         opweave.pipeline(blocks(2), inputs, mse_loss, microbatches=2 if dist.get_rank() else 4, example_target=target)
+    model = nn.Sequential(*blocks(2 + dist.get_rank()))
+    with pytest.raises(OptionError, match=r"ranks differ in the model: 'Sequential of 168 weights"):
+        opweave.pipeline(model, inputs, mse_loss, microbatches=4, example_target=target)
     with pytest.raises(OpweaveError, match="time_limit is 0"):
         opweave.pipeline(
             blocks(2), inputs, mse_loss, microbatches=4, example_target=target, time_limit=float(dist.get_rank())
