@@ -205,11 +205,18 @@ def test_a_schedule_that_is_none(tmp_path: Path) -> None:
         app(["pipeline", "--schedule", str(tmp_path / "s.json")], standalone_mode=False)
 
 
-def test_a_table_that_torch_cannot_execute(tmp_path: Path) -> None:
+def test_a_table_that_torch_cannot_execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is made."""
     options = ("--ranks", "2", "--microbatches", "8", *COSTS, "--schedule", "dualpipe")
     with pytest.raises(ExecutionError, match="2 routes"):
         app(["pipeline", *options, "--csv", str(tmp_path / "s.csv")], standalone_mode=False)
+    stage = Stage(0, 1, 1, 1, until_weight_gradient_bytes=1, offloaded_bytes=1)
+    (tmp_path / "p.json").write_bytes(msgspec.json.encode(uniform(stage, (0, 1), 2)))
+    monkeypatch.setattr("opweave.passes.pipeline_parallel.solve.solve", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(ExecutionError, match="stage 0 offloads"):
+        app(
+            ["pipeline", "--problem", str(tmp_path / "p.json"), "--csv", str(tmp_path / "s.csv")], standalone_mode=False
+        )
     assert not (tmp_path / "s.csv").exists()
 
 

@@ -55,14 +55,13 @@ def check_emittable(schedule: PipelineSchedule) -> None:
                 f"rank {rank} has no stage; torch.distributed.pipelining needs one at least on every rank",
                 hint="use fewer ranks, or cut the model into more stages",
             )
-    for rank, order in enumerate(schedule.orders):
-        for action in order:
-            if action.kind.copies:
-                raise ExecutionError(
-                    f"rank {rank} does {action}: torch.distributed.pipelining has no actions that move activations "
-                    "to host memory",
-                    hint="solve the problem without offload, or wrap the stage in torch.autograd.graph.save_on_cpu",
-                )
+    moved = [f"stage {number} offloads" for number, stage in enumerate(problem.stages) if stage.offloaded_bytes]
+    moved += [f"rank {r} does {each}" for r, order in enumerate(schedule.orders) for each in order if each.kind.copies]
+    if moved:
+        raise ExecutionError(
+            f"{moved[0]}: torch.distributed.pipelining has no actions that move activations to host memory",
+            hint="solve the problem without offload, or wrap the stage in torch.autograd.graph.save_on_cpu",
+        )
 
 
 def _check_routes(problem: PipelineProblem) -> None:
