@@ -86,6 +86,15 @@ class Runner:
         self._check_inputs(inputs)
         if last and not isinstance(target, Tensor):
             raise OptionError("a training step needs a target on the rank of the last stage, a tensor of the batch")
+        if (
+            last
+            and isinstance(target, Tensor)
+            and (not target.ndim or not len(target) or len(target) % self.microbatches)
+        ):
+            raise OptionError(
+                f"a target of shape {list(target.shape)} is not {self.microbatches} microbatches of one size",
+                hint="the first dimension is cut into microbatches, as that of the inputs",
+            )
         self.losses = []
         self.runtime.step(*(inputs if first else ()), target=target if last else None, return_outputs=False)
         return torch.stack(self.losses).mean() if last else None
