@@ -193,30 +193,25 @@ def _pairs_differ(lists: _Lists, schedule: PipelineSchedule) -> Iterator[str]:
 
 
 def _waits(lists: _Lists) -> Iterator[str]:
-    """Execute the lists: what needs a message waits until the other side has sent it; sends wait for nobody."""
-    needs = {
-        Step(step.stage, kind, step.microbatch): step.other_end
-        for steps in lists.values()
-        for step in steps
-        if step.kind in RECEIVES
-        for kind in RECEIVES[step.kind]
-    }
-    sent: set[Step] = set()
+    """Execute the lists, each message when both sides have come to it: NCCL does a rank's messages one by one, so that
+    a send that nobody receives yet holds up what is posted behind it.
+    """
     position = dict.fromkeys(lists, 0)
-    waiting: dict[Step, int] = {}
+    offered: dict[Step, int] = {}
     ready = list(lists)
     while ready:
         rank = ready.pop()
-        for step in lists[rank][position[rank] :]:
-            awaited = needs.get(step)
-            if awaited is not None and awaited not in sent:
-                waiting[awaited] = rank
-                break
+        steps = lists[rank]
+        while position[rank] < len(steps):
+            step = steps[position[rank]]
+            if step.kind in SENDS or step.kind in RECEIVES:
+                peer = offered.pop(step.other_end, None)
+                if peer is None:
+                    offered[step] = rank
+                    break
+                position[peer] += 1
+                ready.append(peer)
             position[rank] += 1
-            if step.kind in SENDS:
-                sent.add(step)
-                if step in waiting:
-                    ready.append(waiting.pop(step))
     stuck = [f"rank {rank} at {steps[position[rank]]}" for rank, steps in lists.items() if position[rank] < len(steps)]
     if stuck:
         yield f"ranks would wait for each other for ever: {', '.join(stuck)}"

@@ -142,9 +142,24 @@ def test_ranks_that_wait_for_each_other_are_refused() -> None:
         lowered_alone(crossed)
     lists[0].remove("0SEND_F0")
     put(lists, 0, "0SEND_F0", "3B0")
-    waits = "wait for each other for ever: rank 0 at 3F0, rank 1 at 1F0, rank 2 at 2F0"
+    waits = "wait for each other for ever: rank 0 at 3RECV_F0, rank 1 at 1RECV_F0, rank 2 at 2RECV_F0"
     with pytest.raises(VerificationError, match=waits):
         check_lowered(lists, good)
+
+
+def test_messages_of_three_ranks_that_hold_each_other_up_are_refused() -> None:
+    """Each pair of ranks agrees on its order, and sends wait for nobody; NCCL still does a rank's in theirs."""
+    order = actions("0F0 0F1 3F0 3B0 3F1 3B1 0B0 0B1"), actions("1F0 1F1 1B0 1B1"), actions("2F0 2F1 2B0 2B1")
+    schedule = PipelineSchedule(uniform(STAGE, (0, 1, 2, 0), 2), order, "loop")
+    lists = lists_of(schedule)
+    check_lowered(lists, schedule)
+    lists[0].remove("3RECV_F0")
+    lists[0].insert(lists[0].index("0SEND_F1"), "3RECV_F0")
+    check_lowered(lists, schedule)
+    lists[1].remove("1RECV_F1")
+    lists[1].insert(lists[1].index("1SEND_F0"), "1RECV_F1")
+    with pytest.raises(VerificationError, match="for ever: rank 0 at 3RECV_F0, rank 1 at 1RECV_F1, rank 2 at 2RECV_F0"):
+        check_lowered(lists, schedule)
 
 
 def test_the_limit_holds() -> None:

@@ -265,7 +265,7 @@ def what_is_wrong_is_refused_on_both_ranks() -> None:
         with pytest.raises(OptionError, match="needs a target"):
             pipeline.step(inputs)
         for short in (target[:7], target[:0], target[0, 0, 0]):
-            with pytest.raises(OptionError, match="a target of shape .* is not 4 microbatches of one size"):
+            with pytest.raises(OptionError, match=r"a target of shape .* is not 4 microbatches of one size"):
                 pipeline.step(inputs, target=short)
     pipeline.step(inputs, target=target)  # and it goes on
     if here == 0:
