@@ -17,7 +17,7 @@ from ...pipelining.schedule import ActionKind, PipelineSchedule
 from ...pipelining.simulate import timed
 from ...pipelining.transfers import Transfer, TransferKind
 from ...verify import verify, verify_ranks
-from .lowered import COMPUTES, RECEIVES, SENDS, Step, parsed
+from .lowered import COMPUTES, RECEIVES, SENDS, WAITS, Step, parsed
 
 __all__ = ["check_lowered"]
 
@@ -58,8 +58,8 @@ def _findings(lists: _Lists, schedule: PipelineSchedule) -> Iterator[str]:
     yield from _last_stage_out_of_order(lists, schedule)
     yield from _messages_missing(lists, schedule)
     for rank, steps in lists.items():
-        yield from _out_of_place(rank, steps)
         yield from _reductions(rank, steps, schedule)
+        yield from _out_of_place(rank, steps)
         yield from _gathers(rank, steps)
     yield from _pairs_differ(lists, schedule)
     yield from _waits(lists)
@@ -135,6 +135,10 @@ def _out_of_place(rank: int, steps: Sequence[Step]) -> Iterator[str]:
             other = Step(step.stage, kind, step.microbatch)
             if place.get(other, -1) > place[step]:
                 yield f"rank {rank} does {step} before {other}, which it depends on"
+        if step.kind in WAITS:
+            begun = Step(step.stage, WAITS[step.kind], step.microbatch)
+            if place.get(begun, len(steps)) > place[step]:
+                yield f"rank {rank} does {step}, but {begun} does not come before it"
 
 
 def _reductions(rank: int, steps: Sequence[Step], schedule: PipelineSchedule) -> Iterator[str]:
@@ -228,12 +232,12 @@ def _check_memory(schedule: PipelineSchedule) -> None:
 
 
 def _check_plans(lists: _Lists, schedule: PipelineSchedule) -> None:
-    """The same lists as plans, for the judge of all plans; what concerns FSDP alone is no part of them."""
+    """The same lists as plans, for the judge of all plans; without what concerns FSDP alone, or waits."""
     steps = {
         rank: [
             step.action if step.kind in COMPUTES else Transfer(step.stage, TransferKind(step.kind), step.microbatch)
             for step in own
-            if step.microbatch >= 0
+            if step.microbatch >= 0 and step.kind not in WAITS
         ]
         for rank, own in lists.items()
     }

@@ -34,7 +34,7 @@ Loss = Callable[[Any, Any], Tensor]
 #: The version of torch from which stages in training may be given tensors that cannot have a gradient.
 _PASSES_INTEGERS = (2, 13)
 
-_FORWARD_KINDS = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+_FORWARD_KINDS = ("F", "SEND_F", "WAIT_SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 
 
 class Runner:

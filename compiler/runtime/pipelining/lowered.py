@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ....errors import VerificationError
 from ...pipelining.schedule import Action, ActionKind
 
-__all__ = ["COMPUTES", "RECEIVES", "SENDS", "Step", "parsed"]
+__all__ = ["COMPUTES", "RECEIVES", "SENDS", "WAITS", "Step", "parsed"]
 
 #: Kinds that compute.
 COMPUTES = ("F", "I", "W", "B")
@@ -18,8 +18,11 @@ SENDS: Mapping[str, tuple[str, ...]] = {"SEND_F": ("F",), "SEND_B": ("I", "B")}
 #: Kinds that receive, with what needs them on the same stage.
 RECEIVES: Mapping[str, tuple[str, ...]] = {"RECV_F": ("F",), "RECV_B": ("I", "B")}
 
-_OF_A_MICROBATCH = re.compile(r"(\d+)(SEND_F|SEND_B|RECV_F|RECV_B|F|I|W|B)(\d+)")
-_OF_A_STAGE = re.compile(r"(\d+)(UNSHARD|RESHARD|REDUCE_GRAD)")
+#: What waits until something is done, from torch 2.15 on, with what it waits for on the same rank and stage.
+WAITS: Mapping[str, str] = {f"WAIT_{kind}": kind for kind in ("SEND_F", "SEND_B", "REDUCE_GRAD")}
+
+_OF_A_MICROBATCH = re.compile(r"(\d+)((?:WAIT_)?SEND_F|(?:WAIT_)?SEND_B|RECV_F|RECV_B|F|I|W|B)(\d+)")
+_OF_A_STAGE = re.compile(r"(\d+)(UNSHARD|RESHARD|(?:WAIT_)?REDUCE_GRAD)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def runtime_class() -> type[Any]:
             return found
     raise ExecutionError(
         f"torch {torch.__version__} has no {_NAME} that reads a schedule from a CSV",
-        hint="pipelines are run by torch from 2.11 on, and were tried with 2.13",
+        hint="pipelines are run by torch from 2.11 on, and were tried with 2.11, 2.13 and 2.15",
     )
 
 

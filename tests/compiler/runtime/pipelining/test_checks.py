@@ -98,6 +98,7 @@ def cross(lists: Lists) -> None:
         (lambda lists: swap(lists, 0, "0F1", "0SEND_F1"), "0SEND_F1 before 0F1"),
         (lambda lists: behind(lists, 2, "2RECV_F2", "2F2"), "2F2 before 2RECV_F2"),
         (lambda lists: behind(lists, 0, "0RECV_B2", "0B2"), "0B2 before 0RECV_B2"),
+        (lambda lists: put(lists, 0, "0WAIT_SEND_F1", "0F1"), "0SEND_F1 does not come before it|is done twice"),
         (lambda lists: drop(lists, 1, "1REDUCE_GRAD"), "never reduces the gradients of stage 1"),
         (lambda lists: swap(lists, 1, "1REDUCE_GRAD", "1SEND_B0"), "after 1 of 3 backwards"),
         (lambda lists: drop(lists, 0, "0UNSHARD"), "0F0 while the weights of stage 0 are not gathered"),

@@ -27,7 +27,7 @@ def _torch_orders(made: Any, ranks: int) -> list[list[Action]]:
 def _actions(order: list[Any]) -> Iterator[Action]:
     """Overlapped actions in turn; neither idle slots nor reductions of gradients."""
     for action in order:
-        if action is None or action.computation_type.name == "REDUCE_GRAD":
+        if action is None or action.computation_type.name.endswith("REDUCE_GRAD"):
             continue
         for part in action.sub_actions or (action,):
             yield Action(part.stage_index, ActionKind(part.computation_type.value), part.microbatch_index)
