@@ -104,10 +104,14 @@ def _made(name: str, source: Source, objective: Objective, budget: Budget, *, fi
         return _bounded(timed(load_schedule(name)), objective)
     problem = source.problem_of(name, fixed=fixed)
     if name == OPTIMAL:
+        from ..compiler.pipelining.verdict import verified
         from ..passes.pipeline_parallel.placing import choose_placement
         from ..passes.pipeline_parallel.solve import solve
 
-        return (choose_placement if source.placement == ANY else solve)(problem, budget, objective=objective)
+        solve_by = choose_placement if source.placement == ANY else solve
+        found = solve_by(problem, budget, objective=objective)
+        verified(found.timed)
+        return found
     return _bounded(timed(named(name, problem, objective=objective)), objective)
 
 
