@@ -293,8 +293,8 @@ def first_microbatch(batch: Tensor, microbatches: int) -> Tensor:
     if not batch.ndim or not batch.shape[0] or batch.shape[0] % microbatches:
         raise OptionError(
             f"a batch of shape {list(batch.shape)} is not {microbatches} microbatches of one size",
-            hint="the first dimension is cut into microbatches: make it a multiple of their number, and expand what all "
-            "of a batch share, such as positions and masks",
+            hint="the first dimension is cut into microbatches: make it a multiple of their number, and expand "
+            "what all of a batch share, such as positions and masks",
         )
     return batch[: batch.shape[0] // microbatches]
 
