@@ -186,8 +186,10 @@ def _functorch_settings(options: BackendOptions) -> Any:
     """Entries of the cache hold our objects; a backward graph is compiled, and stored, with its forward graph."""
     from torch._functorch import config
 
+    # Ranks that are to be compared all compile: one that found its graph kept would leave the others waiting.
+    kept = options.cache and not (options.overlapping is not None and options.overlapping.check_ranks)
     return config.patch(
-        bundled_autograd_cache=options.cache,
-        enable_autograd_cache=options.cache and config.enable_autograd_cache,
+        bundled_autograd_cache=kept,
+        enable_autograd_cache=kept and config.enable_autograd_cache,
         force_non_lazy_backward_lowering=True,
     )
