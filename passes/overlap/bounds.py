@@ -7,9 +7,9 @@ preemptive schedule; Carlier, European Journal of Operational Research 11, 1982)
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping
 
+from .._one_machine import preemptive
 from .lower_bound import Least, least_of
 from .problem import Problem
 
@@ -62,22 +62,5 @@ def _launches(problem: Problem, least: Least, launches: list[int]) -> float:
 
 
 def _one_machine(jobs: Iterable[tuple[float, float, float]]) -> float:
-    """Least makespan of jobs (head, work, tail) on one machine that may interrupt them: the largest tail first."""
-    waiting = sorted(job for job in jobs if job[1] > 0)
-    ready: list[tuple[float, float]] = []  # minus the tail, and the work that is left
-    now, end, k = 0.0, 0.0, 0
-    while ready or k < len(waiting):
-        if not ready:
-            now = max(now, waiting[k][0])
-        while k < len(waiting) and waiting[k][0] <= now:
-            heapq.heappush(ready, (-waiting[k][2], waiting[k][1]))
-            k += 1
-        tail, work = heapq.heappop(ready)
-        until = waiting[k][0] if k < len(waiting) else now + work
-        if now + work <= until:
-            now += work
-            end = max(end, now - tail)
-        else:
-            heapq.heappush(ready, (tail, work - (until - now)))
-            now = until
-    return end
+    """Least makespan of jobs (head, work, tail) on one machine; those that take no time are none."""
+    return preemptive((job for job in jobs if job[1] > 0), 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from ._lines import Edge, Line, Lines
 from ._pressed import Pressing
 
-__all__ = ["NEVER", "Times", "heads", "mirrored", "preemptive"]
+__all__ = ["NEVER", "Times", "heads", "mirrored"]
 
 #: The earliest start of what nothing is known to come before; small enough that sums of times do not reach 0.
 NEVER = -(1 << 60)
@@ -83,26 +82,3 @@ def mirrored(lines: Lines) -> tuple[Line, ...]:
         Line(line.task, line.duration, line.count, tuple(edges[index]))
         for index, line in reversed(list(enumerate(lines.lines)))
     )
-
-
-def preemptive(head: npt.NDArray[np.int64], work: npt.NDArray[np.int64], tail: npt.NDArray[np.int64]) -> int:
-    """The least end of jobs on one machine that may interrupt them: the longest tail first (Jackson; Carlier 1982)."""
-    order = np.argsort(head, kind="stable")
-    jobs = list(zip(head[order].tolist(), work[order].tolist(), tail[order].tolist(), strict=True))
-    waiting: list[tuple[int, int]] = []  # minus the tail, and the work that is left
-    now, end, place = jobs[0][0] if jobs else 0, 0, 0
-    while waiting or place < len(jobs):
-        if not waiting:
-            now = max(now, jobs[place][0])
-        while place < len(jobs) and jobs[place][0] <= now:
-            heapq.heappush(waiting, (-jobs[place][2], jobs[place][1]))
-            place += 1
-        minus_tail, left = heapq.heappop(waiting)
-        until = jobs[place][0] if place < len(jobs) else now + left
-        if now + left <= until:
-            now += left
-            end = max(end, now - minus_tail)
-        else:
-            heapq.heappush(waiting, (minus_tail, left - (until - now)))
-            now = until
-    return end

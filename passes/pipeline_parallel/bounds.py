@@ -13,7 +13,8 @@ import numpy as np
 
 from ...compiler.pipelining.problem import PipelineProblem
 from ...compiler.pipelining.schedule import ActionKind
-from ._heads import NEVER, Times, heads, mirrored, preemptive
+from .._one_machine import preemptive
+from ._heads import NEVER, Times, heads, mirrored
 from ._lines import Lines, lines_of
 from ._phases import phases
 from ._pressed import pressing_of
@@ -79,7 +80,7 @@ def _machine(lines: Lines, starts: Times, behind: Times, rank: int) -> int:
             head = np.concatenate([starts[index] for index in own])
             tail = np.concatenate([behind[index] for index in own])
             work = np.concatenate([np.full(lines.lines[i].count, lines.lines[i].duration, np.int64) for i in own])
-            least = max(least, preemptive(head, work, tail))
+            least = max(least, preemptive(zip(head.tolist(), work.tolist(), tail.tolist(), strict=True), 0))
     return max(least, phases(lines, starts, behind, rank), _reduced(lines, starts, rank))
 
 
